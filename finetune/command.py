@@ -1,0 +1,150 @@
+"""merge-kit finetune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from finetune import run as runs
+from finetune.cases import load_cases
+from finetune.network import choose_device
+from finetune.options import TrainingOptions, make_options
+from finetune.progress import Progress
+from finetune.splits import assign_splits
+from merge_kit.commands.options import next_step, pairs
+from merge_kit.errors import UsageError
+from merge_kit.schema import read_yaml
+from merge_kit.site import open_site
+
+_TRAINING = TrainingOptions()
+
+
+def _training_options(command: Any) -> Any:
+    """One command-line option for each field of TrainingOptions."""
+    kinds: dict[str, Any] = {
+        "norm": click.Choice(["frozen", "update"]),
+        "balance": click.Choice(["none", "weights", "sampling"]),
+        "augment": click.Choice(["none", "light", "strong"]),
+        "flip": click.Choice(["none", "horizontal", "both"]),
+        "select": click.Choice(["balanced_accuracy", "macro_auroc", "last"]),
+        "precision": click.Choice(["auto", "float32", "bfloat16"]),
+        "epochs": float,
+        "clip_norm": float,
+    }
+    for name, field in reversed(TrainingOptions.model_fields.items()):
+        default = getattr(_TRAINING, name)
+        command = click.option(
+            f"--{name.replace('_', '-')}",
+            type=kinds.get(name, type(default)),
+            default=default,
+            show_default=default is not None,
+            help=field.description,
+        )(command)
+    return command
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="CSV with file,label[,patient,split]; folder of class folders; MedMNIST .npz.",
+)
+@click.option("--images", type=click.Path(path_type=Path), help="Image root [the CSV's folder].")
+@click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Rename a label.")
+@click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only these rows.")
+@click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out, and say so.")
+@click.option("--val-fraction", default=0.15, show_default=True, help="If the table has no split.")
+@click.option("--test-fraction", default=0.25, show_default=True, help="If the table has no split.")
+@click.option("--split-seed", default=0, show_default=True, help="Seed of the split.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of training options.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@_training_options
+@click.pass_context
+def finetune(
+    context: click.Context,
+    /,
+    folder: Path,
+    data: Path,
+    images: Path | None,
+    mapping: tuple[str, ...],
+    where: tuple[str, ...],
+    skip_unreadable: bool,
+    val_fraction: float,
+    test_fraction: float,
+    split_seed: int,
+    config: Path | None,
+    device: str,
+    **training: Any,
+) -> None:
+    """Fine-tune the federation's base on the images of the site in FOLDER.
+
+    The head is trained first, then the whole network at a low learning rate. A run that was killed
+    goes on when the same command is given again. Nothing leaves the site.
+    """
+    site = open_site(folder)
+    options = _options(context, config, training)
+    chosen = choose_device(device)
+    cases = load_cases(
+        data,
+        classes=site.federation.classes,
+        images=images,
+        label_map=pairs(mapping, "--map"),
+        where=pairs(where, "--where"),
+    )
+    cases = assign_splits(
+        cases, seed=split_seed, val_fraction=val_fraction, test_fraction=test_fraction
+    )
+    target = runs.run_folder(site, cases, options, chosen)
+    click.echo(f"Site '{site.name}': {len(cases)} images, on {chosen}; run {target}")
+    with Progress() as progress:
+        material = runs.prepare(
+            site,
+            cases,
+            skip_unreadable=skip_unreadable,
+            progress=lambda done, of: progress.stage("decoding", done, of),
+        )
+        for sentence in material.skipped:
+            click.echo(f"Left out: {sentence}", err=True)
+        finished = runs.finetune(site, material, options, target, chosen, progress)
+    _close(finished, site.root)
+
+
+def _options(context: click.Context, config: Path | None, given: dict[str, Any]) -> TrainingOptions:
+    typed = {
+        name: value
+        for name, value in given.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    from_file = dict(read_yaml(config, UsageError)) if config else {}
+    return make_options({**from_file, **typed}, str(config) if config else "the command line")
+
+
+def _close(finished: runs.Run, root: Path) -> None:
+    summary = finished.summary
+    if finished.was_finished:
+        click.echo("This run has finished before; nothing was done again.")
+    click.echo(
+        f"Own validation images ({summary['validation_images']}); kept: the weights after step "
+        f"{summary['steps']}"
+    )
+    for name, title in (("balanced_accuracy", "balanced accuracy"), ("macro_auroc", "macro AUROC")):
+        click.echo(f"  {title:<18} {_interval(summary[name])}")
+    if summary["skipped"]:
+        click.echo(f"  left out           {len(summary['skipped'])} unreadable images")
+    size = summary["vector_bytes"] / 2**20
+    click.echo(f"  vector             {size:.1f} MiB, norm {summary['vector_norm']:.3g}")
+    click.echo(f"  run folder         {finished.folder}")
+    next_step(f"see what would leave the site with\n  merge-kit publish {root} --dry-run")
+
+
+def _interval(estimate: dict[str, float | None]) -> str:
+    if estimate["value"] is None:
+        return "not defined on these images"
+    if estimate["low"] is None or estimate["high"] is None:
+        return f"{estimate['value']:.3f}"
+    return f"{estimate['value']:.3f} (95 % {estimate['low']:.3f} to {estimate['high']:.3f})"

@@ -1,0 +1,161 @@
+"""The federation's backbone at a site: load, split into body and head, predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from finetune.pixels import Images, centre
+from merge_kit.backbone import classifier_names, classifier_of
+from merge_kit.errors import MergeKitError, UsageError, VectorError
+
+
+def load(folder: Path) -> nn.Module:
+    """Load a plain timm folder (config.json and model.safetensors), in evaluation mode.
+
+    Raises
+    ------
+    VectorError
+        timm cannot build the model, or the weights do not fit it.
+    """
+    if not (folder / "config.json").is_file():
+        raise VectorError(f"{folder} is no model: it has no config.json; give a timm folder.")
+    try:
+        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
+        detail = str(error).strip().splitlines()[0]
+        raise VectorError(f"{folder} cannot be loaded by timm: {detail}") from error
+    return model.eval()
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The classifier."""
+    return classifier_of(model, type(model).__name__)
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Module names of the classifier."""
+    return classifier_names(model)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one.
+
+    Raises
+    ------
+    UsageError
+        The named device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"the device '{name}' is not there: use --device auto, or see 'merge-kit doctor'."
+        ) from error
+    return device
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """bfloat16 where it is asked for, or with ``auto`` on a GPU that computes in it."""
+    wanted = precision == "bfloat16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted):
+        yield
+
+
+def training_mode(model: nn.Module, norm: str) -> None:
+    """Training mode; with ``frozen`` every batch norm keeps and uses the base's statistics.
+
+    A site's batches are small and skewed: their statistics are noise that no merge can undo.
+    """
+    model.train()
+    if norm == "frozen":
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the backbone has batch norm, of torch or of timm."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+@torch.no_grad()
+def features(
+    model: nn.Module,
+    images: Images,
+    device: torch.device,
+    *,
+    batch_size: int = 64,
+    precision: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """What the classifier is given for each image, from the centre view: (n, ...) float32.
+
+    Read at the classifier's input, so that it is right for every backbone and pooling.
+    """
+    collected: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        collected.append(inputs[0].float().cpu())
+
+    hook = head_of(model).register_forward_pre_hook(keep)
+    try:
+        for _ in logits_by_batch(model, images, device, batch_size, precision, progress):
+            pass
+    finally:
+        hook.remove()
+    return torch.cat(collected)
+
+
+@torch.no_grad()
+def logits(
+    model: nn.Module,
+    images: Images,
+    device: torch.device,
+    *,
+    batch_size: int = 64,
+    precision: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The model's outputs for each image, from the centre view: (n, C) float32 on the CPU."""
+    return torch.cat(list(logits_by_batch(model, images, device, batch_size, precision, progress)))
+
+
+def logits_by_batch(
+    model: nn.Module,
+    images: Images,
+    device: torch.device,
+    batch_size: int,
+    precision: str,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[Tensor]:
+    """Outputs of one batch after the other, the model in evaluation mode."""
+    model.eval()
+    for indices in chunks(len(images), batch_size):
+        batch = centre(images.batch(indices).to(device), images.preprocessing)
+        with autocast(device, precision):
+            outputs = model(batch.contiguous(memory_format=torch.channels_last))
+        if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+            raise MergeKitError("the model gives no (images, classes) output: is it a classifier?")
+        yield outputs.float().cpu()
+        if progress:
+            progress(indices[-1] + 1, len(images))
+
+
+def chunks(size: int, length: int) -> Iterator[Sequence[int]]:
+    """0 to size - 1 in runs of at most `length`."""
+    return (range(start, min(start + length, size)) for start in range(0, size, length))

@@ -1,0 +1,63 @@
+"""How a site trains: one checked document, from defaults, a YAML file and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from merge_kit.errors import UsageError
+from merge_kit.schema import Document, parse
+
+
+class TrainingOptions(Document):
+    """Head first, then the whole network at a low learning rate (LP-FT, arXiv 2202.10054)."""
+
+    steps: int = Field(default=80, ge=0)
+    """Steps of the whole network; 0 trains the head alone. Sites that take the same number drift
+    alike, which merges better than the same number of epochs."""
+    epochs: float | None = Field(default=None, ge=0)
+    """Length in epochs instead of steps."""
+    validations: int = Field(default=4, ge=1)
+    """How often the site's validation images are looked at during training."""
+    batch_size: int = Field(default=32, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    """Batches whose gradients are added before a step."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    layer_decay: float = Field(default=0.9, gt=0, le=1)
+    """Factor of the learning rate from one block to the one before it."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises; then it falls as a cosine."""
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    head_steps: int = Field(default=300, ge=0)
+    """Steps of the head on the frozen backbone's features."""
+    head_learning_rate: float = Field(default=0.01, gt=0)
+    head_decay: float = Field(default=0.02, ge=0)
+    """Factor of the squared norm of the head's weights in its loss: large heads merge badly."""
+    norm: Literal["frozen", "update"] = "frozen"
+    """Running statistics of batch norm: the base's, or updated from the site's batches."""
+    balance: Literal["none", "weights", "sampling"] = "sampling"
+    """Against class imbalance: nothing, weights in the loss, or classes drawn alike."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the moving average of the weights that is published; 0 for none."""
+    augment: Literal["none", "light", "strong"] = "light"
+    flip: Literal["none", "horizontal", "both"] = "horizontal"
+    select: Literal["balanced_accuracy", "macro_auroc", "last"] = "balanced_accuracy"
+    """Which weights are kept: the best on the site's validation images, or the last."""
+    patience: int = Field(default=3, ge=1)
+    """Validations without a better figure before training stops."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = Field(default=0, ge=0)
+
+
+def make_options(data: Mapping[str, Any], where: str) -> TrainingOptions:
+    """Check training options.
+
+    Raises
+    ------
+    UsageError
+        An unknown key (with the nearest known one) or a value out of its range.
+    """
+    return parse(TrainingOptions, data, where, UsageError)

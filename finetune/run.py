@@ -1,0 +1,307 @@
+"""A site's whole job: images and options give a run folder with model, vector and manifest."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import curves, network, scores, training
+from finetune.cases import Case, case_key
+from finetune.options import TrainingOptions
+from finetune.pixels import Images, decode
+from finetune.splits import split_of
+from merge_kit import vector
+from merge_kit.errors import TrainingError
+from merge_kit.federation import BASE_WEIGHTS
+from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
+from merge_kit.manifest import (
+    Draft,
+    Estimate,
+    Payload,
+    Software,
+    Training,
+    Validation,
+    suppress,
+)
+from merge_kit.parameters import roles_of
+from merge_kit.publishing import DRAFT, VECTOR
+from merge_kit.runs import RUNS, SUMMARY
+from merge_kit.site import COPY, Site
+from merge_kit.tensorfile import TensorFile, write_tensors
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+CASES = "cases.csv"
+MODEL = "model"
+RECORD = "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    summary: dict[str, Any]
+    was_finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """The site's images, decoded, and what was left out."""
+
+    train: Images
+    validation: Images
+    cases: tuple[Case, ...]
+    skipped: tuple[str, ...]
+
+
+def run_folder(
+    site: Site, cases: Sequence[Case], options: TrainingOptions, device: torch.device
+) -> Path:
+    """Where a run lives: its name is a hash of all that shapes the vector.
+
+    The same command finds its own run again, whether it was killed or has finished.
+    """
+    told = {
+        "federation": site.config.federation,
+        "options": options.model_dump(mode="json"),
+        "device": device.type,
+        "cases": sorted([c.file, c.label, c.split, c.patient, case_key(c)] for c in cases),
+    }
+    return site.root / RUNS / sha256_bytes(canonical_json(told)).removeprefix("sha256:")[:12]
+
+
+def prepare(
+    site: Site,
+    cases: Sequence[Case],
+    *,
+    skip_unreadable: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Material:
+    """Decode the training and validation images, once for all runs of the site.
+
+    Raises
+    ------
+    DataError
+        An image cannot be read and `skip_unreadable` is false.
+    """
+    train, validation = split_of(cases, "train"), split_of(cases, "val")
+    images, skipped = decode(
+        [*train, *validation],
+        site.federation.preprocessing,
+        cache=site.root / "cache",
+        skip_unreadable=skip_unreadable,
+        progress=progress,
+    )
+    kept = {id(case) for case in images.cases}
+    border = sum(id(case) in kept for case in train)
+    parts = [
+        Images(images.cases[part], images.pixels[part], images.preprocessing)
+        for part in (slice(None, border), slice(border, None))
+    ]
+    if not all(len(part) for part in parts):
+        raise TrainingError("no readable image is left for training or for validation.")
+    return Material(parts[0], parts[1], tuple(cases), tuple(skipped))
+
+
+def finetune(
+    site: Site,
+    material: Material,
+    options: TrainingOptions,
+    folder: Path,
+    device: torch.device,
+    report: training.Report,
+) -> Run:
+    """Train, or go on where a killed run stopped, and write everything that the run gives.
+
+    `summary.json` comes last: a folder without it is unfinished.
+
+    Raises
+    ------
+    TrainingError
+        The loss is not finite, or the checkpoint is damaged.
+    """
+    if (folder / SUMMARY).is_file():
+        return Run(folder, json.loads((folder / SUMMARY).read_text(encoding="utf-8")), True)
+    write_atomic(folder / RECORD, json.dumps(_record(site, options, device), indent=2))
+    log = _Log(folder / METRICS, report)
+    model = network.load(site.base_folder)
+    labels = material.train.labels()
+    seen = training.seen_classes(labels, len(site.federation.classes))
+    task = training.Task(model, material.train, material.validation, seen, options, device)
+    trained = training.train(task, folder / CHECKPOINT, log)
+    model.load_state_dict(trained.state)
+    outputs = network.logits(model, material.validation, device)
+    outputs[:, ~seen.to(outputs.device)] = -torch.inf
+    figures = scores.bootstrap_intervals(
+        material.validation.labels().numpy(),
+        outputs.softmax(dim=1).double().numpy(),
+        {"balanced_accuracy": scores.balanced_accuracy, "macro_auroc": scores.macro_auroc},
+        groups=_groups(material.validation),
+        seed=options.seed,
+    )
+    write_tensors(folder / MODEL / "model.safetensors", trained.state, ("format", "pt"))
+    write_atomic(folder / MODEL / "config.json", (site.base_folder / "config.json").read_bytes())
+    norm = _write_vector(site, trained.state, folder / VECTOR)
+    draft = _draft(site, folder / VECTOR, norm, task, trained, figures)
+    write_atomic(folder / DRAFT, draft.model_dump_json(indent=2))
+    write_atomic(folder / CASES, _case_table(material.cases, site.federation.classes))
+    write_atomic(folder / CURVES, curves.draw(log.lines()))
+    summary = _summary(site, draft, material, trained, figures)
+    write_atomic(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False))
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return Run(folder, summary, False)
+
+
+def _record(site: Site, options: TrainingOptions, device: torch.device) -> dict[str, Any]:
+    return {
+        "federation": site.config.federation,
+        "options": options.model_dump(mode="json"),
+        "device": device.type,
+    }
+
+
+def _groups(images: Images) -> list[str | None] | None:
+    groups = [case.patient or case.group for case in images.cases]
+    return groups if any(groups) else None
+
+
+def _write_vector(site: Site, state: Mapping[str, torch.Tensor], path: Path) -> float:
+    federation = site.federation
+    header = vector.VectorHeader(
+        base=federation.base_fingerprint, federation=federation.contract_hash, site=site.name
+    )
+    with TensorFile(site.root / COPY / BASE_WEIGHTS) as base:
+        roles = roles_of(base.specs, federation.classifier)
+        vector.subtract(base, state, roles, header, path)
+    with TensorFile(path) as written:
+        return vector.norm(written, roles)
+
+
+def _draft(
+    site: Site,
+    path: Path,
+    norm: float,
+    task: training.Task,
+    trained: training.Trained,
+    figures: Mapping[str, scores.Interval],
+) -> Draft:
+    federation = site.federation
+    found = torch.bincount(task.train.labels(), minlength=len(federation.classes)).tolist()
+    counts = dict(zip(federation.classes, found, strict=True))
+    return Draft(
+        site=site.name,
+        federation=federation.contract_hash,
+        base=federation.base_fingerprint,
+        payload=Payload(sha256=sha256_file(path), size=path.stat().st_size, norm=norm),
+        class_counts=suppress(counts, federation.policy.minimum_class_count),
+        training=Training(
+            steps=trained.steps,
+            epochs=trained.epochs,
+            optimizer="adamw",
+            learning_rate=task.options.learning_rate,
+            seed=task.options.seed,
+        ),
+        preprocessing=federation.preprocessing.hash,
+        validation=Validation(
+            balanced_accuracy=_estimate(figures["balanced_accuracy"]),
+            macro_auroc=_estimate(figures["macro_auroc"]),
+        ),
+        software=Software(
+            merge_kit=importlib.metadata.version("merge-kit"),
+            python=platform.python_version(),
+            torch=importlib.metadata.version("torch"),
+            timm=importlib.metadata.version("timm"),
+        ),
+        created_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+def _estimate(interval: scores.Interval) -> Estimate:
+    values = [
+        round(v, 6) if math.isfinite(v) else None
+        for v in (interval.value, interval.low, interval.high)
+    ]
+    return Estimate(value=values[0], low=values[1], high=values[2])
+
+
+def _case_table(cases: Sequence[Case], classes: Sequence[str]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "label", "patient", "group", "split"])
+    for case in cases:
+        writer.writerow(
+            [case.file, classes[case.label], case.patient or "", case.group or "", case.split]
+        )
+    return text.getvalue()
+
+
+def _summary(
+    site: Site,
+    draft: Draft,
+    material: Material,
+    trained: training.Trained,
+    figures: Mapping[str, scores.Interval],
+) -> dict[str, Any]:
+    return {
+        "site": site.name,
+        "train_images": len(material.train),
+        "validation_images": len(material.validation),
+        "skipped": list(material.skipped),
+        "steps": trained.steps,
+        "epochs": trained.epochs,
+        "balanced_accuracy": _estimate(figures["balanced_accuracy"]).model_dump(),
+        "macro_auroc": _estimate(figures["macro_auroc"]).model_dump(),
+        "vector_bytes": draft.payload.size,
+        "vector_norm": draft.payload.norm,
+        "vector_sha256": draft.payload.sha256,
+    }
+
+
+class _Log:
+    """metrics.jsonl: one line per step and validation, kept in step with the checkpoint."""
+
+    def __init__(self, path: Path, report: training.Report) -> None:
+        self._path, self._report = path, report
+        self._fresh = True
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "resumed":
+            # Steps after the checkpoint are taken again: their lines would stand twice.
+            kept = [line for line in self.lines() if line["step"] <= event["step"]]
+            self._write(kept)
+        elif kind in ("step", "validation"):
+            if self._fresh and event["step"] == 0:
+                self._write([])
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(event)) + "\n")
+        self._fresh = False if kind in ("step", "validation", "resumed") else self._fresh
+        self._report(event)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What has been logged; a line cut by a kill is left out."""
+        if not self._path.is_file():
+            return []
+        found = []
+        for text in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(text))
+            except ValueError:
+                continue
+        return found
+
+    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        write_atomic(self._path, "".join(json.dumps(dict(line)) + "\n" for line in lines))

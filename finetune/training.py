@@ -1,0 +1,377 @@
+"""The training loop: the whole network at a low learning rate, resumable to the byte on the CPU."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional
+
+from finetune import network, scores
+from finetune.options import TrainingOptions
+from finetune.pixels import Images, augment
+from merge_kit.errors import TrainingError
+from merge_kit.files import write_atomic
+
+CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Figures of one validation."""
+
+    loss: float
+    balanced_accuracy: float
+    macro_auroc: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The end of a training: the weights that were kept and what led there."""
+
+    state: dict[str, Tensor]
+    steps: int
+    """Steps after which they were kept; 0 is the head alone."""
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is trained on what."""
+
+    model: nn.Module
+    train: Images
+    validation: Images
+    seen: Tensor
+    """(C,) bool: classes that the site has training images of."""
+    options: TrainingOptions
+    device: torch.device
+
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+def seen_classes(labels: Tensor, classes: int) -> Tensor:
+    """(C,) bool: whether a class occurs in `labels`."""
+    return torch.bincount(labels, minlength=classes) > 0
+
+
+def loss_on_seen(
+    outputs: Tensor, labels: Tensor, seen: Tensor, class_weights: Tensor | None
+) -> Tensor:
+    """Cross-entropy over the classes that the site has seen.
+
+    The others take no part in the softmax, so their head rows get a gradient of exactly zero.
+    """
+    position = torch.cumsum(seen.long(), dim=0) - 1
+    return functional.cross_entropy(outputs[:, seen], position[labels], weight=class_weights)
+
+
+def class_weights(labels: Tensor, seen: Tensor) -> Tensor:
+    """Weights of the seen classes, inverse to their counts, averaging 1 over the images."""
+    counts = torch.bincount(labels, minlength=len(seen))[seen].float()
+    return counts.sum() / (len(counts) * counts)
+
+
+def train_head(task: Task, report: Report) -> None:
+    """Fit the classifier on the frozen backbone's features, in place, with the whole set a step.
+
+    Features come from the centre view in evaluation mode and are computed once; the fit then costs
+    seconds. Rows of classes that the site has not seen stay as they are.
+    """
+    options, head = task.options, network.head_of(task.model)
+    if options.head_steps == 0:
+        return
+    inputs = network.features(
+        task.model, task.train, task.device, progress=_stage(report, "features")
+    ).to(task.device)
+    labels, seen = task.train.labels().to(task.device), task.seen.to(task.device)
+    weights = None if options.balance == "none" else class_weights(labels, seen)
+    start = {name: p.detach().clone() for name, p in head.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=options.head_learning_rate, weight_decay=0.0
+    )
+    rows = next(p for n, p in head.named_parameters() if n == "weight")
+    with torch.enable_grad():
+        for step in range(options.head_steps):
+            rate = 0.5 * (1 + math.cos(math.pi * step / options.head_steps))
+            optimizer.param_groups[0]["lr"] = options.head_learning_rate * rate
+            optimizer.zero_grad()
+            loss = loss_on_seen(head(inputs).flatten(1), labels, seen, weights)
+            penalty = options.head_decay * rows[seen].square().sum()
+            torch.autograd.backward(loss + penalty)
+            optimizer.step()
+            _restore_rows(head, start, seen)
+
+
+def _restore_rows(head: nn.Module, start: Mapping[str, Tensor], seen: Tensor) -> None:
+    # The gradient of an unseen row is zero, but weight decay would still shrink it.
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter[~seen] = start[name][~seen]
+
+
+def train(task: Task, checkpoint: Path, report: Report) -> Trained:
+    """Train from the state in `checkpoint` if it is there, else from the model as it is.
+
+    The order of the images, the augmentation and every other draw depend only on the seed and the
+    step, and the checkpoint holds the rest, so a run that was killed goes on to the same weights.
+
+    Raises
+    ------
+    TrainingError
+        The loss is not finite.
+    """
+    loop = _Loop(task, report)
+    if checkpoint.is_file():
+        loop.restore(checkpoint)
+    else:
+        train_head(task, report)
+        loop.start()
+        loop.save(checkpoint)
+    loop.run(checkpoint)
+    return Trained(loop.best_state, loop.best_step, math.ceil(loop.best_step / loop.updates))
+
+
+class _Loop:
+    """The moving parts of a training: what a checkpoint has to hold."""
+
+    def __init__(self, task: Task, report: Report) -> None:
+        options = task.options
+        self.task, self.report = task, report
+        self.model = task.model.to(task.device)
+        self.model.to(memory_format=torch.channels_last)
+        per_step = options.batch_size * options.accumulate
+        self.updates = max(1, math.ceil(len(task.train) / per_step))
+        whole = options.epochs is not None
+        self.total = round(self.updates * (options.epochs or 0)) if whole else options.steps
+        self.interval = max(1, math.ceil(self.total / options.validations))
+        self.optimizer = create_optimizer_v2(
+            self.model,
+            opt="adamw",
+            lr=options.learning_rate,
+            weight_decay=options.weight_decay,
+            layer_decay=options.layer_decay if options.layer_decay < 1 else None,
+        )
+        warmup = round(options.warmup * self.total)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched="cosine",
+            num_epochs=max(1, self.total),
+            warmup_epochs=warmup,
+            warmup_prefix=True,
+            warmup_lr=options.learning_rate / 100,
+            min_lr=0.0,
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )
+        self.ema = ModelEmaV3(self.model, decay=options.ema) if options.ema else None
+        self.step = 0
+        self.stale = 0
+        self.best: Figures | None = None
+        self.best_state: dict[str, Tensor] = {}
+        self.best_step = 0
+        self.loss_sum, self.loss_count = 0.0, 0
+        self.labels = task.train.labels()
+        head = network.head_of(self.model)
+        self.head_start = {n: p.detach().clone() for n, p in head.named_parameters()}
+
+    def start(self) -> None:
+        """Step 0: the head alone is the first candidate."""
+        if self.ema:
+            self.ema.module.load_state_dict(self.model.state_dict())
+        self.scheduler.step_update(0)
+        self._validate()
+
+    def run(self, checkpoint: Path) -> None:
+        """Train to the end, saving at each validation and every minute."""
+        saved = time.monotonic()
+        while self.step < self.total and self.stale < self.task.options.patience:
+            self._update()
+            due = self.step % self.interval == 0 or self.step == self.total
+            if due:
+                self._validate()
+            if due or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self.save(checkpoint)
+                saved = time.monotonic()
+
+    def _update(self) -> None:
+        options = self.task.options
+        epoch, position = divmod(self.step, self.updates)
+        order = epoch_order(self.labels, epoch, options)
+        size = options.batch_size * options.accumulate
+        chosen = order[position * size : (position + 1) * size].tolist()
+        network.training_mode(self.model, options.norm)
+        generator = torch.Generator().manual_seed(draw_seed(options.seed, "augment", self.step))
+        # Dropout and stochastic depth draw from torch's global generator.
+        torch.manual_seed(draw_seed(options.seed, "model", self.step))
+        seen = self.task.seen.to(self.task.device)
+        weights = None
+        if options.balance == "weights":
+            weights = class_weights(self.labels, self.task.seen).to(self.task.device)
+        total = 0.0
+        for part in network.chunks(len(chosen), options.batch_size):
+            indices = chosen[part[0] : part[-1] + 1]
+            pixels = self.task.train.batch(indices).to(self.task.device)
+            batch = augment(
+                pixels, self.task.train.preprocessing, options.augment, options.flip, generator
+            ).contiguous(memory_format=torch.channels_last)
+            labels = self.labels[indices].to(self.task.device)
+            with network.autocast(self.task.device, options.precision):
+                outputs = self.model(batch)
+            loss = loss_on_seen(outputs.float(), labels, seen, weights)
+            share = len(indices) / len(chosen)
+            torch.autograd.backward(loss * share)
+            total += float(loss.detach()) * share
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the loss is not finite at step {self.step + 1}: "
+                "lower --learning-rate, or use --precision float32."
+            )
+        self._step()
+        self.loss_sum, self.loss_count = self.loss_sum + total, self.loss_count + 1
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        self.report(
+            {"event": "step", "step": self.step, "of": self.total, "loss": total, "lr": rate}
+        )
+
+    def _step(self) -> None:
+        if self.task.options.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.task.options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        _restore_rows(
+            network.head_of(self.model), self.head_start, self.task.seen.to(self.task.device)
+        )
+        self.step += 1
+        self.scheduler.step_update(self.step)
+        if self.ema:
+            self.ema.update(self.model)
+
+    def _validate(self) -> None:
+        model = self.ema.module if self.ema else self.model
+        figures = validate(model, self.task, self.report)
+        if self._is_better(figures):
+            self.best, self.best_step = figures, self.step
+            self.best_state = {n: t.detach().cpu().clone() for n, t in model.state_dict().items()}
+            self.stale = 0
+        else:
+            self.stale += 1
+        mean_loss = self.loss_sum / self.loss_count if self.loss_count else None
+        self.loss_sum, self.loss_count = 0.0, 0
+        self.report(
+            {
+                "event": "validation",
+                "step": self.step,
+                "epoch": self.step / self.updates,
+                "train_loss": mean_loss,
+                "validation_loss": figures.loss,
+                "balanced_accuracy": _or_none(figures.balanced_accuracy),
+                "macro_auroc": _or_none(figures.macro_auroc),
+                "best_step": self.best_step,
+            }
+        )
+
+    def _is_better(self, figures: Figures) -> bool:
+        select = self.task.options.select
+        if self.best is None or select == "last":
+            return True
+        new, old = getattr(figures, select), getattr(self.best, select)
+        if math.isnan(new) or new == old:  # small validation sets tie often: the loss decides
+            return figures.loss < self.best.loss
+        return bool(new > old) or math.isnan(old)
+
+    def save(self, path: Path) -> None:
+        """Write everything that the next step depends on, atomically."""
+        state = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "head_start": self.head_start,
+            "step": self.step,
+            "stale": self.stale,
+            "loss": [self.loss_sum, self.loss_count],
+            "best": [self.best.loss, self.best.balanced_accuracy, self.best.macro_auroc]
+            if self.best
+            else None,
+            "best_state": self.best_state,
+            "best_step": self.best_step,
+            "random": torch.get_rng_state(),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(path, buffer.getvalue())
+        self.report({"event": "checkpoint", "step": self.step})
+
+    def restore(self, path: Path) -> None:
+        """Go back to where `save` was."""
+        try:
+            state = torch.load(path, map_location=self.task.device, weights_only=True)
+        except Exception as error:
+            raise TrainingError(
+                f"{path} cannot be read: remove it to start this run afresh."
+            ) from error
+        self.model.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.head_start = state["head_start"]
+        self.step, self.stale = state["step"], state["stale"]
+        self.loss_sum, self.loss_count = state["loss"]
+        self.best = Figures(*state["best"]) if state["best"] else None
+        self.best_state = {n: t.cpu() for n, t in state["best_state"].items()}
+        self.best_step = state["best_step"]
+        torch.set_rng_state(state["random"].cpu())
+        self.report({"event": "resumed", "step": self.step})
+
+
+def draw_seed(seed: int, purpose: str, step: int) -> int:
+    """A seed for one purpose at one step; no two streams of a run share one."""
+    mixed = seed * 1_000_003 + step
+    return (mixed * 31 + sum(purpose.encode()) * 2_654_435_761) % (2**63)
+
+
+def epoch_order(labels: Tensor, epoch: int, options: TrainingOptions) -> Tensor:
+    """Indices of one epoch: a permutation, or with ``sampling`` draws that favour no class."""
+    generator = torch.Generator().manual_seed(draw_seed(options.seed, "order", epoch))
+    if options.balance != "sampling":
+        return torch.randperm(len(labels), generator=generator)
+    chances = 1.0 / torch.bincount(labels)[labels].double()
+    return torch.multinomial(chances, len(labels), replacement=True, generator=generator)
+
+
+def validate(model: nn.Module, task: Task, report: Report) -> Figures:
+    """Figures on the site's validation images, over the classes that the site has seen."""
+    outputs = network.logits(
+        model, task.validation, task.device, progress=_stage(report, "validation")
+    )
+    outputs[:, ~task.seen] = -torch.inf
+    labels = task.validation.labels()
+    known = task.seen[labels]
+    loss = float(functional.cross_entropy(outputs[known], labels[known])) if known.any() else 0.0
+    probabilities = outputs.softmax(dim=1).double().numpy()
+    return Figures(
+        loss,
+        scores.balanced_accuracy(labels.numpy(), probabilities),
+        scores.macro_auroc(labels.numpy(), probabilities),
+    )
+
+
+def _stage(report: Report, name: str) -> Callable[[int, int], None]:
+    return lambda done, of: report({"event": "stage", "name": name, "done": done, "of": of})
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

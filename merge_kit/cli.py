@@ -1,0 +1,83 @@
+"""The door: one program, each command's module loaded only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from merge_kit.errors import MergeKitError
+
+# command -> (module:attribute, one line for --help); the order is the order of a day's work
+COMMANDS = {
+    "init": ("merge_kit.commands.init:init", "Create a federation: backbone, classes, policy."),
+    "join": ("merge_kit.commands.join:join", "Join a federation as a site: base and key pair."),
+    "admit": ("merge_kit.commands.admit:admit", "Admit a site's public key to a federation."),
+    "finetune": ("finetune.command:finetune", "Fine-tune the base on a site's own images."),
+    "publish": ("merge_kit.commands.publish:publish", "Sign a vector and put it on the hub."),
+    "status": ("merge_kit.commands.status:status", "Show what lies on a hub."),
+    "merge": ("merge_kit.commands.merge:merge", "Merge contributions into one model."),
+    "evaluate": ("evaluate.command:evaluate", "Evaluate models on labelled images."),
+    "methods": ("merge_kit.commands.methods:methods", "List the merge methods."),
+    "demo": ("evaluate.demo.command:demo", "Run the whole job on generated or your own images."),
+    "doctor": ("merge_kit.commands.doctor:doctor", "Check this machine."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports a command when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of a day's work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Print the table without importing anything."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="merge-kit")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """One good image classifier out of many private data sets.
+
+    Each hospital fine-tunes the same pretrained backbone once and publishes the difference of the
+    weights; a merger adds up whatever has arrived. No image leaves a hospital.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if not debug:
+        logging.captureWarnings(True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; one sentence on stderr and a non-zero exit when it cannot do its job."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        cli.main(args=list(arguments), prog_name="merge-kit", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Stopped. Run the same command again to go on.", err=True)
+        sys.exit(130)
+    except MergeKitError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,1 @@
+"""One module a command: options in, text out, no logic of its own."""

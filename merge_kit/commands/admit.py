@@ -1,0 +1,30 @@
+"""merge-kit admit."""
+
+from __future__ import annotations
+
+import click
+
+from merge_kit import site
+from merge_kit.commands.options import next_step
+from merge_kit.federation import FEDERATION_FILE
+from merge_kit.hub import open_hub
+
+
+@click.command()
+@click.argument("hub")
+@click.argument("name", metavar="SITE")
+@click.argument("key")
+def admit(hub: str, name: str, key: str) -> None:
+    """Let SITE contribute to the federation on HUB with the public KEY that it printed at join.
+
+    Ask the site on another channel (a telephone) whether the key is theirs.
+    """
+    opened = open_hub(hub)
+    federation = site.federation_on(opened)
+    extended = federation.admit(name, key)
+    if extended is federation:
+        click.echo(f"Site '{name}' is admitted already.")
+    else:
+        opened.replace(FEDERATION_FILE, extended.to_yaml().encode())
+        click.echo(f"Site '{name}' is admitted; {len(extended.sites)} in all.")
+    next_step(f"see what has arrived with\n  merge-kit status {hub}")

@@ -1,0 +1,103 @@
+"""merge-kit init."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from merge_kit.commands.options import next_step, typed_pairs
+from merge_kit.creation import create
+from merge_kit.errors import UsageError
+from merge_kit.federation import Policy
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--name", help="Name of the federation [the folder's name].")
+@click.option("--backbone", required=True, help="Any timm image classifier.")
+@click.option("--classes", required=True, help="Class names in their order, with commas.")
+@click.option(
+    "--weights",
+    default="pretrained",
+    show_default=True,
+    help="'pretrained' (Hugging Face Hub), a local safetensors file, or 'none'.",
+)
+@click.option("--model-arg", multiple=True, metavar="NAME=VALUE", help="Argument of the model.")
+@click.option("--input-size", type=click.IntRange(min=16), help="Height and width in pixels.")
+@click.option("--mean", type=float, nargs=3, help="Channel means, of values in 0 to 1.")
+@click.option("--std", type=float, nargs=3, help="Channel standard deviations.")
+@click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "nearest", "lanczos"]))
+@click.option("--crop-pct", type=float, help="Share of the image that the centre crop keeps.")
+@click.option(
+    "--sixteen-bit",
+    type=click.Choice(["full", "minmax"]),
+    help="Range of 16-bit images: all 65536 values, or each image's own.",
+)
+@click.option(
+    "--minimum-count",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help='Class counts below this are published as "<N".',
+)
+@click.option("--maximum-norm", type=float, help="Largest norm of a vector that is accepted.")
+@click.option("--seed", default=0, show_default=True, help="For --weights none.")
+@click.option("--allow-pickle", is_flag=True, help="Convert a pickled checkpoint (tensors only).")
+def init(
+    folder: Path,
+    name: str | None,
+    backbone: str,
+    classes: str,
+    weights: str,
+    model_arg: tuple[str, ...],
+    input_size: int | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    interpolation: str | None,
+    crop_pct: float | None,
+    sixteen_bit: str | None,
+    minimum_count: int,
+    maximum_norm: float | None,
+    seed: int,
+    allow_pickle: bool,
+) -> None:
+    """Create a federation in FOLDER: the contract and the base that all sites share.
+
+    \b
+    merge-kit init hub --backbone vit_tiny_patch16_224 --classes benign,malignant
+    """
+    names = [part.strip() for part in classes.split(",") if part.strip()]
+    if len(names) < 2:
+        raise UsageError("--classes: name at least two classes, with commas between them.")
+    model_args = typed_pairs(model_arg, "--model-arg")
+    federation = create(
+        folder,
+        name=name or folder.absolute().name.lower().replace("_", "-"),
+        architecture=backbone,
+        classes=names,
+        weights=weights,
+        model_args=model_args,
+        preprocessing={
+            "input_size": (3, input_size, input_size) if input_size else None,
+            "mean": mean or None,
+            "std": std or None,
+            "interpolation": interpolation,
+            "crop_pct": crop_pct,
+            "sixteen_bit": sixteen_bit,
+        },
+        policy=Policy(minimum_class_count=minimum_count, maximum_norm=maximum_norm),
+        seed=seed,
+        allow_pickle=allow_pickle,
+    )
+    size = federation.preprocessing.input_size[1]
+    click.echo(f"Federation '{federation.name}' in {folder}")
+    click.echo(
+        f"  backbone  {federation.architecture}, {size} px, from {federation.weights_source}"
+    )
+    click.echo(f"  classes   {', '.join(federation.classes)}")
+    click.echo(f"  base      {federation.base_fingerprint}")
+    click.echo(f"  contract  {federation.contract_hash}")
+    next_step(
+        f"let the sites reach this folder; each runs\n  merge-kit join {folder} --site <name>"
+    )

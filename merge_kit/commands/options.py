@@ -1,0 +1,48 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import yaml
+
+from merge_kit.errors import UsageError
+
+
+def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
+    """``NAME=VALUE`` options as a mapping.
+
+    Raises
+    ------
+    UsageError
+        One of them has no equals sign, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in values:
+        name, separator, value = text.partition("=")
+        if not separator or not name.strip():
+            raise UsageError(f"{option} {text}: write it as {option} NAME=VALUE.")
+        if name.strip() in found:
+            raise UsageError(f"{option} {name.strip()} is given twice: give it once.")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def typed_pairs(values: tuple[str, ...], option: str) -> dict[str, Any]:
+    """``NAME=VALUE`` options whose values are read as YAML: numbers, true and false, lists.
+
+    Raises
+    ------
+    UsageError
+        As `pairs`, or a value is not YAML.
+    """
+    try:
+        return {k: yaml.safe_load(v) for k, v in pairs(values, option).items()}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{option}: a value is not a plain number, word or list.") from error
+
+
+def next_step(text: str) -> None:
+    """Say what to do next, the way every command ends."""
+    click.echo(f"\nNext: {text}")

@@ -1,0 +1,55 @@
+"""merge-kit publish."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from merge_kit import publishing, signing
+from merge_kit.commands.options import next_step
+from merge_kit.contributions import folder_of
+from merge_kit.errors import UsageError
+from merge_kit.hub import open_hub
+from merge_kit.runs import latest_run
+from merge_kit.site import open_site
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--run", type=click.Path(path_type=Path), help="Run folder [the latest finished].")
+@click.option("--hub", help="Another address of the same hub than the one that was joined.")
+@click.option("--alongside", is_flag=True, help="Keep the site's earlier contribution as well.")
+@click.option("--dry-run", is_flag=True, help="Show what would leave the site, and stop.")
+def publish(
+    folder: Path, run: Path | None, hub: str | None, alongside: bool, dry_run: bool
+) -> None:
+    """Publish the vector of a finished run of the site in FOLDER.
+
+    Shows exactly what leaves the site: the vector, the manifest below, and its signature.
+    """
+    site = open_site(folder)
+    chosen = run or latest_run(site.root)
+    if chosen is None:
+        raise UsageError(f"{folder} has no finished run: run 'merge-kit finetune {folder}' first.")
+    opened = open_hub(hub or site.config.hub)
+    parcel = publishing.prepare(site, chosen, opened, alongside=alongside)
+    size = parcel.manifest.payload.size
+    click.echo("What leaves the site:")
+    click.echo(f"  the vector   {parcel.vector} ({size / 2**20:.1f} MiB)")
+    click.echo(f"  signed with  {signing.public_key(site.key_file)}")
+    click.echo("  the manifest")
+    text = json.dumps(parcel.manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    click.echo("\n".join(f"    {line}" for line in text.splitlines()))
+    if parcel.replaces:
+        click.echo(f"It replaces the site's contribution {parcel.replaces.id[:12]}.")
+    target = f"{opened.uri}/{folder_of(parcel.manifest)}"
+    if dry_run:
+        click.echo(f"Dry run: nothing was sent to {target}.")
+        return
+    if publishing.publish(site, chosen, opened, parcel):
+        click.echo(f"Published: {target}")
+    else:
+        click.echo(f"Already published: {target}")
+    next_step(f"see it with\n  merge-kit status {hub or site.config.hub}")

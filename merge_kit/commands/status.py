@@ -1,0 +1,86 @@
+"""merge-kit status."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from merge_kit.commands.options import next_step
+from merge_kit.hub import open_hub
+from merge_kit.site import federation_on
+from merge_kit.status import survey
+
+
+@click.command()
+@click.argument("hub")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for a program.")
+def status(hub: str, as_json: bool) -> None:
+    """Show what lies on HUB: who has contributed what, and whether it may be merged."""
+    opened = open_hub(hub)
+    federation = federation_on(opened)
+    rows = survey(opened, federation)
+    if as_json:
+        clean = [{k: _finite(v) for k, v in row.items()} for row in rows]
+        facts = {
+            "federation": federation.name,
+            "contract": federation.contract_hash,
+            "base": federation.base_fingerprint,
+            "admitted": [site.name for site in federation.sites],
+            "contributions": clean,
+        }
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    ready = sum(row["state"] == "ready" for row in rows)
+    waiting = sorted({site.name for site in federation.sites} - {row["site"] for row in rows})
+    console.print(_table(federation.name, federation.classes, rows))
+    for row in rows:
+        if row["problem"]:
+            click.echo(f"Refused: {row['problem']}")
+    if waiting:
+        click.echo(f"Admitted and not heard of yet: {', '.join(waiting)}")
+    if ready:
+        next_step(f"merge the {ready} that are ready with\n  merge-kit merge {hub} --out merged")
+    else:
+        next_step("admit sites with 'merge-kit admit', then wait for them to publish.")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(name: str, classes: tuple[str, ...], rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"Federation '{name}'", title_justify="left")
+    for column in ("site", "contribution", "state", "signature"):
+        table.add_column(column, no_wrap=column != "state")
+    for column in ("age", *classes, "own balanced accuracy", "MiB", "norm", "cosine"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        if row["problem"]:
+            table.add_row(row["site"], row["id"][:12], "refused")
+            continue
+        own = row["balanced_accuracy"]
+        table.add_row(
+            row["site"],
+            row["id"][:12],
+            row["state"],
+            row["signature"],
+            _age(row["age_days"]),
+            *[str(row["class_counts"][c]) for c in classes],
+            f"{own['value']:.3f}" if own["value"] is not None else "-",
+            f"{row['bytes'] / 2**20:.1f}",
+            f"{row['norm']:.3g}",
+            f"{row['cosine']:.2f}" if row["cosine"] is not None else "-",
+        )
+    return table
+
+
+def _age(days: float) -> str:
+    if days < 1 / 24:
+        return f"{days * 24 * 60:.0f} min"
+    return f"{days * 24:.0f} h" if days < 2 else f"{days:.0f} d"

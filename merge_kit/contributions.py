@@ -1,0 +1,221 @@
+"""What lies on a hub, checked: manifest, signature and payload, before anything is merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from merge_kit import signing, vector
+from merge_kit.errors import ContributionError, MergeKitError, SignatureError
+from merge_kit.federation import Federation
+from merge_kit.files import canonical_json, sha256_file
+from merge_kit.hub import FolderHub, Hub
+from merge_kit.manifest import Manifest, parse_manifest
+from merge_kit.parameters import Role
+from merge_kit.tensorfile import TensorFile, TensorSpec
+
+PAYLOAD = "payload.safetensors"
+MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
+ROOT = "contributions"
+
+
+class Trust(Enum):
+    """What a contribution's signature says."""
+
+    ADMITTED = "admitted"
+    """Signed with the key that the federation file lists for the site."""
+    STRANGER = "not admitted"
+    """Signed, by a site that the federation file does not list."""
+    UNSIGNED = "unsigned"
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One contribution whose manifest and signature have been checked."""
+
+    id: str
+    manifest: Manifest
+    payload: Path
+    trust: Trust
+    key: str | None
+
+    @property
+    def site(self) -> str:
+        """The site that speaks."""
+        return self.manifest.site
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"contribution {self.site}/{self.id[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one place on the hub holds: a contribution, or the sentence that says what is wrong."""
+
+    site: str
+    id: str
+    contribution: Contribution | None
+    problem: str | None
+
+
+def bundle(
+    manifest: Manifest, payload: Path, signature: signing.Signature
+) -> dict[str, Path | bytes]:
+    """The files of a contribution, by name; the manifest comes last."""
+    signed = {"key": signature.key, "signature": signature.signature}
+    return {
+        PAYLOAD: payload,
+        SIGNATURE: canonical_json(signed),
+        MANIFEST: manifest.to_bytes(),
+    }
+
+
+def folder_of(manifest: Manifest) -> str:
+    """Where on a hub a contribution lies."""
+    return f"{ROOT}/{manifest.site}/{manifest.id}"
+
+
+def list_entries(hub: Hub, federation: Federation) -> list[Entry]:
+    """Every contribution on the hub with its manifest and signature checked, sorted by id.
+
+    Payloads are not read: see `check_payload`.
+    """
+    entries = [
+        _entry(hub, federation, site, name)
+        for site in hub.list(ROOT)
+        for name in hub.list(f"{ROOT}/{site}")
+    ]
+    return sorted(entries, key=lambda entry: entry.id)
+
+
+def _entry(hub: Hub, federation: Federation, site: str, name: str) -> Entry:
+    try:
+        found = _read(hub, federation, f"{ROOT}/{site}/{name}")
+        if found.site != site or found.id != name:
+            raise ContributionError(
+                f"{ROOT}/{site}/{name} holds contribution {found.site}/{found.id}: it was moved "
+                "or changed; it is refused."
+            )
+    except MergeKitError as error:
+        return Entry(site, name, None, str(error))
+    return Entry(site, name, found, None)
+
+
+def read_local(folder: Path, federation: Federation) -> Contribution:
+    """Check a contribution in a local folder, such as a copy of one on a hub.
+
+    Raises
+    ------
+    ContributionError
+        It may not be merged in this federation.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise ContributionError(
+            f"{folder} is no contribution: it has no {MANIFEST}; give a folder as it lies on a hub."
+        )
+    return _read(FolderHub(folder.absolute().parent), federation, folder.absolute().name)
+
+
+def _read(hub: Hub, federation: Federation, folder: str) -> Contribution:
+    data = hub.read(f"{folder}/{MANIFEST}")
+    manifest = parse_manifest(data, f"{folder}/{MANIFEST}")
+    trust, key = _check_signature(hub, federation, folder, manifest, data)
+    _check_contract(manifest, federation, folder)
+    payload = hub.fetch(f"{folder}/{PAYLOAD}")
+    return Contribution(manifest.id, manifest, payload, trust, key)
+
+
+def _check_signature(
+    hub: Hub, federation: Federation, folder: str, manifest: Manifest, data: bytes
+) -> tuple[Trust, str | None]:
+    if not hub.has(f"{folder}/{SIGNATURE}"):
+        return Trust.UNSIGNED, None
+    try:
+        content = json.loads(hub.read(f"{folder}/{SIGNATURE}"))
+        signature = signing.Signature(str(content["key"]), str(content["signature"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SignatureError(f"{folder}/{SIGNATURE} is no signature: publish again.") from error
+    signing.verify(signature, signing.MANIFEST_CONTEXT, data, f"{folder}/{MANIFEST}")
+    admitted = federation.key_of(manifest.site)
+    if admitted is None:
+        return Trust.STRANGER, signature.key
+    if admitted != signature.key:
+        raise SignatureError(
+            f"{folder} is signed with {signature.key}, but site '{manifest.site}' is admitted "
+            f"with {admitted}: it is refused."
+        )
+    return Trust.ADMITTED, signature.key
+
+
+def _check_contract(manifest: Manifest, federation: Federation, folder: str) -> None:
+    header = vector.VectorHeader(
+        base=manifest.base, federation=manifest.federation, site=manifest.site
+    )
+    vector.check_header(header, federation.base_fingerprint, federation.contract_hash, folder)
+    if manifest.preprocessing != federation.preprocessing.hash:
+        raise ContributionError(
+            f"{folder} was trained with other preprocessing than the federation's: "
+            "its site must train again."
+        )
+    if odd := sorted(set(manifest.class_counts) ^ set(federation.classes)):
+        raise ContributionError(
+            f"{folder} counts the classes wrongly: '{odd[0]}' is missing or unknown."
+        )
+
+
+def check_payload(
+    contribution: Contribution,
+    federation: Federation,
+    expected: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
+) -> None:
+    """Check the tensors of a contribution: digest first, then format, fit, values and policy.
+
+    Raises
+    ------
+    MergeKitError
+        Names what is wrong; nothing of the payload may then be used.
+    """
+    stated, where = contribution.manifest.payload, contribution.label
+    size = contribution.payload.stat().st_size
+    if size != stated.size or sha256_file(contribution.payload) != stated.sha256:
+        raise ContributionError(
+            f"{where}: the payload is not what the site signed ({size} bytes, "
+            f"{stated.size} announced): it is damaged or replaced; fetch it or publish it again."
+        )
+    with TensorFile(contribution.payload) as file:
+        header = vector.read_header(file)
+        vector.check_header(header, federation.base_fingerprint, federation.contract_hash, where)
+        if header.site != contribution.site:
+            raise ContributionError(
+                f"{where}: the payload is of site '{header.site}': it is refused."
+            )
+        vector.check_specs(file, expected)
+        norm = vector.norm(file, roles)
+    bound = federation.policy.maximum_norm
+    if bound is not None and norm > bound:
+        raise ContributionError(
+            f"{where} has the norm {norm:.4g}, above the policy's {bound:.4g}: it is refused."
+        )
+
+
+def without_superseded(contributions: Sequence[Contribution]) -> list[Contribution]:
+    """Drop what the same site has replaced by a later contribution."""
+    replaced = {
+        (c.site, c.manifest.supersedes.removeprefix("sha256:"))
+        for c in contributions
+        if c.manifest.supersedes
+    }
+    return [c for c in contributions if (c.site, c.id) not in replaced]
+
+
+def current(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """Entries that count: refused ones, and contributions that nothing replaces."""
+    alive = {c.id for c in without_superseded([e.contribution for e in entries if e.contribution])}
+    return (e for e in entries if e.contribution is None or e.id in alive)

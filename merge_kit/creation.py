@@ -1,0 +1,92 @@
+"""Creating a federation: the folder that `init` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_kit import backbone
+from merge_kit.errors import FederationError, UsageError
+from merge_kit.federation import (
+    BASE_CONFIG,
+    BASE_WEIGHTS,
+    FEDERATION_FILE,
+    Federation,
+    Policy,
+    parse_federation,
+)
+from merge_kit.files import new_folder, sha256_file, write_atomic
+from merge_kit.tensorfile import fingerprint_file, write_tensors
+
+
+def create(
+    folder: Path,
+    *,
+    name: str,
+    architecture: str,
+    classes: Sequence[str],
+    weights: str,
+    model_args: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    policy: Policy,
+    seed: int = 0,
+    allow_pickle: bool = False,
+) -> Federation:
+    """Write a federation folder: the contract and the base.
+
+    Parameters
+    ----------
+    weights
+        ``pretrained``, ``none``, or the path of a local file: see `backbone.build`.
+    preprocessing
+        Values that replace the backbone's own data config; None leaves one as it is.
+
+    Raises
+    ------
+    MergeKitError
+        The folder exists, the backbone is unknown, the weights do not fit, a name is malformed.
+    """
+    if folder.exists():
+        raise UsageError(f"{folder} exists already: choose another folder or remove this one.")
+    if len(set(classes)) != len(classes):
+        twice = next(c for c in classes if list(classes).count(c) > 1)
+        raise FederationError(f"the class '{twice}' is named twice: name each class once.")
+    model = backbone.build(
+        architecture,
+        classes,
+        weights=weights,
+        model_args=model_args,
+        seed=seed,
+        allow_pickle=allow_pickle,
+    )
+    chosen = backbone.preprocessing_of(model, preprocessing)
+    classifier = backbone.classifier_names(model)
+    with new_folder(folder) as draft:
+        write_tensors(draft / BASE_WEIGHTS, model.state_dict(), ("format", "pt"))
+        config = backbone.model_config(architecture, classes, chosen, classifier, model_args)
+        write_atomic(draft / BASE_CONFIG, config)
+        federation = parse_federation(
+            {
+                "name": name,
+                "architecture": architecture,
+                "model_args": dict(model_args),
+                "classifier": classifier,
+                "classes": tuple(classes),
+                "preprocessing": chosen,
+                "weights_source": _source(architecture, weights, model),
+                "base_fingerprint": fingerprint_file(draft / BASE_WEIGHTS),
+                "policy": policy,
+            },
+            "the new federation",
+        )
+        write_atomic(draft / FEDERATION_FILE, federation.to_yaml())
+    return federation
+
+
+def _source(architecture: str, weights: str, model: Any) -> str:
+    if weights == backbone.PRETRAINED:
+        return str(model.pretrained_cfg.get("hf_hub_id") or f"timm {architecture}")
+    if weights == backbone.NO_WEIGHTS:
+        return "random"
+    return f"local file {sha256_file(Path(weights))}"

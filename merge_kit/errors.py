@@ -1,0 +1,96 @@
+"""Every error that merge-kit raises on purpose.
+
+MergeKitError
+├── UsageError            the command was called wrongly (exit status 2)
+├── MissingExtraError     an optional dependency is not installed
+├── DataError             images and labels at a site
+│   ├── ImageError        one image cannot be read
+│   └── LabelError        a label table or a split is wrong
+├── FederationError       the contract that all sites share, or a site's folder
+├── TensorFileError       a file that breaks the safetensors format
+├── VectorError           tensors that do not fit the base
+│   ├── BaseMismatchError taken from other base weights
+│   └── NonFiniteError    NaN or infinity among the values
+├── ContributionError     a manifest or payload that may not be merged
+│   └── SignatureError    a signature that is missing, wrong or of a stranger
+├── RecipeError           a merge recipe or a method's options
+├── HubError              the storage where contributions lie
+└── TrainingError         a fine-tuning run that cannot go on
+
+The message of each is one sentence for the person at the keyboard: what is wrong, where (file,
+tensor, line, site) and what to do about it.
+"""
+
+
+class MergeKitError(Exception):
+    """Base of all errors that merge-kit raises on purpose; the command exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(MergeKitError):
+    """The command was called wrongly."""
+
+    exit_code = 2
+
+
+class MissingExtraError(MergeKitError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the extra '{extra}', which is not installed: "
+            f"run pip install 'merge-kit[{extra}]'."
+        )
+
+
+class DataError(MergeKitError):
+    """Something is wrong with the images or labels of a site."""
+
+
+class ImageError(DataError):
+    """One image cannot be read."""
+
+
+class LabelError(DataError):
+    """A label table or a split is wrong."""
+
+
+class FederationError(MergeKitError):
+    """The federation contract, or a site's folder, is wrong."""
+
+
+class TensorFileError(MergeKitError):
+    """A file breaks the safetensors format."""
+
+
+class VectorError(MergeKitError):
+    """Tensors do not fit the base."""
+
+
+class BaseMismatchError(VectorError):
+    """A vector was taken from other base weights."""
+
+
+class NonFiniteError(VectorError):
+    """A tensor holds NaN or infinity."""
+
+
+class ContributionError(MergeKitError):
+    """A contribution may not be merged."""
+
+
+class SignatureError(ContributionError):
+    """A signature is missing, wrong, or made by a key that the federation does not know."""
+
+
+class RecipeError(MergeKitError):
+    """A merge recipe, or an option of a method, is wrong."""
+
+
+class HubError(MergeKitError):
+    """The storage where contributions lie cannot do what was asked."""
+
+
+class TrainingError(MergeKitError):
+    """A fine-tuning run cannot go on."""

@@ -1,0 +1,164 @@
+"""The contract that all sites share: read, validate, hash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from merge_kit import signing
+from merge_kit.errors import BaseMismatchError, FederationError
+from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.schema import Digest, Document, SiteName, dump_yaml, parse, read_yaml
+from merge_kit.tensorfile import fingerprint_file
+
+FEDERATION_FILE = "federation.yaml"
+BASE_WEIGHTS = "base/model.safetensors"
+BASE_CONFIG = "base/config.json"
+ClassName = Annotated[str, StringConstraints(min_length=1, max_length=100, strip_whitespace=True)]
+Channels = tuple[float, float, float]
+
+
+class Preprocessing(Document):
+    """How an image becomes the input of the network; sites must do the same."""
+
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    mean: Channels = (0.485, 0.456, 0.406)
+    std: Channels = (0.229, 0.224, 0.225)
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] = "bicubic"
+    crop_pct: float = Field(default=0.875, gt=0, le=1)
+    sixteen_bit: Literal["full", "minmax"] = "full"
+
+    @property
+    def hash(self) -> str:
+        """Digest by which contributions say that they preprocessed alike."""
+        return sha256_bytes(canonical_json(self.model_dump(mode="json")))
+
+
+class Policy(Document):
+    """What the federation asks of each contribution."""
+
+    minimum_class_count: int = Field(default=5, ge=1)
+    """A class count below this is published as "<N"."""
+    maximum_norm: float | None = Field(default=None, gt=0)
+    """Largest L2 norm of a vector; null for no bound."""
+
+
+class AdmittedSite(Document):
+    """A site that may contribute, and the key that speaks for it."""
+
+    name: SiteName
+    public_key: str
+
+    @field_validator("public_key")
+    @classmethod
+    def _is_a_key(cls, text: str) -> str:
+        try:
+            signing.parse_public_key(text)
+        except FederationError as fault:
+            raise ValueError(str(fault).rstrip(".")) from fault
+        return text
+
+
+class Federation(Document):
+    """The contract. Everything but `policy` and `sites` is fixed for good: see `contract_hash`."""
+
+    format: Literal[1] = 1
+    name: SiteName
+    architecture: str
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    classifier: tuple[str, ...]
+    classes: tuple[ClassName, ...] = Field(min_length=2)
+    label_schema: int = 1
+    preprocessing: Preprocessing
+    weights_source: str
+    base_fingerprint: Digest
+    policy: Policy = Policy()
+    sites: tuple[AdmittedSite, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Federation:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("a class is named twice")
+        if len({site.name for site in self.sites}) != len(self.sites):
+            raise ValueError("a site is named twice")
+        return self
+
+    @property
+    def contract_hash(self) -> str:
+        """Digest of what can never change; every vector names it.
+
+        Policy and admitted sites are left out: they change while contributions stay valid.
+        """
+        fixed = self.model_dump(mode="json", exclude={"policy", "sites"})
+        return sha256_bytes(canonical_json(fixed))
+
+    def key_of(self, site: str) -> str | None:
+        """Public key of an admitted site, or None."""
+        return next((s.public_key for s in self.sites if s.name == site), None)
+
+    def admit(self, site: str, key: str) -> Federation:
+        """The federation with one more site.
+
+        Raises
+        ------
+        FederationError
+            The name or key is malformed, or the site is there with another key.
+        """
+        known = self.key_of(site)
+        if known == key:
+            return self
+        if known is not None:
+            raise FederationError(
+                f"site '{site}' is admitted with another key ({known}): "
+                "choose another name, or remove the old entry from federation.yaml."
+            )
+        newcomer = parse(
+            AdmittedSite, {"name": site, "public_key": key}, f"site '{site}'", FederationError
+        )
+        sites = tuple(sorted((*self.sites, newcomer), key=lambda s: s.name))
+        return self.model_copy(update={"sites": sites})
+
+    def to_yaml(self) -> str:
+        """The text of federation.yaml."""
+        return dump_yaml(self)
+
+
+def parse_federation(data: Mapping[str, Any], where: str) -> Federation:
+    """Check the content of a federation.yaml."""
+    return parse(Federation, data, where, FederationError)
+
+
+def read_federation(folder: Path) -> Federation:
+    """Read and check the contract in a federation's folder.
+
+    Raises
+    ------
+    FederationError
+        `folder` holds no federation, or one that breaks the format.
+    """
+    path = folder / FEDERATION_FILE
+    if not path.is_file():
+        raise FederationError(
+            f"{folder} is not a federation: it has no {FEDERATION_FILE}; "
+            "create one with 'merge-kit init'."
+        )
+    return parse_federation(read_yaml(path, FederationError), str(path))
+
+
+def check_base(federation: Federation, weights: Path) -> None:
+    """Compare the base weights with the fingerprint in the contract.
+
+    Raises
+    ------
+    BaseMismatchError
+        They are not the weights that the federation was created with.
+    """
+    found = fingerprint_file(weights)
+    if found != federation.base_fingerprint:
+        raise BaseMismatchError(
+            f"{weights} has the fingerprint {found}, the federation '{federation.name}' expects "
+            f"{federation.base_fingerprint}: fetch the base again."
+        )

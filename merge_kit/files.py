@@ -1,0 +1,142 @@
+"""Files that are whole or not there: atomic writing, digests, canonical JSON."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from merge_kit.errors import MergeKitError, UsageError
+
+_CHUNK = 1 << 20
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys, no white space and no NaN: one value, one sequence of bytes."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return text.encode()
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Digest of bytes, as ``sha256:<64 hex digits>``."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Digest of a file's bytes, as ``sha256:<64 hex digits>``."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return "sha256:" + digest.hexdigest()
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file or folder grows before it is renamed to `path`.
+
+    The name is fixed, so that whatever a killed run left there is replaced by the next one.
+    """
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what a file system says while `path` is written into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise MergeKitError(_explain(error, path)) from error
+
+
+def _explain(error: OSError, path: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(_existing_parent(path)).free // 2**20
+        return (
+            f"{path} cannot be written: no space left ({free} MiB free): "
+            "make room and run the same command again."
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{path} cannot be written: {error.strerror}: choose a folder that you may write to."
+    return f"{path} cannot be written: {error.strerror or error}: check the folder and the disk."
+
+
+def _existing_parent(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a small file so that a reader sees the old bytes or the new ones, never a part.
+
+    Raises
+    ------
+    MergeKitError
+        The storage is full, read-only or gone.
+    """
+    if isinstance(data, str):
+        data = data.encode()
+    partial = partial_path(path)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a folder beside `path` that becomes `path` when the block ends without an error.
+
+    With `replace` an existing `path` gives way at the last moment; a run killed between the two
+    renames leaves the old folder under a name that the next call puts back.
+
+    Raises
+    ------
+    UsageError
+        `path` exists and `replace` is false.
+    """
+    retired = path.with_name(f".{path.name}.old")
+    if retired.exists() and not path.exists():
+        retired.rename(path)
+    if path.exists() and not replace:
+        raise UsageError(f"{path} exists already: choose another folder or remove this one.")
+    partial = partial_path(path)
+    with storage_errors(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    with storage_errors(path):
+        sync_folder(partial)
+        if path.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+            path.rename(retired)
+        partial.rename(path)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Ask the disk to keep a folder's entries, so that a rename never outruns its contents."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,116 @@
+"""A hub that is a folder: a local disk, a share, a stick that travels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from merge_kit.errors import HubError, MergeKitError
+from merge_kit.files import storage_errors, sync_folder, write_atomic
+
+
+class FolderHub:
+    """A hub in a folder; entries appear whole through one rename."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def uri(self) -> str:
+        """The folder's path."""
+        return str(self.root)
+
+    def list(self, folder: str) -> Iterator[str]:
+        """Names of the entries of a folder, sorted, without those that are still being written."""
+        path = self._path(folder)
+        if path.is_dir():
+            yield from sorted(name for name in os.listdir(path) if not name.startswith("."))
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return self._path(name).is_file()
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a small file."""
+        return self.fetch(name).read_bytes()
+
+    def fetch(self, name: str) -> Path:
+        """The file's own path; symbolic links are refused, they may lead out of the hub.
+
+        Raises
+        ------
+        HubError
+            The file is not there, or is a link.
+        """
+        path = self._path(name)
+        for part in (path, *path.parents):
+            if part == self.root:
+                break
+            if part.is_symlink():
+                raise HubError(f"{part} is a symbolic link: a hub must hold the files themselves.")
+        if not path.is_file():
+            raise HubError(f"{self.root} has no file {name}: is it the right hub, and complete?")
+        return path
+
+    def publish(self, folder: str, files: Mapping[str, Path | bytes]) -> bool:
+        """Write beside, then rename the folder into place.
+
+        Whoever is killed leaves a hidden folder, which nobody reads and the next publisher of the
+        same entry removes. Two publishers of one entry cannot disturb each other: the second
+        rename finds the place taken.
+        """
+        target = self._path(folder)
+        if target.is_dir():
+            return False
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            with storage_errors(target):
+                partial.mkdir(parents=True)
+                for name, content in files.items():
+                    _write_through(partial / name, content)
+                sync_folder(partial)
+                published = _rename_new(partial, target)
+                sync_folder(target.parent)
+        except MergeKitError as error:
+            if target.is_dir():  # the other publisher of this entry has cleaned up after itself
+                return False
+            raise HubError(str(error)) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        for stale in target.parent.glob(f".{target.name}.*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        return published
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Replace a small file atomically."""
+        write_atomic(self._path(name), data)
+
+    def _path(self, name: str) -> Path:
+        parts = name.split("/")
+        if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
+            raise HubError(f"'{name}' is no name inside a hub: it must be relative and plain.")
+        return self.root.joinpath(*parts)
+
+
+def _write_through(path: Path, content: Path | bytes) -> None:
+    with path.open("wb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            with content.open("rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rename_new(partial: Path, target: Path) -> bool:
+    try:
+        partial.rename(target)
+    except OSError:
+        if target.is_dir():
+            return False
+        raise
+    return True

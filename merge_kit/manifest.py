@@ -1,0 +1,153 @@
+"""What a site says about its contribution; nothing else about the site ever leaves it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from merge_kit.errors import ContributionError
+from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.schema import Digest, Document, SiteName, parse
+
+Count = Annotated[int, Field(ge=0)] | Annotated[str, StringConstraints(pattern=r"^<[1-9][0-9]*$")]
+Version = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z.+!_-]{1,40}$")]
+Timestamp = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+MANIFEST_LIMIT = 1 << 20
+
+
+class Payload(Document):
+    """The tensors that the manifest speaks for."""
+
+    sha256: Digest
+    size: int = Field(ge=0)
+    norm: float = Field(ge=0)
+
+
+class Training(Document):
+    """How the vector was trained."""
+
+    steps: int = Field(ge=0)
+    epochs: int = Field(ge=0)
+    optimizer: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,40}$")]
+    learning_rate: float = Field(gt=0)
+    seed: int
+
+
+class Estimate(Document):
+    """A figure with its 95 % interval."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Validation(Document):
+    """The site's own figures on its own validation images."""
+
+    balanced_accuracy: Estimate
+    macro_auroc: Estimate
+
+
+class Software(Document):
+    """Versions that made the vector."""
+
+    merge_kit: Version
+    python: Version
+    torch: Version
+    timm: Version
+
+
+class Privacy(Document):
+    """Differential privacy of the training, per image."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
+class Draft(Document):
+    """What `finetune` knows; `publish` adds what the contribution replaces."""
+
+    format: Literal[1] = 1
+    kind: Literal["vector"] = "vector"
+    site: SiteName
+    federation: Digest
+    base: Digest
+    payload: Payload
+    class_counts: dict[str, Count]
+    training: Training
+    preprocessing: Digest
+    validation: Validation
+    privacy: Privacy | None = None
+    software: Software
+    created_at: Timestamp
+
+
+class Manifest(Draft):
+    """A published manifest."""
+
+    supersedes: Digest | None = None
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes: what is signed, stored and hashed."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @property
+    def id(self) -> str:
+        """Content hash of the contribution: the manifest names the payload's digest."""
+        return sha256_bytes(self.to_bytes()).removeprefix("sha256:")
+
+
+def suppress(counts: Mapping[str, int], minimum: int) -> dict[str, int | str]:
+    """Class counts as they may leave a site: a count from 1 to minimum - 1 becomes "<minimum".
+
+    Zero stays zero: whether a site has seen a class decides whose head rows are merged.
+    """
+    return {
+        name: count if count == 0 or count >= minimum else f"<{minimum}"
+        for name, count in counts.items()
+    }
+
+
+def count_of(count: int | str) -> float:
+    """A published count as a number; "<N" stands for the middle of 1 to N - 1."""
+    return count if isinstance(count, int) else int(count[1:]) / 2
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Check a manifest's bytes.
+
+    Raises
+    ------
+    ContributionError
+        Too large, not JSON, an unknown or missing field, or not in canonical form.
+    """
+    if len(data) > MANIFEST_LIMIT:
+        raise ContributionError(f"{where} has {len(data)} bytes, above {MANIFEST_LIMIT}: refused.")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ContributionError(f"{where} is not JSON: ask the site to publish again.") from error
+    manifest = parse(Manifest, content, where, ContributionError)
+    if manifest.to_bytes() != data:
+        raise ContributionError(
+            f"{where} is not in canonical form: it was not written by merge-kit, "
+            "or changed afterwards."
+        )
+    return manifest
+
+
+def read_draft(path: Path) -> Draft:
+    """Read the draft that `finetune` left in a run folder."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ContributionError(
+            f"{path} does not exist: the run is not finished; run 'merge-kit finetune' again."
+        ) from None
+    except ValueError as error:
+        raise ContributionError(f"{path} is not JSON: run 'merge-kit finetune' again.") from error
+    return parse(Draft, data, str(path), ContributionError)

@@ -1,0 +1,215 @@
+"""The whole job: contributions and a recipe give a merged model folder with its provenance."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+from merge_kit import engine
+from merge_kit.contributions import Contribution, Entry, Trust, check_payload, current
+from merge_kit.errors import ContributionError, FederationError
+from merge_kit.federation import Federation
+from merge_kit.files import new_folder, sha256_file, write_atomic
+from merge_kit.manifest import count_of
+from merge_kit.parameters import roles_of, vector_specs
+from merge_kit.recipe import Recipe
+from merge_kit.tensorfile import TensorFile, TensorWriter, fingerprint_file
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+PROVENANCE = "provenance.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base of a federation as files."""
+
+    weights: Path
+    config: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge made."""
+
+    folder: Path
+    fingerprint: str
+    contributions: tuple[Contribution, ...]
+    weights: tuple[float, ...]
+
+
+def choose(
+    entries: Sequence[Entry],
+    *,
+    allow_unsigned: bool,
+    skip_refused: bool,
+    sites: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[list[Contribution], list[str]]:
+    """The contributions to merge, and the sentences on those that were left out.
+
+    Raises
+    ------
+    ContributionError
+        One of them may not be merged and `skip_refused` is false; or none is left.
+    """
+    known = {entry.site for entry in entries}
+    if unknown := sorted({*sites, *exclude} - known):
+        raise ContributionError(
+            f"no contribution of site '{unknown[0]}' is there; "
+            f"there are {', '.join(sorted(known)) or 'none'}."
+        )
+    chosen, refused = [], []
+    for entry in current(entries):
+        if (sites and entry.site not in sites) or entry.site in exclude:
+            continue
+        problem = entry.problem or _distrust(entry, allow_unsigned)
+        if problem and not skip_refused:
+            raise ContributionError(
+                f"{problem} Leave it out with --exclude {entry.site} or --skip-refused."
+            )
+        if problem:
+            refused.append(problem)
+        elif entry.contribution:
+            chosen.append(entry.contribution)
+    if not chosen:
+        raise ContributionError(
+            "no contribution can be merged: sites publish with 'merge-kit publish', "
+            "'merge-kit status' shows what is there."
+        )
+    return chosen, refused
+
+
+def _distrust(entry: Entry, allow_unsigned: bool) -> str | None:
+    found = entry.contribution
+    if found is None or found.trust is Trust.ADMITTED or allow_unsigned:
+        return None
+    if found.trust is Trust.UNSIGNED:
+        return f"{found.label} is not signed (--allow-unsigned takes it all the same)."
+    return (
+        f"{found.label} is signed by a key that is not admitted: check it with the site and run "
+        f"'merge-kit admit {found.site} {found.key}'."
+    )
+
+
+def merge(
+    federation: Federation,
+    base: Base,
+    contributions: Sequence[Contribution],
+    recipe: Recipe,
+    out: Path,
+    *,
+    refused: Sequence[str] = (),
+    replace: bool = False,
+) -> Merged:
+    """Merge contributions into a folder that timm loads, with provenance and model card.
+
+    Everything is checked before any work starts. The folder appears whole or not at all, and its
+    bytes depend only on the base, the set of contributions and the recipe.
+
+    Raises
+    ------
+    MergeKitError
+        The base is not the federation's, a contribution is unsound, or `out` exists.
+    """
+    ordered = sorted(contributions, key=lambda c: c.id)
+    with ExitStack() as stack:
+        base_file = stack.enter_context(TensorFile(base.weights))
+        if fingerprint_file(base.weights) != federation.base_fingerprint:
+            raise FederationError(f"{base.weights} is not this federation's base: fetch it again.")
+        roles = roles_of(base_file.specs, federation.classifier)
+        expected = vector_specs(base_file.specs, roles)
+        for contribution in ordered:
+            check_payload(contribution, federation, expected, roles)
+        sources = [_source(c, federation, stack) for c in ordered]
+        weights = engine.site_weights(sources, recipe)
+        with new_folder(out, replace=replace) as folder:
+            specs = engine.merged_specs(base_file.specs, recipe)
+            with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
+                for name, tensor in engine.merge(base_file, sources, roles, recipe):
+                    writer.write(name, tensor)
+            fingerprint = fingerprint_file(folder / WEIGHTS)
+            write_atomic(folder / CONFIG, base.config.read_bytes())
+            record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
+            write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
+            write_atomic(folder / "README.md", model_card(federation, ordered, record))
+    return Merged(out, fingerprint, tuple(ordered), tuple(weights))
+
+
+def _source(contribution: Contribution, federation: Federation, stack: ExitStack) -> engine.Source:
+    counts = contribution.manifest.class_counts
+    return engine.Source(
+        id=contribution.id,
+        site=contribution.site,
+        file=stack.enter_context(TensorFile(contribution.payload)),
+        class_counts=tuple(count_of(counts[name]) for name in federation.classes),
+        steps=contribution.manifest.training.steps,
+    )
+
+
+def provenance(
+    federation: Federation,
+    contributions: Sequence[Contribution],
+    weights: Sequence[float],
+    recipe: Recipe,
+    fingerprint: str,
+    refused: Sequence[str],
+) -> dict[str, Any]:
+    """What a merged model was made of: enough to make it again and compare."""
+    return {
+        "format": 1,
+        "federation": {"name": federation.name, "hash": federation.contract_hash},
+        "base": federation.base_fingerprint,
+        "merged": fingerprint,
+        "recipe": recipe.model_dump(mode="json"),
+        "contributions": [
+            {
+                "id": c.id,
+                "site": c.site,
+                "payload": c.manifest.payload.sha256,
+                "signature": c.trust.value,
+                "public_key": c.key,
+                "weight": weight,
+            }
+            for c, weight in zip(contributions, weights, strict=True)
+        ],
+        "refused": list(refused),
+        "software": {
+            "merge_kit": importlib.metadata.version("merge-kit"),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def model_card(
+    federation: Federation, contributions: Sequence[Contribution], record: dict[str, Any]
+) -> str:
+    """The merged model's README.md, a Hugging Face model card."""
+    source = resources.files("merge_kit").joinpath("templates/model_card.md.j2")
+    template = jinja2.Template(
+        source.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True
+    )
+    return str(template.render(federation=federation, contributions=contributions, record=record))
+
+
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """The provenance of a merged model, or None when the folder is another model."""
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def digest_of(folder: Path) -> str:
+    """Digest of a model folder's weights file."""
+    return sha256_file(folder / WEIGHTS)

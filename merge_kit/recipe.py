@@ -1,0 +1,94 @@
+"""How to merge: a YAML file, checked, with every default spelled out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from merge_kit.errors import RecipeError
+from merge_kit.methods import METHODS, Method, WeightScheme
+from merge_kit.schema import Document, SiteName, dump_yaml, parse, read_yaml, suggestion
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+class Recipe(Document):
+    """A complete recipe: nothing in it is left to a default."""
+
+    format: Literal[1] = 1
+    method: str
+    options: dict[str, Any]
+    weights: WeightScheme | dict[SiteName, float]
+    """Share of each site: by a rule, or a number for each site."""
+    scale: float = 1.0
+    """lambda in theta_0 + lambda tau; of the weights, not of heads and norm statistics."""
+    norm: Literal["pooled", "average", "base"] = "pooled"
+    """Running statistics of batch norm: pooled by examples, averaged without weights, or kept."""
+    head: Literal["seen", "method"] = "seen"
+    """Head rows from the sites that have seen the class, by its counts; or merged like weights."""
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
+    """Storage type of the merged model's floats."""
+    seed: int = Field(default=0, ge=0)
+    """For methods that draw random numbers."""
+
+    @property
+    def rule(self) -> Method:
+        """The method's entry in the table."""
+        return METHODS[self.method]
+
+    @property
+    def checked_options(self) -> Document:
+        """The options as the method reads them."""
+        return self.rule.options.model_validate(self.options)
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file."""
+        return dump_yaml(self)
+
+
+def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+    """Check a recipe and fill in the defaults of its method.
+
+    Raises
+    ------
+    RecipeError
+        An unknown key or method (with the nearest known one), or a value out of its range.
+    """
+    name = data.get("method")
+    if name is None:
+        raise RecipeError(f"{where}: the key 'method' is missing; known are {', '.join(METHODS)}.")
+    if name not in METHODS:
+        raise RecipeError(
+            f"{where}: unknown method '{name}'{suggestion(str(name), list(METHODS))}."
+        )
+    method = METHODS[name]
+    given = data.get("options") or {}
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{where}: 'options' must hold keys and values.")
+    options = parse(method.options, given, f"{where}, options of {name}", RecipeError)
+    filled = {
+        "weights": method.weights,
+        **data,
+        "options": options.model_dump(mode="json"),
+    }
+    return parse(Recipe, filled, where, RecipeError)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises
+    ------
+    RecipeError
+        As `make_recipe`, or the file cannot be read as YAML.
+    """
+    return make_recipe(read_yaml(path, RecipeError), str(path))

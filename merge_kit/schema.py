@@ -1,0 +1,100 @@
+"""What all checked documents share: strict models, one sentence per fault."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from merge_kit.errors import MergeKitError
+
+SITE_PATTERN = r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$"
+SiteName = Annotated[str, StringConstraints(pattern=SITE_PATTERN)]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class Document(BaseModel):
+    """Base of the documents that cross a file boundary: frozen, and no unknown fields."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+D = TypeVar("D", bound=Document)
+
+
+def parse(model: type[D], data: Any, where: str, error: type[MergeKitError]) -> D:
+    """Check `data` against a document model.
+
+    Raises
+    ------
+    MergeKitError
+        Of the class `error`: one sentence that names the first field at fault, `where`, and for an
+        unknown field the nearest known one.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as fault:
+        raise error(_sentence(fault, model, where)) from fault
+
+
+def _sentence(fault: ValidationError, model: type[Document], where: str) -> str:
+    first = fault.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "the document"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{field}'{_nearest(first['loc'], model)}."
+    if first["type"] == "missing":
+        return f"{where}: the key '{field}' is missing."
+    message = first["msg"].removeprefix("Value error, ")
+    got = first.get("input")
+    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
+    return f"{where}: '{field}': {message[0].lower()}{message[1:]}{shown}."
+
+
+def _nearest(location: tuple[int | str, ...], model: type[Document]) -> str:
+    known = list(model.model_fields) if len(location) == 1 else []
+    return suggestion(str(location[-1]), known)
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """``; did you mean 'x'?``, or the list of what there is."""
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"; did you mean '{near[0]}'?"
+    return f"; known are {', '.join(known)}" if known else ""
+
+
+def read_yaml(path: Path, error: type[MergeKitError]) -> Mapping[str, Any]:
+    """Read a YAML mapping with the safe loader.
+
+    Raises
+    ------
+    MergeKitError
+        Of the class `error`: the file is missing, not UTF-8, not YAML (with the line), or no
+        mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist: check the path.") from None
+    except UnicodeDecodeError as fault:
+        raise error(f"{path} is not UTF-8 text: save it as UTF-8.") from fault
+    except OSError as fault:
+        raise error(f"{path} cannot be read: {fault.strerror}.") from fault
+    except yaml.YAMLError as fault:
+        mark = getattr(fault, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise error(f"{path}{line}: not valid YAML.") from fault
+    if not isinstance(data, dict):
+        raise error(f"{path} must hold keys and values (YAML mapping).")
+    return data
+
+
+def dump_yaml(document: Document) -> str:
+    """A document as YAML, in the order of its fields."""
+    data = document.model_dump(mode="json")
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,161 @@
+"""A site's working folder: its name, its key, and its own copy of the federation."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from merge_kit import signing
+from merge_kit.errors import FederationError
+from merge_kit.federation import (
+    BASE_CONFIG,
+    BASE_WEIGHTS,
+    FEDERATION_FILE,
+    Federation,
+    check_base,
+    parse_federation,
+    read_federation,
+)
+from merge_kit.files import new_folder, storage_errors, write_atomic
+from merge_kit.hub import Hub
+from merge_kit.schema import Digest, Document, SiteName, dump_yaml, parse, read_yaml
+
+SITE_FILE = "site.yaml"
+KEY_FILE = "keys/site.pem"
+COPY = "federation"
+
+
+class SiteConfig(Document):
+    """site.yaml."""
+
+    format: Literal[1] = 1
+    name: SiteName
+    hub: str
+    federation: Digest
+    """Contract hash, pinned at `join`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """An opened working folder."""
+
+    root: Path
+    config: SiteConfig
+    federation: Federation
+
+    @property
+    def name(self) -> str:
+        """The site's name in the federation."""
+        return self.config.name
+
+    @property
+    def key_file(self) -> Path:
+        """The private key."""
+        return self.root / KEY_FILE
+
+    @property
+    def base_folder(self) -> Path:
+        """The base as a timm folder."""
+        return self.root / COPY / "base"
+
+
+def federation_on(hub: Hub) -> Federation:
+    """The contract on a hub.
+
+    Raises
+    ------
+    FederationError
+        The hub holds no federation.
+    """
+    if not hub.has(FEDERATION_FILE):
+        raise FederationError(
+            f"{hub.uri} is not a federation: it has no {FEDERATION_FILE}; "
+            "create one with 'merge-kit init'."
+        )
+    return _parse(hub.read(FEDERATION_FILE), f"{hub.uri}/{FEDERATION_FILE}")
+
+
+def _parse(data: bytes, where: str) -> Federation:
+    try:
+        content: Any = yaml.safe_load(data)
+    except yaml.YAMLError as error:
+        raise FederationError(f"{where}: not valid YAML.") from error
+    return parse_federation(content, where)
+
+
+def join(hub: Hub, name: str, root: Path) -> Site:
+    """Create a site's working folder: copy and check the base, make the key pair.
+
+    Joining twice with the same name and hub changes nothing.
+
+    Raises
+    ------
+    FederationError
+        The hub holds no federation, or the folder is another site's.
+    BaseMismatchError
+        The base on the hub is not what the contract says.
+    """
+    federation = federation_on(hub)
+    config = parse(
+        SiteConfig,
+        {"name": name, "hub": hub.uri, "federation": federation.contract_hash},
+        f"site '{name}'",
+        FederationError,
+    )
+    if (root / SITE_FILE).is_file():
+        site = open_site(root)
+        if site.config != config:
+            raise FederationError(
+                f"{root} is the folder of site '{site.name}' on the hub {site.config.hub}: "
+                "choose another folder with --folder."
+            )
+        return site
+    with new_folder(root) as folder:
+        copy = folder / COPY
+        with storage_errors(root):
+            (copy / "base").mkdir(parents=True)
+            for file in (BASE_WEIGHTS, BASE_CONFIG):
+                shutil.copyfile(hub.fetch(file), copy / file)
+        check_base(federation, copy / BASE_WEIGHTS)
+        write_atomic(copy / FEDERATION_FILE, federation.to_yaml())
+        signing.create_key(folder / KEY_FILE)
+        write_atomic(folder / SITE_FILE, dump_yaml(config))
+    return open_site(root)
+
+
+def open_site(root: Path) -> Site:
+    """Open a working folder.
+
+    Raises
+    ------
+    FederationError
+        `root` is no site's folder, or its copy of the federation was changed.
+    """
+    path = root / SITE_FILE
+    if not path.is_file():
+        raise FederationError(
+            f"{root} is not a site's folder: it has no {SITE_FILE}; run 'merge-kit join' first."
+        )
+    config = parse(SiteConfig, read_yaml(path, FederationError), str(path), FederationError)
+    federation = read_federation(root / COPY)
+    check_pinned(config, federation, str(root / COPY))
+    return Site(root, config, federation)
+
+
+def check_pinned(config: SiteConfig, federation: Federation, where: str) -> None:
+    """Compare a contract with the one that the site joined.
+
+    Raises
+    ------
+    FederationError
+        Names both hashes.
+    """
+    if federation.contract_hash != config.federation:
+        raise FederationError(
+            f"{where} holds the contract {federation.contract_hash}, site '{config.name}' joined "
+            f"{config.federation}: ask the coordinator, and join again if the change is wanted."
+        )

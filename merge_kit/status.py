@@ -1,0 +1,117 @@
+"""What lies on a hub, as figures: the rows of `merge-kit status`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from merge_kit.contributions import (
+    Contribution,
+    Entry,
+    Trust,
+    check_payload,
+    list_entries,
+    without_superseded,
+)
+from merge_kit.errors import MergeKitError
+from merge_kit.federation import BASE_WEIGHTS, Federation
+from merge_kit.hub import Hub
+from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.tensorfile import TensorFile
+
+
+def survey(hub: Hub, federation: Federation, now: datetime | None = None) -> list[dict[str, Any]]:
+    """One row for each contribution on the hub, whole ones first, then what is refused.
+
+    Every payload is read and checked as `merge` would check it. ``cosine`` is the cosine between a
+    vector's weights and the plain mean of the current ones: far below the others means that the
+    site trained towards something else.
+    """
+    now = now or datetime.now(timezone.utc)
+    entries = list_entries(hub, federation)
+    with TensorFile(hub.fetch(BASE_WEIGHTS)) as base:
+        roles = roles_of(base.specs, federation.classifier)
+        expected = vector_specs(base.specs, roles)
+    sound: dict[str, Contribution] = {}
+    problems: dict[tuple[str, str], str] = {}
+    for entry in entries:
+        problem = entry.problem
+        if entry.contribution:
+            try:
+                check_payload(entry.contribution, federation, expected, roles)
+                sound[entry.id] = entry.contribution
+            except MergeKitError as error:
+                problem = str(error)
+        if problem:
+            problems[(entry.site, entry.id)] = problem
+    live = without_superseded(list(sound.values()))
+    cosines = dict(zip([c.id for c in live], cosines_to_mean(live, roles), strict=True))
+    rows = [_row(entry, sound, cosines, problems, now) for entry in entries]
+    return sorted(rows, key=lambda row: (row["problem"] is not None, row["site"], row["created"]))
+
+
+def _row(
+    entry: Entry,
+    sound: Mapping[str, Contribution],
+    cosines: Mapping[str, float],
+    problems: Mapping[tuple[str, str], str],
+    now: datetime,
+) -> dict[str, Any]:
+    found = sound.get(entry.id)
+    problem = problems.get((entry.site, entry.id))
+    if found is None or problem is not None:
+        return {
+            "site": entry.site,
+            "id": entry.id,
+            "state": "refused",
+            "problem": problem,
+            "created": "",
+        }
+    manifest = found.manifest
+    created = datetime.strptime(manifest.created_at, "%Y-%m-%dT%H:%M:%SZ")
+    if entry.id not in cosines:
+        state = "replaced"
+    else:
+        state = "ready" if found.trust is Trust.ADMITTED else "not admitted"
+    return {
+        "site": entry.site,
+        "id": entry.id,
+        "state": state,
+        "problem": None,
+        "created": manifest.created_at,
+        "age_days": (now - created.replace(tzinfo=timezone.utc)).total_seconds() / 86400,
+        "class_counts": manifest.class_counts,
+        "balanced_accuracy": manifest.validation.balanced_accuracy.model_dump(),
+        "macro_auroc": manifest.validation.macro_auroc.model_dump(),
+        "bytes": manifest.payload.size,
+        "norm": manifest.payload.norm,
+        "cosine": cosines.get(entry.id),
+        "signature": found.trust.value,
+        "compatible": True,
+    }
+
+
+def cosines_to_mean(
+    contributions: Sequence[Contribution], roles: Mapping[str, Role]
+) -> list[float]:
+    """Cosine of each vector's weights to the plain mean of all, from one pass over the files.
+
+    With the Gram matrix G_ij = tau_i . tau_j the cosine is sum_j G_ij / sqrt(G_ii sum_jk G_jk), so
+    no vector is held in memory. nan for a vector of zeros.
+    """
+    size = len(contributions)
+    gram = torch.zeros((size, size), dtype=torch.float64)
+    with ExitStack() as stack:
+        files = [stack.enter_context(TensorFile(c.payload)) for c in contributions]
+        for name, role in roles.items():
+            if role is Role.WEIGHT and files:
+                block = torch.stack([file.read(name).reshape(-1) for file in files]).double()
+                gram += block @ block.T
+    total = float(gram.sum())
+    scales = [math.sqrt(max(float(gram[i, i]) * total, 0.0)) for i in range(size)]
+    return [float(gram[i].sum()) / scale if scale else math.nan for i, scale in enumerate(scales)]

@@ -1,0 +1,353 @@
+"""Safetensors files: strict lazy reading, streaming atomic writing, fingerprint of the tensors.
+
+The format is an 8-byte little-endian header length, a JSON header, then the tensors' bytes. The
+safetensors library accepts duplicate keys, unknown fields and names such as ``../x``; files that
+come from other sites pass through the stricter reader here, which reads nothing of a tensor until
+it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from merge_kit.errors import TensorFileError
+from merge_kit.files import canonical_json, partial_path, storage_errors
+
+HEADER_LIMIT = 16 * 2**20
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a tensor is without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes in the file."""
+        return self.elements * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{DTYPE_NAMES[self.dtype]} {list(self.shape)}"
+
+
+class TensorFile:
+    """An open safetensors file whose header has been checked.
+
+    Use as a context manager. `specs` maps each name, in sorted order, to its dtype and shape;
+    `metadata` is the header's ``__metadata__``.
+
+    Raises
+    ------
+    TensorFileError
+        The file is missing, truncated, or breaks the format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise TensorFileError(f"{path} does not exist: check the path.") from None
+        except OSError as error:
+            raise TensorFileError(f"{path} cannot be opened: {error.strerror}.") from error
+        try:
+            if not os.path.isfile(path):
+                raise TensorFileError(f"{path} is a folder, not a safetensors file.")
+            self.metadata, self.specs, self._offsets = _read_header(self._handle, path)
+        except BaseException:
+            os.close(self._handle)
+            raise
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; tensors that were read stay valid."""
+        os.close(self._handle)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor into fresh memory, in the dtype and shape of the file."""
+        spec = self.specs[name]
+        tensor = torch.empty(spec.elements, dtype=spec.dtype)
+        view = memoryview(tensor.view(torch.uint8).numpy().data)
+        position = self._offsets[name]
+        while len(view):
+            count = os.preadv(self._handle, [view], position)
+            if count == 0:
+                raise TensorFileError(
+                    f"{self.path}: tensor '{name}' ends early, the file was cut while it was read: "
+                    "copy it again."
+                )
+            view, position = view[count:], position + count
+        return tensor.reshape(spec.shape)
+
+
+def _read_header(
+    handle: int, path: Path
+) -> tuple[dict[str, str], dict[str, TensorSpec], dict[str, int]]:
+    size = os.fstat(handle).st_size
+    start = os.pread(handle, 10, 0)
+    if len(start) < 10:
+        raise TensorFileError(
+            f"{path} is no safetensors file: it has only {size} bytes; copy it again."
+        )
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+        raise TensorFileError(
+            f"{path} is a pickled checkpoint, not safetensors: pickles can run code and are not "
+            "read; convert it with torch.load(weights_only=True) and safetensors.torch.save_file."
+        )
+    length = int.from_bytes(start[:8], "little")
+    if length > HEADER_LIMIT:
+        raise TensorFileError(
+            f"{path} has a header of {length} bytes, above the limit of {HEADER_LIMIT}: "
+            "it is no safetensors file, or one made to exhaust memory."
+        )
+    if 8 + length > size:
+        raise TensorFileError(f"{path} is truncated inside its header: copy it again.")
+    header = _parse_header(os.pread(handle, length, 8), path)
+    metadata = _check_metadata(header.pop("__metadata__", {}), path)
+    return metadata, *_check_entries(header, path, 8 + length, size)
+
+
+def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise TensorFileError(f"{path} names '{name}' twice in its header: it is refused.")
+            found[name] = value
+        return found
+
+    if not raw.startswith(b"{"):
+        raise TensorFileError(f"{path} is no safetensors file: its header is not a JSON object.")
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise TensorFileError(
+            f"{path} is no safetensors file: its header is not valid JSON."
+        ) from error
+    if not isinstance(header, dict):
+        raise TensorFileError(f"{path} is no safetensors file: its header is not a JSON object.")
+    return header
+
+
+def _check_metadata(metadata: Any, path: Path) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise TensorFileError(f"{path} has metadata that is not text: it is refused.")
+    return metadata
+
+
+def _check_entries(
+    header: Mapping[str, Any], path: Path, data_start: int, size: int
+) -> tuple[dict[str, TensorSpec], dict[str, int]]:
+    specs: dict[str, TensorSpec] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name in sorted(header):
+        spec, begin, end = _check_entry(name, header[name], path)
+        specs[name] = spec
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise TensorFileError(
+                f"{path}: tensor '{name}' starts at byte {begin} instead of {position}: "
+                "the tensors must cover the file without holes or overlaps."
+            )
+        position = end
+    if data_start + position != size:
+        kind = "is truncated" if data_start + position > size else "has extra bytes at its end"
+        raise TensorFileError(
+            f"{path} {kind}: it should have {data_start + position} bytes and has {size}; "
+            "copy it again."
+        )
+    return specs, {name: data_start + begin for begin, _, name in spans}
+
+
+def _check_entry(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
+    if not name or any(ord(c) < 33 or c in "/\\" for c in name) or ".." in name:
+        raise TensorFileError(f"{path} has a tensor with the unsafe name {name!r}: it is refused.")
+    if not isinstance(entry, dict) or set(entry) != _FIELDS:
+        raise TensorFileError(
+            f"{path}: tensor '{name}' must have exactly the fields dtype, shape and data_offsets."
+        )
+    if entry["dtype"] not in DTYPES:
+        raise TensorFileError(
+            f"{path}: tensor '{name}' has the dtype {entry['dtype']!r}, which is not supported; "
+            f"use one of {', '.join(DTYPES)}."
+        )
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _is_whole_numbers(shape) or not _is_whole_numbers(offsets) or len(offsets) != 2:
+        raise TensorFileError(
+            f"{path}: tensor '{name}' has a shape or offsets that are not whole numbers."
+        )
+    spec = TensorSpec(DTYPES[entry["dtype"]], tuple(shape))
+    if offsets[1] - offsets[0] != spec.nbytes:
+        raise TensorFileError(
+            f"{path}: tensor '{name}' ({spec}) needs {spec.nbytes} bytes and is given "
+            f"{offsets[1] - offsets[0]}."
+        )
+    return spec, offsets[0], offsets[1]
+
+
+def _is_whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**48 for v in value)
+
+
+class TensorWriter:
+    """Write a safetensors file tensor by tensor, in any order, in one tensor's memory.
+
+    The bytes depend only on `specs`, `metadata` and the values. The file grows beside `path` and is
+    renamed when the block ends with every tensor written; otherwise nothing is left. `metadata` is
+    one text: with several keys the format has no fixed order.
+    """
+
+    def __init__(
+        self, path: Path, specs: Mapping[str, TensorSpec], metadata: tuple[str, str] | None = None
+    ) -> None:
+        self.path = path
+        self.specs = dict(specs)
+        self._missing = set(specs)
+        # Widest dtype first keeps every tensor aligned, as the reference writer does.
+        order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+        header: dict[str, Any] = {"__metadata__": dict([metadata])} if metadata else {}
+        self._offsets, position = {}, 0
+        for name in order:
+            end = position + specs[name].nbytes
+            header[name] = {
+                "dtype": DTYPE_NAMES[specs[name].dtype],
+                "shape": list(specs[name].shape),
+                "data_offsets": [position, end],
+            }
+            self._offsets[name], position = position, end
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._header = len(raw).to_bytes(8, "little") + raw
+        self._partial = partial_path(path)
+
+    def __enter__(self) -> TensorWriter:
+        with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._partial.open("wb")
+            self._file.write(self._header)
+        return self
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor; its dtype and shape must be those that were announced."""
+        spec = self.specs[name]
+        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+            raise TensorFileError(
+                f"{self.path}: tensor '{name}' should be {spec} and is "
+                f"{DTYPE_NAMES.get(tensor.dtype, tensor.dtype)} {list(tensor.shape)}."
+            )
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        with storage_errors(self.path):
+            self._file.seek(len(self._header) + self._offsets[name])
+            self._file.write(flat.view(torch.uint8).numpy().data)
+        self._missing.discard(name)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self._missing:
+            raise TensorFileError(
+                f"{self.path}: tensor '{min(self._missing)}' was never written; nothing is kept."
+            )
+        with storage_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._partial.replace(self.path)
+
+
+def specs_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    """The dtype and shape of each tensor, sorted by name."""
+    return {
+        name: TensorSpec(tensors[name].dtype, tuple(tensors[name].shape))
+        for name in sorted(tensors)
+    }
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: tuple[str, str] | None = None
+) -> None:
+    """Write tensors that are in memory as one safetensors file, atomically."""
+    with TensorWriter(path, specs_of(tensors), metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def fingerprint(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hash of names, dtypes, shapes and bytes, as ``sha256:<64 hex digits>``.
+
+    It speaks of the tensors and not of the file: two files with other layouts or metadata and the
+    same tensors have one fingerprint. Names must come sorted.
+    """
+    digest = hashlib.sha256(b"merge-kit-tensors-v1\n")
+    for name, tensor in named_tensors:
+        digest.update(canonical_json([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)]) + b"\n")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return "sha256:" + digest.hexdigest()
+
+
+def fingerprint_file(path: Path) -> str:
+    """The fingerprint of a safetensors file's tensors, one tensor in memory at a time."""
+    with TensorFile(path) as file:
+        return fingerprint(read_all(file))
+
+
+def read_all(file: TensorFile) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each name and tensor of a file, sorted by name."""
+    for name in file.specs:
+        yield name, file.read(name)

@@ -1,0 +1,167 @@
+"""Task vectors: subtract, apply, and check against the base before anything else is done."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from merge_kit.errors import BaseMismatchError, NonFiniteError, VectorError
+from merge_kit.files import canonical_json
+from merge_kit.parameters import Role, is_carried, vector_specs
+from merge_kit.schema import Digest, Document, SiteName, parse
+from merge_kit.tensorfile import TensorFile, TensorSpec, TensorWriter
+
+METADATA_KEY = "merge-kit"
+
+
+class VectorHeader(Document):
+    """What a vector's file says of itself, in its one metadata key."""
+
+    format: int = 1
+    base: Digest
+    federation: Digest
+    site: SiteName
+
+
+def subtract(
+    base: TensorFile,
+    tuned: Mapping[str, torch.Tensor],
+    roles: Mapping[str, Role],
+    header: VectorHeader,
+    path: Path,
+) -> None:
+    """Write the task vector tau = theta_k - theta_0 (arXiv 2212.04089, section 2).
+
+    Differences are taken in float32, tensor by tensor.
+
+    Raises
+    ------
+    VectorError
+        `tuned` lacks a tensor, has one too many, or differs in a constant table.
+    NonFiniteError
+        A difference is NaN or infinite.
+    """
+    if odd := sorted(set(tuned) ^ set(base.specs)):
+        raise VectorError(f"the tuned model and the base differ in the tensor '{odd[0]}'.")
+    specs = vector_specs(base.specs, roles)
+    metadata = (METADATA_KEY, canonical_json(header.model_dump()).decode())
+    with TensorWriter(path, specs, metadata) as writer:
+        for name in base.specs:
+            start, end = base.read(name), tuned[name].detach().cpu()
+            if not is_carried(base.specs[name], roles[name]):
+                if not torch.equal(start, end):
+                    raise VectorError(f"the constant table '{name}' differs from the base's.")
+                continue
+            difference = end.to(specs[name].dtype) - start.to(specs[name].dtype)
+            check_finite(difference, name, str(path))
+            writer.write(name, difference)
+
+
+def apply(base: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """theta_0 + tau for one tensor, in the dtype of the difference."""
+    return base.to(difference.dtype) + difference
+
+
+def read_header(file: TensorFile) -> VectorHeader:
+    """The header of a vector file.
+
+    Raises
+    ------
+    VectorError
+        The file was not written by merge-kit, or its header breaks the format.
+    """
+    text = file.metadata.get(METADATA_KEY)
+    if text is None or len(file.metadata) != 1:
+        raise VectorError(
+            f"{file.path} is no task vector: its header lacks the metadata '{METADATA_KEY}'."
+        )
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise VectorError(f"{file.path}: the metadata '{METADATA_KEY}' is not JSON.") from error
+    return parse(VectorHeader, data, str(file.path), VectorError)
+
+
+def check_header(header: VectorHeader, base: str, federation: str, where: str) -> None:
+    """Refuse a vector that was taken from other weights or for another contract.
+
+    Raises
+    ------
+    BaseMismatchError
+        Names both fingerprints.
+    """
+    if header.base != base:
+        raise BaseMismatchError(
+            f"{where} was taken from the base {header.base}, this federation's base is {base}: "
+            "it cannot be merged here."
+        )
+    if header.federation != federation:
+        raise BaseMismatchError(
+            f"{where} was made for the federation {header.federation}, this one is {federation}: "
+            "it cannot be merged here."
+        )
+
+
+def check_specs(file: TensorFile, expected: Mapping[str, TensorSpec]) -> None:
+    """Compare a vector's tensors with what the base asks for, before any value is read.
+
+    Raises
+    ------
+    VectorError
+        Names the first tensor that is missing, extra, or of another dtype or shape.
+    """
+    if missing := sorted(set(expected) - set(file.specs)):
+        raise VectorError(f"{file.path} lacks the tensor '{missing[0]}' that the base has.")
+    if extra := sorted(set(file.specs) - set(expected)):
+        raise VectorError(f"{file.path} has the tensor '{extra[0]}' that the base does not have.")
+    for name, spec in expected.items():
+        if file.specs[name] != spec:
+            raise VectorError(
+                f"{file.path}: tensor '{name}' is {file.specs[name]}, the base asks for {spec}."
+            )
+
+
+def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises
+    ------
+    NonFiniteError
+        Names the tensor and how many values are bad.
+    """
+    if not tensor.is_floating_point():
+        return
+    # One bad value makes the sum bad: a cheap question first, the count only when it is needed.
+    if math.isfinite(float(tensor.sum(dtype=torch.float64))):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad == 0:
+        return
+    raise NonFiniteError(
+        f"{where}: tensor '{name}' holds {bad} value(s) that are NaN or infinite: "
+        "the site must train again and publish a sound vector."
+    )
+
+
+def read_checked(file: TensorFile) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor of a vector, refused when not finite."""
+    for name in file.specs:
+        tensor = file.read(name)
+        check_finite(tensor, name, str(file.path))
+        yield name, tensor
+
+
+def norm(file: TensorFile, roles: Mapping[str, Role]) -> float:
+    """L2 norm of a vector over weights and heads, summed in float64; checks that all is finite.
+
+    Norm statistics and counters are left out: they measure the images, not the training.
+    """
+    total = 0.0
+    for name, tensor in read_checked(file):
+        if roles[name] in (Role.WEIGHT, Role.HEAD):
+            total += float(tensor.double().square().sum())
+    return math.sqrt(total)
