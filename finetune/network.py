@@ -8,6 +8,7 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -28,8 +29,16 @@ def load(folder: Path) -> nn.Module:
         raise VectorError(f"{folder} is no model: it has no config.json; give a timm folder.")
     try:
         model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
-        detail = str(error).strip().splitlines()[0]
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
+        detail = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise VectorError(f"{folder} cannot be loaded by timm: {detail}") from error
     return model.eval()
 

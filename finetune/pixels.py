@@ -63,10 +63,15 @@ def resize(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8
     """Resize the shorter side, then cut the centre square: (S, S, 3) uint8."""
     side = stored_size(preprocessing)
     width, height = image.size
-    scale = side / min(width, height)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    short = min(width, height)
+    size = (side * width // short, side * height // short)
     resized = image.resize(size, _FILTERS[preprocessing.interpolation])
-    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    # Placed so that the centre crop that follows lands where timm's single crop does.
+    inner = preprocessing.input_size[1]
+    border = round((side - inner) / 2)
+    left, top = (
+        min(max(round((length - inner) / 2) - border, 0), length - side) for length in size
+    )
     return np.asarray(resized.crop((left, top, left + side, top + side)), dtype=np.uint8)
 
 
@@ -106,40 +111,34 @@ def decode(
     shape = (len(cases), side, side, 3)
     key = sha256_bytes(canonical_json([preprocessing.hash, *[case_key(c) for c in cases]]))
     stored = cache / f"{key.removeprefix('sha256:')[:32]}.npy" if cache else None
-    if stored and stored.is_file():
-        pixels: NDArray[np.uint8] = np.load(stored, mmap_mode="r")
-        if pixels.shape == shape:
-            return Images(tuple(cases), pixels, preprocessing), []
-    problems: dict[int, str] = {}
+    if stored and (pixels := _cached(stored, shape)) is not None:
+        return Images(tuple(cases), pixels, preprocessing), []
     target = partial_path(stored) if stored else None
-    pixels = _allocate(target, shape)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for start in range(0, len(cases), _DECODE_CHUNK):
-            chunk = range(start, min(start + _DECODE_CHUNK, len(cases)))
-            for index, found in zip(
-                chunk, pool.map(lambda i: _read(cases[i], preprocessing), chunk), strict=True
-            ):
-                if isinstance(found, ImageError):
-                    if not skip_unreadable:
-                        raise found
-                    problems[index] = str(found)
-                else:
-                    pixels[index] = found
-            if progress:
-                progress(chunk[-1] + 1, len(cases))
-    if problems:
-        kept = [i for i in range(len(cases)) if i not in problems]
-        if not kept:
+    try:
+        pixels = _allocate(target, shape)
+        problems = _fill(pixels, cases, preprocessing, skip_unreadable, workers, progress)
+        if len(problems) == len(cases):
             raise DataError("no image can be read: check the image folder and the file formats.")
-        pixels, cases = np.asarray(pixels[kept]), [cases[i] for i in kept]
-    elif stored and target:
-        with storage_errors(stored):
-            pixels.flush()  # type: ignore[attr-defined]
-            target.replace(stored)
-        pixels = np.load(stored, mmap_mode="r")
-    if target:
-        target.unlink(missing_ok=True)
+        if problems:
+            kept = [i for i in range(len(cases)) if i not in problems]
+            pixels, cases = np.asarray(pixels[kept]), [cases[i] for i in kept]
+        elif stored and target:
+            with storage_errors(stored):
+                pixels.flush()  # type: ignore[attr-defined]
+                target.replace(stored)
+            pixels = np.load(stored, mmap_mode="r")
+    finally:
+        if target:
+            target.unlink(missing_ok=True)
     return Images(tuple(cases), pixels, preprocessing), list(problems.values())
+
+
+def _cached(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
+    try:
+        pixels: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):  # not there, or damaged
+        return None
+    return pixels if pixels.shape == shape else None
 
 
 def _allocate(path: Path | None, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -147,7 +146,38 @@ def _allocate(path: Path | None, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         return np.empty(shape, dtype=np.uint8)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk would kill us with SIGBUS at a write
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return pixels
+
+
+def _fill(
+    pixels: NDArray[np.uint8],
+    cases: Sequence[Case],
+    preprocessing: Preprocessing,
+    skip_unreadable: bool,
+    workers: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> dict[int, str]:
+    """Decode each case into its place; the sentences on those that cannot be read, by place."""
+    problems: dict[int, str] = {}
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for start in range(0, len(cases), _DECODE_CHUNK):
+            chunk = range(start, min(start + _DECODE_CHUNK, len(cases)))
+            for index, found in zip(
+                chunk, pool.map(lambda i: _read(cases[i], preprocessing), chunk), strict=True
+            ):
+                if not isinstance(found, ImageError):
+                    pixels[index] = found
+                elif skip_unreadable:
+                    problems[index] = str(found)
+                else:
+                    raise found
+            if progress:
+                progress(chunk[-1] + 1, len(cases))
+    return problems
 
 
 def _read(case: Case, preprocessing: Preprocessing) -> NDArray[np.uint8] | ImageError:

@@ -17,7 +17,7 @@ from torch import nn
 
 from merge_kit.errors import FederationError, UsageError
 from merge_kit.federation import Preprocessing
-from merge_kit.schema import suggestion
+from merge_kit.schema import parse, suggestion
 from merge_kit.tensorfile import TensorFile, read_all
 
 PRETRAINED = "pretrained"
@@ -181,7 +181,13 @@ def classifier_of(model: nn.Module, architecture: str) -> nn.Module:
 
 
 def preprocessing_of(model: nn.Module, overrides: Mapping[str, Any]) -> Preprocessing:
-    """Preprocessing from the model's own data config; `overrides` replace single values."""
+    """Preprocessing from the model's own data config; `overrides` replace single values.
+
+    Raises
+    ------
+    FederationError
+        A value is out of its range.
+    """
     config = resolve_model_data_config(model)
     values = {
         key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")
@@ -189,7 +195,7 @@ def preprocessing_of(model: nn.Module, overrides: Mapping[str, Any]) -> Preproce
     if values["interpolation"] not in ("bilinear", "bicubic", "nearest", "lanczos"):
         values["interpolation"] = "bicubic"
     values.update({key: value for key, value in overrides.items() if value is not None})
-    return Preprocessing.model_validate(values)
+    return parse(Preprocessing, values, "the preprocessing", FederationError)
 
 
 def model_config(

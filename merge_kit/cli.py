@@ -23,7 +23,7 @@ COMMANDS = {
     "merge": ("merge_kit.commands.merge:merge", "Merge contributions into one model."),
     "evaluate": ("evaluate.command:evaluate", "Evaluate models on labelled images."),
     "methods": ("merge_kit.commands.methods:methods", "List the merge methods."),
-    "demo": ("evaluate.demo.command:demo", "Run the whole job on generated or your own images."),
+    "demo": ("evaluate.demo:demo", "Run the whole job on generated or your own images."),
     "doctor": ("merge_kit.commands.doctor:doctor", "Check this machine."),
 }
 

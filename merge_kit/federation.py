@@ -19,14 +19,16 @@ BASE_WEIGHTS = "base/model.safetensors"
 BASE_CONFIG = "base/config.json"
 ClassName = Annotated[str, StringConstraints(min_length=1, max_length=100, strip_whitespace=True)]
 Channels = tuple[float, float, float]
+Spread = Annotated[float, Field(gt=0)]
+Pixels = Annotated[int, Field(gt=0)]
 
 
 class Preprocessing(Document):
     """How an image becomes the input of the network; sites must do the same."""
 
-    input_size: tuple[int, int, int] = (3, 224, 224)
+    input_size: tuple[Pixels, Pixels, Pixels] = (3, 224, 224)
     mean: Channels = (0.485, 0.456, 0.406)
-    std: Channels = (0.229, 0.224, 0.225)
+    std: tuple[Spread, Spread, Spread] = (0.229, 0.224, 0.225)
     interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] = "bicubic"
     crop_pct: float = Field(default=0.875, gt=0, le=1)
     sixteen_bit: Literal["full", "minmax"] = "full"
@@ -115,6 +117,7 @@ class Federation(Document):
                 f"site '{site}' is admitted with another key ({known}): "
                 "choose another name, or remove the old entry from federation.yaml."
             )
+        signing.parse_public_key(key)
         newcomer = parse(
             AdmittedSite, {"name": site, "public_key": key}, f"site '{site}'", FederationError
         )
@@ -148,8 +151,8 @@ def read_federation(folder: Path) -> Federation:
     return parse_federation(read_yaml(path, FederationError), str(path))
 
 
-def check_base(federation: Federation, weights: Path) -> None:
-    """Compare the base weights with the fingerprint in the contract.
+def check_base(federation: Federation, weights: Path, where: str) -> None:
+    """Compare the base weights with the fingerprint in the contract; `where` names them.
 
     Raises
     ------
@@ -159,6 +162,6 @@ def check_base(federation: Federation, weights: Path) -> None:
     found = fingerprint_file(weights)
     if found != federation.base_fingerprint:
         raise BaseMismatchError(
-            f"{weights} has the fingerprint {found}, the federation '{federation.name}' expects "
+            f"{where} has the fingerprint {found}, the federation '{federation.name}' expects "
             f"{federation.base_fingerprint}: fetch the base again."
         )

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from merge_kit.errors import ContributionError
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.schema import Digest, Document, SiteName, parse
 
-Count = Annotated[int, Field(ge=0)] | Annotated[str, StringConstraints(pattern=r"^<[1-9][0-9]*$")]
+
+
+def _check_time(text: str) -> str:
+    datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+    return text
+
+
+LARGEST = 10**12  # numbers from outside stay within what floats and tensors can hold
+Number = Annotated[int, Field(ge=0, le=LARGEST)]
+Count = Number | Annotated[str, StringConstraints(pattern=r"^<[1-9][0-9]{0,8}$")]
 Version = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z.+!_-]{1,40}$")]
-Timestamp = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+Timestamp = Annotated[
+    str,
+    StringConstraints(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z$"),
+    AfterValidator(_check_time),
+]
 MANIFEST_LIMIT = 1 << 20
 
 
@@ -30,8 +44,8 @@ class Payload(Document):
 class Training(Document):
     """How the vector was trained."""
 
-    steps: int = Field(ge=0)
-    epochs: int = Field(ge=0)
+    steps: Number
+    epochs: Number
     optimizer: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,40}$")]
     learning_rate: float = Field(gt=0)
     seed: int

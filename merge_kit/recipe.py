@@ -67,9 +67,7 @@ def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     if name is None:
         raise RecipeError(f"{where}: the key 'method' is missing; known are {', '.join(METHODS)}.")
     if name not in METHODS:
-        raise RecipeError(
-            f"{where}: unknown method '{name}'{suggestion(str(name), list(METHODS))}."
-        )
+        raise RecipeError(f"{where}: unknown method '{name}'{suggestion(str(name), list(METHODS))}")
     method = METHODS[name]
     given = data.get("options") or {}
     if not isinstance(given, Mapping):

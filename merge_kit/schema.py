@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from merge_kit.errors import MergeKitError
 
-SITE_PATTERN = r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$"
-SiteName = Annotated[str, StringConstraints(pattern=SITE_PATTERN)]
+_SHOWN = 120
+_LISTED = 30
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def _check_name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError("a name has 1 to 63 characters: a-z, 0-9, and hyphens inside")
+    return text
+
+
+# Names become folders on every kind of storage; plain ASCII leaves no room for look-alikes.
+SiteName = Annotated[str, AfterValidator(_check_name)]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
@@ -45,15 +57,21 @@ def parse(model: type[D], data: Any, where: str, error: type[MergeKitError]) -> 
 
 def _sentence(fault: ValidationError, model: type[Document], where: str) -> str:
     first = fault.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"]) or "the document"
+    field = _shown(".".join(str(part) for part in first["loc"])) or "the document"
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{field}'{_nearest(first['loc'], model)}."
+        return f"{where}: unknown key '{field}'{_nearest(first['loc'], model)}"
     if first["type"] == "missing":
         return f"{where}: the key '{field}' is missing."
     message = first["msg"].removeprefix("Value error, ")
     got = first.get("input")
-    shown = f" (got {got!r})" if isinstance(got, str | int | float | bool | None) else ""
+    shown = f" (got {_shown(repr(got))})" if isinstance(got, str | int | float | None) else ""
     return f"{where}: '{field}': {message[0].lower()}{message[1:]}{shown}."
+
+
+def _shown(text: str) -> str:
+    """What a stranger wrote, made safe for a terminal and kept to about a line."""
+    safe = "".join(c if c.isprintable() else "?" for c in text)
+    return safe if len(safe) <= _SHOWN else f"{safe[:_SHOWN]}..."
 
 
 def _nearest(location: tuple[int | str, ...], model: type[Document]) -> str:
@@ -62,10 +80,10 @@ def _nearest(location: tuple[int | str, ...], model: type[Document]) -> str:
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """``; did you mean 'x'?``, or the list of what there is."""
+    """The end of a sentence on an unknown name: ``; did you mean 'x'?``, or what there is."""
     if near := difflib.get_close_matches(name, known, n=1):
         return f"; did you mean '{near[0]}'?"
-    return f"; known are {', '.join(known)}" if known else ""
+    return f"; known are {', '.join(known)}." if 0 < len(known) <= _LISTED else "."
 
 
 def read_yaml(path: Path, error: type[MergeKitError]) -> Mapping[str, Any]:
@@ -85,7 +103,7 @@ def read_yaml(path: Path, error: type[MergeKitError]) -> Mapping[str, Any]:
         raise error(f"{path} is not UTF-8 text: save it as UTF-8.") from fault
     except OSError as fault:
         raise error(f"{path} cannot be read: {fault.strerror}.") from fault
-    except yaml.YAMLError as fault:
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:
         mark = getattr(fault, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise error(f"{path}{line}: not valid YAML.") from fault

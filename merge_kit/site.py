@@ -26,6 +26,7 @@ from merge_kit.schema import Digest, Document, SiteName, dump_yaml, parse, read_
 
 SITE_FILE = "site.yaml"
 KEY_FILE = "keys/site.pem"
+PUBLIC_KEY_FILE = "keys/site.pub"
 COPY = "federation"
 
 
@@ -82,7 +83,7 @@ def federation_on(hub: Hub) -> Federation:
 def _parse(data: bytes, where: str) -> Federation:
     try:
         content: Any = yaml.safe_load(data)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FederationError(f"{where}: not valid YAML.") from error
     return parse_federation(content, where)
 
@@ -120,9 +121,10 @@ def join(hub: Hub, name: str, root: Path) -> Site:
             (copy / "base").mkdir(parents=True)
             for file in (BASE_WEIGHTS, BASE_CONFIG):
                 shutil.copyfile(hub.fetch(file), copy / file)
-        check_base(federation, copy / BASE_WEIGHTS)
+        check_base(federation, copy / BASE_WEIGHTS, f"{hub.uri}/{BASE_WEIGHTS}")
         write_atomic(copy / FEDERATION_FILE, federation.to_yaml())
-        signing.create_key(folder / KEY_FILE)
+        key = signing.create_key(folder / KEY_FILE)
+        write_atomic(folder / PUBLIC_KEY_FILE, key + "\n")
         write_atomic(folder / SITE_FILE, dump_yaml(config))
     return open_site(root)
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -155,7 +156,7 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in pairs:
             if name in found:
-                raise TensorFileError(f"{path} names '{name}' twice in its header: it is refused.")
+                raise TensorFileError(f"{path} names {name!r} twice in its header: it is refused.")
             found[name] = value
         return found
 
@@ -205,13 +206,13 @@ def _check_entries(
 
 
 def _check_entry(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
-    if not name or any(ord(c) < 33 or c in "/\\" for c in name) or ".." in name:
+    if not name.isprintable() or any(c in " /\\" for c in name) or ".." in name or not name:
         raise TensorFileError(f"{path} has a tensor with the unsafe name {name!r}: it is refused.")
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         raise TensorFileError(
             f"{path}: tensor '{name}' must have exactly the fields dtype, shape and data_offsets."
         )
-    if entry["dtype"] not in DTYPES:
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise TensorFileError(
             f"{path}: tensor '{name}' has the dtype {entry['dtype']!r}, which is not supported; "
             f"use one of {', '.join(DTYPES)}."
@@ -269,7 +270,11 @@ class TensorWriter:
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._partial.open("wb")
-            self._file.write(self._header)
+            try:
+                self._file.write(self._header)
+            except BaseException:
+                self._discard()
+                raise
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -296,8 +301,13 @@ class TensorWriter:
             if kind is None:
                 self._finish()
         finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        # On a full disk closing tries to write the buffer once more; the first error is told.
+        with suppress(OSError):
             self._file.close()
-            self._partial.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         if self._missing:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -21,7 +22,7 @@ METADATA_KEY = "merge-kit"
 class VectorHeader(Document):
     """What a vector's file says of itself, in its one metadata key."""
 
-    format: int = 1
+    format: Literal[1] = 1
     base: Digest
     federation: Digest
     site: SiteName
@@ -41,7 +42,8 @@ def subtract(
     Raises
     ------
     VectorError
-        `tuned` lacks a tensor, has one too many, or differs in a constant table.
+        `tuned` lacks a tensor, has one too many or of another shape, or differs in a constant
+        table.
     NonFiniteError
         A difference is NaN or infinite.
     """
@@ -52,6 +54,11 @@ def subtract(
     with TensorWriter(path, specs, metadata) as writer:
         for name in base.specs:
             start, end = base.read(name), tuned[name].detach().cpu()
+            if start.shape != end.shape:  # subtraction alone would broadcast
+                raise VectorError(
+                    f"the tuned tensor '{name}' has the shape {list(end.shape)}, "
+                    f"the base's has {list(start.shape)}."
+                )
             if not is_carried(base.specs[name], roles[name]):
                 if not torch.equal(start, end):
                     raise VectorError(f"the constant table '{name}' differs from the base's.")
@@ -81,7 +88,7 @@ def read_header(file: TensorFile) -> VectorHeader:
         )
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise VectorError(f"{file.path}: the metadata '{METADATA_KEY}' is not JSON.") from error
     return parse(VectorHeader, data, str(file.path), VectorError)
 

@@ -26,7 +26,7 @@ def join(hub: str, name: str, folder: Path | None) -> None:
     click.echo(f"  contract  {joined.config.federation}")
     click.echo(f"  key       {key}")
     next_step(
-        "give the key to the coordinator, who runs\n"
+        f"send {joined.root / site.PUBLIC_KEY_FILE} to the coordinator, who runs\n"
         f"  merge-kit admit {hub} {joined.name} {key}\n"
         "Meanwhile train on your own images:\n"
         f"  merge-kit finetune {joined.root} --data <labels.csv or folder of class folders>"

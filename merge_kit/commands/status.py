@@ -38,7 +38,9 @@ def status(hub: str, as_json: bool) -> None:
     console = Console()
     ready = sum(row["state"] == "ready" for row in rows)
     waiting = sorted({site.name for site in federation.sites} - {row["site"] for row in rows})
-    console.print(_table(federation.name, federation.classes, rows))
+    console.print(_table(federation.name, rows))
+    if sound := [row for row in rows if not row["problem"]]:
+        console.print(_counts(federation.classes, sound))
     for row in rows:
         if row["problem"]:
             click.echo(f"Refused: {row['problem']}")
@@ -54,29 +56,38 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _table(name: str, classes: tuple[str, ...], rows: list[dict[str, Any]]) -> Table:
+def _table(name: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=f"Federation '{name}'", title_justify="left")
-    for column in ("site", "contribution", "state", "signature"):
-        table.add_column(column, no_wrap=column != "state")
-    for column in ("age", *classes, "own balanced accuracy", "MiB", "norm", "cosine"):
+    for column in ("site", "contribution", "state"):
+        table.add_column(column)
+    for column in ("age", "own bal. acc.", "MiB", "norm", "cosine"):
         table.add_column(column, justify="right")
     for row in rows:
         if row["problem"]:
             table.add_row(row["site"], row["id"][:12], "refused")
             continue
         own = row["balanced_accuracy"]
+        signed = row["signature"] if row["state"] != row["signature"] else "signed"
         table.add_row(
             row["site"],
             row["id"][:12],
-            row["state"],
-            row["signature"],
+            f"{row['state']}, {signed}",
             _age(row["age_days"]),
-            *[str(row["class_counts"][c]) for c in classes],
             f"{own['value']:.3f}" if own["value"] is not None else "-",
             f"{row['bytes'] / 2**20:.1f}",
             f"{row['norm']:.3g}",
             f"{row['cosine']:.2f}" if row["cosine"] is not None else "-",
         )
+    return table
+
+
+def _counts(classes: tuple[str, ...], rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="training images of each class", title_justify="left")
+    table.add_column("class")
+    for row in rows:
+        table.add_column(f"{row['site']} {row['id'][:4]}", justify="right")
+    for name in classes:
+        table.add_row(name, *[str(row["class_counts"][name]) for row in rows])
     return table
 
 

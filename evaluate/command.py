@@ -1,0 +1,132 @@
+"""merge-kit evaluate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from evaluate import report
+from evaluate.metrics import summarise, verdict
+from evaluate.models import find_models
+from evaluate.predictions import choose_cases, predict, to_csv
+from finetune.cases import load_cases
+from finetune.network import choose_device
+from finetune.progress import Progress
+from merge_kit.commands.options import next_step, pairs
+from merge_kit.files import write_atomic
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="CSV with file,label[,site,patient,split]; folder of class folders; MedMNIST .npz.",
+)
+@click.option("--images", type=click.Path(path_type=Path), help="Image root [the CSV's folder].")
+@click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Rename a label.")
+@click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only these rows.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test", "all"]),
+    help="Which split [test where the table has splits, else all].",
+)
+@click.option("--site-column", default="site", show_default=True, help="Column with the site.")
+@click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out, and say so.")
+@click.option("--out", type=click.Path(path_type=Path), default="evaluation", show_default=True)
+@click.option("--title", default="Evaluation", show_default=True, help="Heading of the report.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--resamples", default=1000, show_default=True, help="Of the bootstrap.")
+def evaluate(
+    models: tuple[str, ...],
+    data: Path,
+    images: Path | None,
+    mapping: tuple[str, ...],
+    where: tuple[str, ...],
+    split: str | None,
+    site_column: str,
+    skip_unreadable: bool,
+    out: Path,
+    title: str,
+    device: str,
+    resamples: int,
+) -> None:
+    """Evaluate one or more models on labelled images.
+
+    A MODEL is a timm folder, a merged model, a site's folder or run, or a federation (its base);
+    NAME=FOLDER names it in the report.
+    """
+    found = find_models(models)
+    chosen = choose_device(device)
+    cases = load_cases(
+        data,
+        classes=found[0].classes,
+        images=images,
+        label_map=pairs(mapping, "--map"),
+        where=pairs(where, "--where"),
+    )
+    cases = choose_cases(cases, split)
+    click.echo(f"{len(found)} models on {len(cases)} images, on {chosen}")
+    with Progress() as progress:
+        predictions, skipped = predict(
+            found,
+            cases,
+            chosen,
+            site_column=site_column,
+            skip_unreadable=skip_unreadable,
+            progress=progress.stage,
+        )
+    for sentence in skipped:
+        click.echo(f"Left out: {sentence}", err=True)
+    roles = {model.name: model.role for model in found}
+    summary = summarise(predictions, roles=roles, resamples=resamples)
+    notes = [f"{len(skipped)} unreadable images were left out."] if skipped else []
+    page = report.render(
+        summary,
+        title=title,
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        notes=notes,
+    )
+    write_atomic(out / "metrics.json", json.dumps(summary, indent=2, ensure_ascii=False))
+    write_atomic(out / "predictions.csv", to_csv(predictions))
+    write_atomic(out / "report.html", page)
+    Console().print(table(summary))
+    for sentence in verdict(summary):
+        click.echo(f"- {sentence}")
+    next_step(f"open {out / 'report.html'}; figures for a program are in {out / 'metrics.json'}")
+
+
+def table(summary: Mapping[str, Any]) -> Table:
+    """The main figures of each model, for a terminal."""
+    shown = Table(title="balanced accuracy (95 % interval)", title_justify="left")
+    shown.add_column("model", no_wrap=True)
+    for column in ("union", "mean of sites", "worst site", "union AUROC"):
+        shown.add_column(column, justify="right")
+    for model in summary["models"]:
+        union, worst = model["union"], model["worst_site"]
+        shown.add_row(
+            model["model"],
+            _interval(union["balanced_accuracy"]),
+            _figure(model["mean_over_sites"]["balanced_accuracy"]["value"]),
+            f"{_figure(worst['value'])} {worst['site']}" if worst else "-",
+            _figure(union["macro_auroc"]["value"]),
+        )
+    return shown
+
+
+def _interval(figure: Mapping[str, Any]) -> str:
+    if figure["low"] is None:
+        return _figure(figure["value"])
+    return f"{_figure(figure['value'])} ({figure['low']:.2f}-{figure['high']:.2f})"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

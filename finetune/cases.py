@@ -1,0 +1,266 @@
+"""The labelled images of a site: rows of its table -> cases with the federation's classes.
+
+Nothing is decoded here until `read_case`. What cannot be trusted (a label that is no class of the
+federation, a file that is not there or listed twice) is refused with the place where it stands.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from PIL import Image
+
+from finetune.images import SixteenBit, read_image
+from finetune.tables import (
+    NAMED_COLUMNS,
+    SPLIT_NAMES,
+    ArrayItem,
+    Row,
+    Table,
+    read_array,
+    read_table,
+)
+from merge_kit.errors import ImageError, LabelError
+
+__all__ = ["ArrayItem", "Case", "case_key", "load_cases", "read_case"]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One labelled image of a site.
+
+    `file` is the name as the table gives it (relative, "/" between folders); `label` is an index
+    into the federation's classes, -1 when the data has no labels and none were required; `patient`,
+    `group` (near duplicates) and `split` ("train", "val" or "test") are None when not given;
+    `columns` holds every other column of the table.
+    """
+
+    file: str
+    source: Path | ArrayItem
+    label: int
+    patient: str | None = None
+    group: str | None = None
+    split: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+def load_cases(
+    data: Path,
+    *,
+    classes: Sequence[str],
+    images: Path | None = None,
+    label_map: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    require_labels: bool = True,
+) -> list[Case]:
+    """List the labelled images of `data`, in the order of the table or of the sorted file names.
+
+    `data` is one of
+    - a folder of class folders, with or without train/val/test folders above them,
+    - a CSV with a header, columns `file` and `label` and optionally `patient`, `group`, `split` and
+      any others (or a folder with such a labels.csv), paths being relative to `images` or else to
+      the folder of the CSV,
+    - a MedMNIST .npz, where the label i means the class at position i.
+
+    A label is first replaced as `label_map` says, then looked up in `classes` as it is written,
+    then without regard to case. `where` keeps the rows whose columns have exactly these values;
+    only these rows have to be right. With `require_labels=False` rows may lack a label.
+
+    Raises DataError (a file or folder that cannot be used) and LabelError (a wrong row, with its
+    line), each with one sentence.
+    """
+    table = read_table(data, images)
+    if require_labels and "label" not in table.columns:
+        raise LabelError(
+            f"{table.name} has no labels (columns found: {', '.join(table.columns)}): "
+            "add a column 'label', or sort the images into folders of classes."
+        )
+    index_of = _label_finder(classes, label_map or {}, table)
+    rows = _select(table, where or {})
+    _refuse_unknown_labels(table, rows, index_of, classes, require_labels)
+    _refuse_wrong_files(rows)
+    return [_case(row, index_of) for row in rows]
+
+
+def read_case(case: Case, *, sixteen_bit: SixteenBit = "full") -> Image.Image:
+    """The image of a case, mode "RGB", uint8; raises ImageError. See `read_image`."""
+    if isinstance(case.source, Path):
+        return read_image(case.source, sixteen_bit=sixteen_bit)
+    item = case.source
+    size, changed = _size_and_time(item.path)
+    try:
+        pixels = _pixels(item.path, item.array, size, changed)[item.index]
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error) as error:
+        raise ImageError(
+            f"{item.path.as_posix()} {item.array}[{item.index}] cannot be read as an image "
+            f"({error}): replace the file, or pass --skip-unreadable."
+        ) from error
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def case_key(case: Case) -> str:
+    """64 hexadecimal digits that change when the image file is replaced, for caches at the site.
+
+    Made of path, size and modification time (and array and index inside a .npz), not of the
+    pixels: a decoded image also depends on the options that it was read with. Raises ImageError.
+    """
+    if isinstance(case.source, Path):
+        path, inside = case.source, ""
+    else:
+        path, inside = case.source.path, f"{case.source.array}[{case.source.index}]"
+    size, changed = _size_and_time(path)
+    identity = "\0".join((os.path.abspath(path), str(size), str(changed), inside))
+    return hashlib.sha256(os.fsencode(identity)).hexdigest()
+
+
+def _label_finder(
+    classes: Sequence[str], label_map: Mapping[str, str], table: Table
+) -> Callable[[str], int | None]:
+    """A function from a label in the table to the index of its class, None when it has none."""
+    exact = {name: index for index, name in enumerate(classes)}
+    folded: dict[str, int | None] = {}
+    for name, index in exact.items():  # two classes that differ only in case match only exactly
+        folded[name.casefold()] = None if name.casefold() in folded else index
+    positions = {str(index): index for index in range(len(classes))}
+
+    def by_name(name: str) -> int | None:
+        return exact.get(name, folded.get(name.casefold()))
+
+    def index_of(label: str) -> int | None:
+        if label in label_map:
+            return by_name(label_map[label])
+        return positions.get(label) if table.numbered else by_name(label)
+
+    present = {row.fields.get("label", "") for row in table.rows} - {""} | table.folders.keys()
+    for source, target in label_map.items():
+        if by_name(target) is None:
+            raise LabelError(
+                f"--map {source}={target} names no class of this federation "
+                f"({_nearest(target, classes)}): correct the part after the equals sign."
+            )
+        if source not in present:
+            raise LabelError(
+                f"--map {source}={target} names a label that never occurs in {table.name} "
+                f"({_nearest(source, sorted(present))}): correct it or leave it out."
+            )
+    return index_of
+
+
+def _select(table: Table, where: Mapping[str, str]) -> list[Row]:
+    for column in where:
+        if column not in table.columns:
+            raise LabelError(
+                f"{table.name} has no column {column!r} to select by "
+                f"(columns: {', '.join(table.columns)}): correct --where."
+            )
+    wanted = {column: value.strip() for column, value in where.items()}
+    rows = [row for row in table.rows if all(row.fields[c] == v for c, v in wanted.items())]
+    if not rows and wanted:
+        column, value = next(
+            ((c, v) for c, v in wanted.items() if all(row.fields[c] != v for row in table.rows)),
+            next(iter(wanted.items())),
+        )
+        seen = sorted({row.fields[column] for row in table.rows})
+        raise LabelError(
+            f"{table.name} has no row where {' and '.join(f'{c}={v}' for c, v in wanted.items())} "
+            f"({column}: {_nearest(value, seen)}): correct --where."
+        )
+    return rows
+
+
+def _refuse_unknown_labels(
+    table: Table,
+    rows: Sequence[Row],
+    index_of: Callable[[str], int | None],
+    classes: Sequence[str],
+    require_labels: bool,
+) -> None:
+    places: dict[str, str] = {label: str(path) for label, path in table.folders.items()}
+    for row in rows:
+        places.setdefault(row.fields.get("label", ""), row.place)
+    for label, place in places.items():
+        if label == "":
+            if require_labels:
+                raise LabelError(f"{place} has no label: fill it in or remove the row.")
+        elif index_of(label) is None:
+            known = f"0 to {len(classes) - 1}" if table.numbered else _nearest(label, classes)
+            raise LabelError(
+                f"{place}: label {label!r} is no class of this federation ({known}): "
+                f"correct it or pass --map {label}=CLASS."
+            )
+
+
+def _refuse_wrong_files(rows: Sequence[Row]) -> None:
+    places: dict[str, str] = {}
+    for row in rows:
+        file = row.fields["file"]
+        if file in places:
+            raise LabelError(
+                f"{row.place} lists {file}, as does {places[file]}: remove one of the two."
+            )
+        places[file] = row.place
+        # One question to the file system for each file, so that 100,000 take a second.
+        if isinstance(row.source, Path) and not os.path.isfile(row.source):
+            raise LabelError(
+                f"{row.place} lists {file}, but {row.source} is no file: "
+                "correct the path or pass --images FOLDER."
+            )
+
+
+def _case(row: Row, index_of: Callable[[str], int | None]) -> Case:
+    fields = row.fields
+    written = fields.get("split", "")
+    split = SPLIT_NAMES.get(written.lower())
+    if written and split is None:
+        raise LabelError(
+            f"{row.place}: split {written!r} is unknown: write train, val or test, or nothing."
+        )
+    index = index_of(fields.get("label", ""))
+    return Case(
+        file=fields["file"],
+        source=row.source,
+        label=-1 if index is None else index,
+        patient=fields.get("patient") or None,
+        group=fields.get("group") or None,
+        split=split,
+        columns={name: value for name, value in fields.items() if name not in NAMED_COLUMNS},
+    )
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    """A hint in a message: the nearest of the known words, or else what words there are."""
+    folded = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word.casefold(), folded, n=1)
+    if near:
+        return f"nearest: {folded[near[0]]}"
+    shown = ", ".join(known[:10])
+    return f"known: {shown}, ..." if len(known) > 10 else f"known: {shown}"
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ImageError(
+            f"{path.as_posix()} cannot be read as an image ({error.strerror}): "
+            "put the file back, or pass --skip-unreadable."
+        ) from error
+    return status.st_size, status.st_mtime_ns
+
+
+# Three, for the three splits of a MedMNIST file: a compressed array cannot be read in parts.
+@lru_cache(maxsize=3)
+def _pixels(path: Path, array: str, size: int, changed: int) -> NDArray[Any]:
+    """A whole image array of a .npz; size and time of the file are part of the cache's key."""
+    with zipfile.ZipFile(path) as archive:
+        return read_array(archive, array)

@@ -1,0 +1,173 @@
+"""Fixtures that the tests of all packages share; everything here is real, only small."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from merge_kit import publishing, signing, site, vector
+from merge_kit.cli import main
+from merge_kit.creation import create
+from merge_kit.federation import FEDERATION_FILE, Federation, Policy, read_federation
+from merge_kit.files import sha256_file
+from merge_kit.hub import FolderHub
+from merge_kit.manifest import Draft, Estimate, Payload, Software, Training, Validation, suppress
+from merge_kit.parameters import roles_of
+from merge_kit.tensorfile import TensorFile, read_all
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+CLASSES = ("round", "lobed", "granular")
+
+
+def _shared(part: str) -> Path:
+    path = SHARED / part
+    if not path.exists():
+        reason = f"the shared {part} is not beside the repository"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder with real medical images."""
+    return _shared("data")
+
+
+@pytest.fixture
+def shared_weights() -> Path:
+    """The folder with real pretrained backbones."""
+    return _shared("weights")
+
+
+@pytest.fixture
+def run_cli() -> Callable[..., Result]:
+    """Run the program in this process; an error of ours gives its exit code and sentence."""
+
+    def run(*arguments: object) -> Result:
+        runner = CliRunner()
+
+        @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+        @click.argument("rest", nargs=-1, type=click.UNPROCESSED)
+        def program(rest: tuple[str, ...]) -> None:
+            main(rest)
+
+        return runner.invoke(program, ["--", *[str(a) for a in arguments]])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def _federation_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("template") / "hub"
+    create(
+        folder,
+        name="cells",
+        architecture="test_resnet",
+        classes=CLASSES,
+        weights="none",
+        model_args={},
+        preprocessing={"input_size": (3, 32, 32), "crop_pct": 1.0},
+        policy=Policy(),
+        seed=1,
+    )
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, _federation_template: Path) -> FolderHub:
+    """A federation with a small convolutional network with batch norm, on a folder hub."""
+    return FolderHub(Path(shutil.copytree(_federation_template, tmp_path / "hub")))
+
+
+@pytest.fixture
+def federation(hub: FolderHub) -> Federation:
+    """The contract on `hub`."""
+    return read_federation(hub.root)
+
+
+Contribute = Callable[..., publishing.Parcel]
+
+
+@pytest.fixture
+def contribute(hub: FolderHub, tmp_path: Path) -> Contribute:
+    """Join, make a vector by `change`, and publish it: all but the training is the real thing."""
+
+    def make(
+        name: str,
+        *,
+        seed: int = 0,
+        counts: Mapping[str, int] | None = None,
+        steps: int = 10,
+        admit: bool = True,
+        change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    ) -> publishing.Parcel:
+        joined = site.join(hub, name, tmp_path / name)
+        if admit:
+            federation = read_federation(hub.root).admit(name, signing.public_key(joined.key_file))
+            hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+        run = tmp_path / name / "runs" / f"seed{seed}"
+        write_run(joined, run, seed=seed, counts=counts, steps=steps, change=change)
+        parcel = publishing.prepare(joined, run, hub)
+        publishing.publish(joined, run, hub, parcel)
+        return parcel
+
+    return make
+
+
+def nudge(seed: int) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """A small seeded change of every float tensor; variances stay positive, counters rise."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor + seed + 1
+        step = torch.randn(tensor.shape, generator=generator) * 0.01
+        return tensor + (step.abs() if name.endswith("running_var") else step)
+
+    return change
+
+
+def write_run(
+    joined: site.Site,
+    run: Path,
+    *,
+    seed: int = 0,
+    counts: Mapping[str, int] | None = None,
+    steps: int = 10,
+    change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """What `finetune` leaves for `publish`: a vector and a manifest draft."""
+    federation, change = joined.federation, change or nudge(seed)
+    header = vector.VectorHeader(
+        base=federation.base_fingerprint, federation=federation.contract_hash, site=joined.name
+    )
+    with TensorFile(joined.base_folder / "model.safetensors") as base:
+        tuned = {name: change(name, tensor) for name, tensor in read_all(base)}
+        roles = roles_of(base.specs, federation.classifier)
+        path = run / publishing.VECTOR
+        vector.subtract(base, tuned, roles, header, path)
+    with TensorFile(path) as written:
+        norm = vector.norm(written, roles)
+    nothing = Estimate(value=0.8, low=0.7, high=0.9)
+    draft = Draft(
+        site=joined.name,
+        federation=federation.contract_hash,
+        base=federation.base_fingerprint,
+        payload=Payload(sha256=sha256_file(path), size=path.stat().st_size, norm=norm),
+        class_counts=suppress(counts or dict.fromkeys(federation.classes, 20), 5),
+        training=Training(steps=steps, epochs=1, optimizer="adamw", learning_rate=1e-4, seed=seed),
+        preprocessing=federation.preprocessing.hash,
+        validation=Validation(balanced_accuracy=nothing, macro_auroc=nothing),
+        software=Software(merge_kit="0.1.0", python="3.11.7", torch="2.15.0", timm="1.0.31"),
+        created_at="2026-11-23T12:00:00Z",
+    )
+    (run / publishing.DRAFT).write_text(draft.model_dump_json())
