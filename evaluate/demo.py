@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from finetune.options import TrainingOptions
 from finetune.progress import Progress
 from merge_kit import signing
 from merge_kit.cli import cli
@@ -71,8 +72,7 @@ def demo(
     if images_only:
         next_step(f"look at {out}, and follow the README from 'init' on.")
         return
-    options = [f"--{name}={value}" for name, value in pairs(training, "--set").items()]
-    report = _run_all(stage, out, shlex.split(init_options), [*options, "--seed", str(seed)])
+    report = _run_all(stage, out, shlex.split(init_options), pairs(training, "--set"), seed)
     click.echo(f"\nThe demo took {time.monotonic() - started:.0f} s.")
     click.echo(f"Report: {report}")
 
@@ -130,25 +130,31 @@ def _own(data: Path, backbone: str | None, weights: str | None) -> Stage:
     )
 
 
-def _run_all(stage: Stage, out: Path, init_options: Sequence[str], training: Sequence[str]) -> Path:
+def _run_all(
+    stage: Stage, out: Path, init_options: Sequence[str], training: Mapping[str, str], seed: int
+) -> Path:
     hub = str(out / "hub")
+    options = ["--seed", str(seed), *(f"--{name}={value}" for name, value in training.items())]
     classes = ",".join(stage.classes)
     _call("init", hub, *stage.backbone, "--classes", classes, *init_options)
     folders = {name: str(out / "sites" / name) for name in stage.sites}
     for name, images in stage.sites.items():
         _call("join", hub, "--site", name, "--folder", folders[name])
         _call("admit", hub, name, signing.public_key(Path(folders[name]) / KEY_FILE))
-        _call("finetune", folders[name], *images, *training)
+        _call("finetune", folders[name], *images, *options)
         _call("publish", folders[name])
     _call("status", hub)
     merged = []
     for method in ("mean", "sum", "ties"):
         merged.append(str(out / f"merged-{method}"))
         _call("merge", hub, "--method", method, "--out", merged[-1])
-    click.echo("\nThe yardstick: one model trained on all images, which no hospital could do.")
+    click.echo("\nThe yardstick: one model trained on all images, which no hospital could do,")
+    click.echo("for as many steps as all hospitals together.")
     pooled = str(out / "sites" / POOLED)
     _call("join", hub, "--site", POOLED, "--folder", pooled)
-    _call("finetune", pooled, "--data", str(stage.union), *training)
+    steps = int(training.get("steps", TrainingOptions().steps)) * len(stage.sites)
+    budget = [] if "epochs" in training else [f"--steps={steps}"]
+    _call("finetune", pooled, "--data", str(stage.union), *options, *budget)
     report = out / "report"
     models = [*folders.values(), *merged, f"{POOLED}={pooled}"]
     _call("evaluate", *models, "--data", str(stage.union), "--out", str(report))

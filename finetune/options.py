@@ -14,7 +14,7 @@ from merge_kit.schema import Document, parse
 class TrainingOptions(Document):
     """Head first, then the whole network at a low learning rate (LP-FT, arXiv 2202.10054)."""
 
-    steps: int = Field(default=80, ge=0)
+    steps: int = Field(default=40, ge=0)
     """Steps of the whole network; 0 trains the head alone. Sites that take the same number drift
     alike, which merges better than the same number of epochs."""
     epochs: float | None = Field(default=None, ge=0)

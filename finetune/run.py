@@ -23,7 +23,7 @@ from finetune.pixels import Images, decode
 from finetune.splits import split_of
 from merge_kit import vector
 from merge_kit.errors import TrainingError
-from merge_kit.federation import BASE_WEIGHTS
+from merge_kit.federation import BASE_WEIGHTS, check_base
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
 from merge_kit.manifest import (
     Draft,
@@ -132,9 +132,12 @@ def finetune(
     ------
     TrainingError
         The loss is not finite, or the checkpoint is damaged.
+    BaseMismatchError
+        The site's copy of the base is not what the contract says.
     """
     if (folder / SUMMARY).is_file():
         return Run(folder, json.loads((folder / SUMMARY).read_text(encoding="utf-8")), True)
+    check_base(site.federation, site.root / COPY / BASE_WEIGHTS, str(site.base_folder))
     write_atomic(folder / RECORD, json.dumps(_record(site, options, device), indent=2))
     log = _Log(folder / METRICS, report)
     model = network.load(site.base_folder)

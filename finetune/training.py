@@ -112,6 +112,7 @@ def train_head(task: Task, report: Report) -> None:
             torch.autograd.backward(loss + penalty)
             optimizer.step()
             _restore_rows(head, start, seen)
+    optimizer.zero_grad()  # else the first step of the whole network would add to these gradients
 
 
 def _restore_rows(head: nn.Module, start: Mapping[str, Tensor], seen: Tensor) -> None:
@@ -167,7 +168,7 @@ class _Loop:
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched="cosine",
-            num_epochs=max(1, self.total),
+            num_epochs=max(1, self.total - warmup),  # timm counts it without a warmup prefix
             warmup_epochs=warmup,
             warmup_prefix=True,
             warmup_lr=options.learning_rate / 100,
@@ -183,6 +184,9 @@ class _Loop:
         self.best_step = 0
         self.loss_sum, self.loss_count = 0.0, 0
         self.labels = task.train.labels()
+        self.masses = torch.ones(len(self.labels), dtype=torch.float64)
+        if options.balance == "weights":
+            self.masses /= torch.bincount(self.labels)[self.labels]
         head = network.head_of(self.model)
         self.head_start = {n: p.detach().clone() for n, p in head.named_parameters()}
 
@@ -211,7 +215,6 @@ class _Loop:
         order = epoch_order(self.labels, epoch, options)
         size = options.batch_size * options.accumulate
         chosen = order[position * size : (position + 1) * size].tolist()
-        network.training_mode(self.model, options.norm)
         generator = torch.Generator().manual_seed(draw_seed(options.seed, "augment", self.step))
         # Dropout and stochastic depth draw from torch's global generator.
         torch.manual_seed(draw_seed(options.seed, "model", self.step))
@@ -227,10 +230,13 @@ class _Loop:
                 pixels, self.task.train.preprocessing, options.augment, options.flip, generator
             ).contiguous(memory_format=torch.channels_last)
             labels = self.labels[indices].to(self.task.device)
+            # One image alone has no batch statistics: torch refuses it where a map is one pixel.
+            network.training_mode(self.model, options.norm if len(indices) > 1 else "frozen")
             with network.autocast(self.task.device, options.precision):
                 outputs = self.model(batch)
             loss = loss_on_seen(outputs.float(), labels, seen, weights)
-            share = len(indices) / len(chosen)
+            # Each part's loss is a mean weighted by class: the step's is that of all its images.
+            share = float(self.masses[indices].sum() / self.masses[chosen].sum())
             torch.autograd.backward(loss * share)
             total += float(loss.detach()) * share
         if not math.isfinite(total):
@@ -238,9 +244,9 @@ class _Loop:
                 f"the loss is not finite at step {self.step + 1}: "
                 "lower --learning-rate, or use --precision float32."
             )
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
         self._step()
         self.loss_sum, self.loss_count = self.loss_sum + total, self.loss_count + 1
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
         self.report(
             {"event": "step", "step": self.step, "of": self.total, "loss": total, "lr": rate}
         )
@@ -317,11 +323,14 @@ class _Loop:
     def restore(self, path: Path) -> None:
         """Go back to where `save` was."""
         try:
-            state = torch.load(path, map_location=self.task.device, weights_only=True)
-        except Exception as error:
+            self._take(torch.load(path, map_location=self.task.device, weights_only=True))
+        except Exception as error:  # torch raises nearly anything on a damaged file
             raise TrainingError(
                 f"{path} cannot be read: remove it to start this run afresh."
             ) from error
+        self.report({"event": "resumed", "step": self.step})
+
+    def _take(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
@@ -334,7 +343,6 @@ class _Loop:
         self.best_state = {n: t.cpu() for n, t in state["best_state"].items()}
         self.best_step = state["best_step"]
         torch.set_rng_state(state["random"].cpu())
-        self.report({"event": "resumed", "step": self.step})
 
 
 def draw_seed(seed: int, purpose: str, step: int) -> int:
@@ -357,6 +365,11 @@ def validate(model: nn.Module, task: Task, report: Report) -> Figures:
     outputs = network.logits(
         model, task.validation, task.device, progress=_stage(report, "validation")
     )
+    if not torch.isfinite(outputs).all():
+        raise TrainingError(
+            "the outputs on the validation images are not finite: "
+            "lower --learning-rate, or use --precision float32."
+        )
     outputs[:, ~task.seen] = -torch.inf
     labels = task.validation.labels()
     known = task.seen[labels]

@@ -134,7 +134,8 @@ def merge(
         else:
             result = start
         merged = result.to(specs[name].dtype)
-        vector.check_finite(merged, name, "the merged model")
+        remedy = "choose a smaller scale, or a wider dtype."
+        vector.check_finite(merged, name, "the merged model", remedy)
         yield name, merged
 
 

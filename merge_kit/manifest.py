@@ -15,7 +15,6 @@ from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.schema import Digest, Document, SiteName, parse
 
 
-
 def _check_time(text: str) -> str:
     datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
     return text

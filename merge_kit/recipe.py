@@ -66,7 +66,7 @@ def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     name = data.get("method")
     if name is None:
         raise RecipeError(f"{where}: the key 'method' is missing; known are {', '.join(METHODS)}.")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise RecipeError(f"{where}: unknown method '{name}'{suggestion(str(name), list(METHODS))}")
     method = METHODS[name]
     given = data.get("options") or {}
@@ -81,12 +81,22 @@ def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     return parse(Recipe, filled, where, RecipeError)
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with merge-kit, by name."""
+    here = Path(__file__).parent
+    # In a wheel configs/ lies inside the package; in a checkout beside it.
+    folders = (here / "configs" / "merge", here.parent / "configs" / "merge")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe file.
+    """Read a recipe file, or one that comes with merge-kit by its name alone.
 
     Raises
     ------
     RecipeError
         As `make_recipe`, or the file cannot be read as YAML.
     """
+    if not path.exists():
+        path = shipped_recipes().get(str(path), path)
     return make_recipe(read_yaml(path, RecipeError), str(path))

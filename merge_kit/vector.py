@@ -132,8 +132,13 @@ def check_specs(file: TensorFile, expected: Mapping[str, TensorSpec]) -> None:
             )
 
 
-def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
-    """Refuse NaN and infinity.
+def check_finite(
+    tensor: torch.Tensor,
+    name: str,
+    where: str,
+    remedy: str = "the site must train again and publish a sound vector.",
+) -> None:
+    """Refuse NaN and infinity; `remedy` ends the sentence.
 
     Raises
     ------
@@ -149,8 +154,7 @@ def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
     if bad == 0:
         return
     raise NonFiniteError(
-        f"{where}: tensor '{name}' holds {bad} value(s) that are NaN or infinite: "
-        "the site must train again and publish a sound vector."
+        f"{where}: tensor '{name}' holds {bad} value(s) that are NaN or infinite: {remedy}"
     )
 
 

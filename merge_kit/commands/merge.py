@@ -22,7 +22,11 @@ from merge_kit.site import federation_on
 @click.argument("hub")
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--method", help="One of 'merge-kit methods'.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="A YAML recipe instead.")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="A YAML recipe instead, or the name of a shipped one.",
+)
 @click.option("--scale", type=float, help="Factor of the merged vector.")
 @click.option("--weights", help="uniform, examples, sqrt-examples, steps, or site=2,other=1.")
 @click.option("--option", multiple=True, metavar="NAME=VALUE", help="Option of the method.")

@@ -24,10 +24,13 @@ class FolderHub:
         return str(self.root)
 
     def list(self, folder: str) -> Iterator[str]:
-        """Names of the entries of a folder, sorted, without those that are still being written."""
+        """Names of the entries of a folder, sorted.
+
+        Left out are those that are still being written, and names that no publisher writes.
+        """
         path = self._path(folder)
         if path.is_dir():
-            yield from sorted(name for name in os.listdir(path) if not name.startswith("."))
+            yield from sorted(filter(_is_plain, os.listdir(path)))
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""
@@ -93,6 +96,10 @@ class FolderHub:
         if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
             raise HubError(f"'{name}' is no name inside a hub: it must be relative and plain.")
         return self.root.joinpath(*parts)
+
+
+def _is_plain(name: str) -> bool:
+    return not name.startswith(".") and name.isprintable() and "\\" not in name
 
 
 def _write_through(path: Path, content: Path | bytes) -> None:

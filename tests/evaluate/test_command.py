@@ -1,0 +1,77 @@
+"""merge-kit evaluate on a real federation and generated images."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune import network
+from finetune.cases import load_cases
+from finetune.pixels import decode
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Two sites, three classes, twelve images."""
+    rng = np.random.default_rng(0)
+    rows = ["file,label,site,split"]
+    for index in range(12):
+        pixels = rng.integers(0, 255, (40, 44, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        label = ("round", "lobed", "granular")[index % 3]
+        rows.append(f"{index}.png,{label},{'ab'[index % 2]},{'test' if index < 10 else 'train'}")
+    path = tmp_path / "labels.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_evaluates_several_models_on_the_test_split(hub, contribute, table, tmp_path, run_cli):
+    contribute("north", seed=1)
+    run_cli("merge", hub.root, "--out", tmp_path / "merged")
+    out = tmp_path / "evaluation"
+    result = run_cli("evaluate", hub.root, tmp_path / "merged", "--data", table, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads((out / "metrics.json").read_text())
+    assert [(m["model"], m["role"]) for m in summary["models"]] == [
+        ("base", "base"),
+        ("merged", "merged"),
+    ]
+    assert summary["cases"]["total"] == 10
+    assert "merged" in (out / "report.html").read_text()
+
+
+def test_predictions_are_the_models_own_probabilities(hub, table, tmp_path, run_cli, federation):
+    run_cli("evaluate", f"m={hub.root / 'base'}", "--data", table, "--out", tmp_path / "e")
+    with (tmp_path / "e" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    images, _ = decode(load_cases(table, classes=federation.classes)[:10], federation.preprocessing)
+    model = network.load(hub.root / "base")
+    expected = network.logits(model, images, torch.device("cpu")).double().softmax(dim=1)
+    found = [[float(row[f"p_{name}"]) for name in federation.classes] for row in rows]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+
+
+def test_names_and_splits_are_chosen_by_the_user(hub, table, tmp_path, run_cli):
+    out = tmp_path / "e"
+    result = run_cli(
+        *("evaluate", f"mine={hub.root}", "--data", table, "--out", out),
+        *("--split", "train", "--where", "site=a"),
+    )
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads((out / "metrics.json").read_text())
+    assert summary["models"][0]["model"] == "mine"
+    assert (summary["cases"]["total"], summary["sites"]) == (1, ["a"])
+
+
+def test_unreadable_images_are_counted_when_skipped(hub, table, tmp_path, run_cli):
+    (tmp_path / "0.png").write_bytes(b"broken")
+    out = tmp_path / "e"
+    result = run_cli("evaluate", hub.root, "--data", table, "--out", out, "--skip-unreadable")
+    assert result.exit_code == 0, result.stderr
+    assert "Left out:" in result.stderr
+    assert json.loads((out / "metrics.json").read_text())["cases"]["total"] == 9

@@ -1,0 +1,69 @@
+"""Every command that the README shows is run, in order, as a reader would type it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+MAKE = [block for block in BLOCKS if block.startswith("make ")]
+
+
+def test_the_make_commands_are_those_that_ci_runs():
+    commands = "".join(MAKE).splitlines()
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert commands == ["make demo", "make test"]
+    assert set(commands) <= set(ci)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the README's commands are for a POSIX shell")
+def test_the_day_of_each_role_runs_as_written(tmp_path):
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    for block in BLOCKS:
+        if block in MAKE:
+            continue
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+    model = timm.create_model(f"local-dir:{tmp_path / 'play' / 'merged'}", pretrained=True)
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
+    summary = json.loads((tmp_path / "play" / "report" / "metrics.json").read_text())
+    names = [entry["model"] for entry in summary["models"]]
+    assert names == ["base", "north", "river", "merged", "merged-ties"]
+    assert "<title>" in (tmp_path / "play" / "report" / "report.html").read_text()
+
+
+def test_links_in_the_documents_lead_somewhere():
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for document in documents:
+        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_each_recipe_in_configs_is_complete_and_named_after_its_method():
+    from merge_kit.methods import METHODS
+    from merge_kit.recipe import read_recipe
+
+    found = {path.stem: read_recipe(path) for path in (ROOT / "configs" / "merge").glob("*.yaml")}
+    assert {name: recipe.method for name, recipe in found.items()} == {n: n for n in METHODS}
