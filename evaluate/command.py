@@ -73,6 +73,7 @@ def evaluate(
         label_map=pairs(mapping, "--map"),
         where=pairs(where, "--where"),
     )
+    unsplit = split is None and not any(case.split for case in cases)
     cases = choose_cases(cases, split)
     click.echo(f"{len(found)} models on {len(cases)} images, on {chosen}")
     with Progress() as progress:
@@ -89,6 +90,12 @@ def evaluate(
     roles = {model.name: model.role for model in found}
     summary = summarise(predictions, roles=roles, resamples=resamples)
     notes = [f"{len(skipped)} unreadable images were left out."] if skipped else []
+    if unsplit:
+        notes.append(
+            "The table names no splits: all its images were used, also any that a model was "
+            "trained on. Its figures are then too good."
+        )
+        click.echo(f"Note: {notes[-1]}", err=True)
     page = report.render(
         summary,
         title=title,

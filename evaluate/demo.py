@@ -134,14 +134,14 @@ def _run_all(
     stage: Stage, out: Path, init_options: Sequence[str], training: Mapping[str, str], seed: int
 ) -> Path:
     hub = str(out / "hub")
-    options = ["--seed", str(seed), *(f"--{name}={value}" for name, value in training.items())]
+    chosen = {"seed": str(seed), **training}
     classes = ",".join(stage.classes)
     _call("init", hub, *stage.backbone, "--classes", classes, *init_options)
     folders = {name: str(out / "sites" / name) for name in stage.sites}
     for name, images in stage.sites.items():
         _call("join", hub, "--site", name, "--folder", folders[name])
         _call("admit", hub, name, signing.public_key(Path(folders[name]) / KEY_FILE))
-        _call("finetune", folders[name], *images, *options)
+        _call("finetune", folders[name], *images, *_flags(chosen))
         _call("publish", folders[name])
     _call("status", hub)
     merged = []
@@ -153,12 +153,16 @@ def _run_all(
     pooled = str(out / "sites" / POOLED)
     _call("join", hub, "--site", POOLED, "--folder", pooled)
     steps = int(training.get("steps", TrainingOptions().steps)) * len(stage.sites)
-    budget = [] if "epochs" in training else [f"--steps={steps}"]
-    _call("finetune", pooled, "--data", str(stage.union), *options, *budget)
+    budget = {} if "epochs" in training else {"steps": str(steps)}
+    _call("finetune", pooled, "--data", str(stage.union), *_flags({**chosen, **budget}))
     report = out / "report"
     models = [*folders.values(), *merged, f"{POOLED}={pooled}"]
     _call("evaluate", *models, "--data", str(stage.union), "--out", str(report))
     return report / "report.html"
+
+
+def _flags(options: Mapping[str, str]) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name}", value)]
 
 
 def _call(*arguments: str) -> None:

@@ -111,7 +111,13 @@ def finetune(
         for sentence in material.skipped:
             click.echo(f"Left out: {sentence}", err=True)
         finished = runs.finetune(site, material, options, target, chosen, progress)
-    _close(finished, site.root)
+    _close(finished)
+    if any(case.split == "test" for case in cases):
+        click.echo(
+            f"The images kept for testing are listed in {finished.folder / runs.CASES}; they were "
+            "not looked at."
+        )
+    next_step(f"see what would leave the site with\n  merge-kit publish {site.root} --dry-run")
 
 
 def _options(context: click.Context, config: Path | None, given: dict[str, Any]) -> TrainingOptions:
@@ -124,7 +130,7 @@ def _options(context: click.Context, config: Path | None, given: dict[str, Any])
     return make_options({**from_file, **typed}, str(config) if config else "the command line")
 
 
-def _close(finished: runs.Run, root: Path) -> None:
+def _close(finished: runs.Run) -> None:
     summary = finished.summary
     if finished.was_finished:
         click.echo("This run has finished before; nothing was done again.")
@@ -139,7 +145,6 @@ def _close(finished: runs.Run, root: Path) -> None:
     size = summary["vector_bytes"] / 2**20
     click.echo(f"  vector             {size:.1f} MiB, norm {summary['vector_norm']:.3g}")
     click.echo(f"  run folder         {finished.folder}")
-    next_step(f"see what would leave the site with\n  merge-kit publish {root} --dry-run")
 
 
 def _interval(estimate: dict[str, float | None]) -> str:

@@ -59,8 +59,6 @@ def cli(debug: bool) -> None:
     weights; a merger adds up whatever has arrived. No image leaves a hospital.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    if not debug:
-        logging.captureWarnings(True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,7 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo("Stopped. Run the same command again to go on.", err=True)
         sys.exit(130)
     except MergeKitError as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        click.echo(f"Error: {error}", err=True)
+        _explain(arguments, str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _explain(arguments, f"{place}{error.strerror or error}.")
+        sys.exit(1)
+
+
+def _explain(arguments: Sequence[str], sentence: str) -> None:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    click.echo(f"Error: {sentence}", err=True)

@@ -139,7 +139,7 @@ def _check_signature(
     try:
         content = json.loads(hub.read(f"{folder}/{SIGNATURE}"))
         signature = signing.Signature(str(content["key"]), str(content["signature"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SignatureError(f"{folder}/{SIGNATURE} is no signature: publish again.") from error
     signing.verify(signature, signing.MANIFEST_CONTEXT, data, f"{folder}/{MANIFEST}")
     admitted = federation.key_of(manifest.site)
@@ -206,13 +206,13 @@ def check_payload(
 
 
 def without_superseded(contributions: Sequence[Contribution]) -> list[Contribution]:
-    """Drop what the same site has replaced by a later contribution."""
+    """Drop what a later contribution replaces; only the key that signed one can replace it."""
     replaced = {
-        (c.site, c.manifest.supersedes.removeprefix("sha256:"))
+        (c.site, c.key, c.manifest.supersedes.removeprefix("sha256:"))
         for c in contributions
         if c.manifest.supersedes
     }
-    return [c for c in contributions if (c.site, c.id) not in replaced]
+    return [c for c in contributions if (c.site, c.key, c.id) not in replaced]
 
 
 def current(entries: Sequence[Entry]) -> Iterator[Entry]:

@@ -33,6 +33,13 @@ class Preprocessing(Document):
     crop_pct: float = Field(default=0.875, gt=0, le=1)
     sixteen_bit: Literal["full", "minmax"] = "full"
 
+    @field_validator("input_size")
+    @classmethod
+    def _is_square_colour(cls, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        if size[0] != 3 or size[1] != size[2] or size[1] < 16:
+            raise ValueError("must be 3 channels and a square of at least 16 pixels")
+        return size
+
     @property
     def hash(self) -> str:
         """Digest by which contributions say that they preprocessed alike."""

@@ -16,8 +16,8 @@ import torch
 
 from merge_kit import engine
 from merge_kit.contributions import Contribution, Entry, Trust, check_payload, current
-from merge_kit.errors import ContributionError, FederationError
-from merge_kit.federation import Federation
+from merge_kit.errors import ContributionError
+from merge_kit.federation import Federation, check_base
 from merge_kit.files import new_folder, sha256_file, write_atomic
 from merge_kit.manifest import count_of
 from merge_kit.parameters import roles_of, vector_specs
@@ -124,8 +124,7 @@ def merge(
     ordered = sorted(contributions, key=lambda c: c.id)
     with ExitStack() as stack:
         base_file = stack.enter_context(TensorFile(base.weights))
-        if fingerprint_file(base.weights) != federation.base_fingerprint:
-            raise FederationError(f"{base.weights} is not this federation's base: fetch it again.")
+        check_base(federation, base.weights, str(base.weights))
         roles = roles_of(base_file.specs, federation.classifier)
         expected = vector_specs(base_file.specs, roles)
         for contribution in ordered:

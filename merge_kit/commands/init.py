@@ -10,6 +10,7 @@ from merge_kit.commands.options import next_step, typed_pairs
 from merge_kit.creation import create
 from merge_kit.errors import UsageError
 from merge_kit.federation import Policy
+from merge_kit.schema import parse
 
 
 @click.command()
@@ -71,6 +72,7 @@ def init(
     if len(names) < 2:
         raise UsageError("--classes: name at least two classes, with commas between them.")
     model_args = typed_pairs(model_arg, "--model-arg")
+    policy = {"minimum_class_count": minimum_count, "maximum_norm": maximum_norm}
     federation = create(
         folder,
         name=name or folder.absolute().name.lower().replace("_", "-"),
@@ -86,7 +88,7 @@ def init(
             "crop_pct": crop_pct,
             "sixteen_bit": sixteen_bit,
         },
-        policy=Policy(minimum_class_count=minimum_count, maximum_norm=maximum_norm),
+        policy=parse(Policy, policy, "policy", UsageError),
         seed=seed,
         allow_pickle=allow_pickle,
     )
