@@ -49,6 +49,21 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
 
+class FewOfAKind(logging.Filter):
+    """Let a kind of warning through three times: a folder may give ten thousand of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[str, int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Count by the text before its arguments are filled in."""
+        count = self._seen[str(record.msg)] = self._seen.get(str(record.msg), 0) + 1
+        if count == 3:
+            record.msg = f"{record.msg} (more of this kind are not shown)"
+        return count <= 3
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="merge-kit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -58,7 +73,9 @@ def cli(debug: bool) -> None:
     Each hospital fine-tunes the same pretrained backbone once and publishes the difference of the
     weights; a merger adds up whatever has arrived. No image leaves a hospital.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.addFilter(FewOfAKind())
+    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[handler])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

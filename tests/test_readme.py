@@ -67,3 +67,12 @@ def test_each_recipe_in_configs_is_complete_and_named_after_its_method():
 
     found = {path.stem: read_recipe(path) for path in (ROOT / "configs" / "merge").glob("*.yaml")}
     assert {name: recipe.method for name, recipe in found.items()} == {n: n for n in METHODS}
+
+
+def test_the_training_options_in_configs_are_the_defaults():
+    from finetune.options import TrainingOptions, make_options
+    from merge_kit.errors import UsageError
+    from merge_kit.schema import read_yaml
+
+    options = make_options(read_yaml(ROOT / "configs" / "finetune.yaml", UsageError), "configs")
+    assert options == TrainingOptions()
