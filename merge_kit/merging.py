@@ -57,6 +57,8 @@ def choose(
 ) -> tuple[list[Contribution], list[str]]:
     """The contributions to merge, and the sentences on those that were left out.
 
+    A contribution that is given twice counts once.
+
     Raises
     ------
     ContributionError
@@ -69,7 +71,8 @@ def choose(
             f"there are {', '.join(sorted(known)) or 'none'}."
         )
     chosen, refused = [], []
-    for entry in current(entries):
+    once = {(entry.site, entry.id): entry for entry in current(entries)}
+    for entry in once.values():
         if (sites and entry.site not in sites) or entry.site in exclude:
             continue
         problem = entry.problem or _distrust(entry, allow_unsigned)

@@ -42,7 +42,8 @@ def prepare(site: Site, run: Path, hub: Hub, *, alongside: bool = False) -> Parc
     Raises
     ------
     MergeKitError
-        The run is unfinished or was changed, or the hub's contract is not the one that was joined.
+        The run is unfinished, was changed, or is another site's; or the hub's contract is not the
+        one that was joined.
     """
     draft = read_draft(run / DRAFT)
     vector = run / VECTOR
@@ -51,6 +52,7 @@ def prepare(site: Site, run: Path, hub: Hub, *, alongside: bool = False) -> Parc
             f"{vector} is not the vector that the run made: it is missing or was changed; "
             "run 'merge-kit finetune' again."
         )
+    _check_origin(site, run, draft)
     federation = federation_on(hub)
     check_pinned(site.config, federation, hub.uri)
     bound = federation.policy.maximum_norm
@@ -59,14 +61,28 @@ def prepare(site: Site, run: Path, hub: Hub, *, alongside: bool = False) -> Parc
             f"{vector} has the norm {draft.payload.norm:.4g}, above the policy's {bound:.4g}: "
             "train with fewer steps or a lower learning rate."
         )
+    key = signing.public_key(site.key_file)
     own = [
         entry.contribution
         for entry in list_entries(hub, federation)
-        if entry.contribution and entry.site == site.name
+        if entry.contribution and entry.site == site.name and entry.contribution.key == key
     ]
     manifest = _manifest(run, draft, [] if alongside else own)
     replaces = next((c for c in own if f"sha256:{c.id}" == manifest.supersedes), None)
     return Parcel(manifest, vector, replaces)
+
+
+def _check_origin(site: Site, run: Path, draft: Draft) -> None:
+    if draft.site != site.name:
+        raise ContributionError(
+            f"{run} is a run of site '{draft.site}' and not of '{site.name}': "
+            "publish it from its own site's folder."
+        )
+    if draft.federation != site.config.federation:
+        raise ContributionError(
+            f"{run} was trained for the contract {draft.federation}, site '{site.name}' joined "
+            f"{site.config.federation}: run 'merge-kit finetune' again."
+        )
 
 
 def _manifest(run: Path, draft: Draft, own: list[Contribution]) -> Manifest:

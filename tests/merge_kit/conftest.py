@@ -1,0 +1,73 @@
+"""Real file systems that are full or read-only, and the tests' merge job."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from merge_kit import merging
+from merge_kit.contributions import Entry, list_entries
+from merge_kit.federation import read_federation
+from merge_kit.hub import FolderHub
+from merge_kit.recipe import make_recipe
+
+
+def _mount(folder: Path, options: str) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except OSError as error:
+        pytest.skip(f"there is no mount command: {error}")
+    if done.returncode:
+        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    _mount(folder, "size=64k")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=20)
+
+
+@pytest.fixture
+def read_only_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that nothing can be written to."""
+    folder = tmp_path / "fixed"
+    folder.mkdir()
+    _mount(folder, "ro,size=64k")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=20)
+
+
+@pytest.fixture
+def merge(hub: FolderHub, tmp_path: Path) -> Callable[..., merging.Merged]:
+    """Merge what lies on `hub` as the command does; keywords of a recipe, `choose` or `merge`."""
+
+    def run(
+        out: str = "merged",
+        *,
+        entries: list[Entry] | None = None,
+        allow_unsigned: bool = False,
+        skip_refused: bool = False,
+        replace: bool = False,
+        **recipe: object,
+    ) -> merging.Merged:
+        federation = read_federation(hub.root)
+        chosen, refused = merging.choose(
+            list_entries(hub, federation) if entries is None else entries,
+            allow_unsigned=allow_unsigned,
+            skip_refused=skip_refused,
+        )
+        base = merging.Base(hub.fetch("base/model.safetensors"), hub.fetch("base/config.json"))
+        complete = make_recipe({"method": "mean", **recipe}, "test")
+        return merging.merge(
+            federation, base, chosen, complete, tmp_path / out, refused=refused, replace=replace
+        )
+
+    return run

@@ -1,0 +1,54 @@
+"""What several tests of this folder share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from merge_kit.errors import MergeKitError
+from merge_kit.tensorfile import TensorFile, read_all
+
+quick = settings(
+    deadline=None,
+    max_examples=25,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@contextmanager
+def says(error: type[MergeKitError], sentence: str) -> Iterator[None]:
+    """The block must raise exactly this error with exactly this sentence."""
+    with pytest.raises(error) as caught:
+        yield
+    assert str(caught.value) == sentence
+    assert type(caught.value) is error
+
+
+def blob(header: bytes | Mapping[str, object], data: bytes = b"") -> bytes:
+    """The bytes of a safetensors file with this header, sound or not."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+def entry(start: int, end: int, dtype: object = "U8", shape: object = None) -> dict[str, object]:
+    """A header entry; by default bytes."""
+    shape = [end - start] if shape is None else shape
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file."""
+    with TensorFile(path) as file:
+        return dict(read_all(file))
+
+
+def listing(folder: Path) -> list[str]:
+    """Names in a folder, hidden ones too."""
+    return sorted(path.name for path in folder.iterdir())

@@ -1,0 +1,425 @@
+"""What lies on a hub, checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from merge_kit import publishing, signing, site
+from merge_kit.contributions import (
+    MANIFEST,
+    PAYLOAD,
+    SIGNATURE,
+    Trust,
+    bundle,
+    check_payload,
+    current,
+    folder_of,
+    list_entries,
+    read_local,
+    without_superseded,
+)
+from merge_kit.errors import BaseMismatchError, ContributionError, VectorError
+from merge_kit.federation import FEDERATION_FILE, Policy, read_federation
+from merge_kit.files import canonical_json, sha256_file
+from merge_kit.manifest import Manifest
+from merge_kit.parameters import roles_of, vector_specs
+from merge_kit.tensorfile import TensorFile, write_tensors
+from tests.conftest import write_run
+from tests.merge_kit.helpers import load, says
+
+ZEROS = "sha256:" + "0" * 64
+
+
+@pytest.fixture
+def place(hub):
+    """The folder of a published manifest."""
+
+    def find(manifest):
+        return hub.root / folder_of(manifest)
+
+    return find
+
+
+@pytest.fixture
+def only(hub):
+    """The one entry on the hub."""
+
+    def find():
+        (entry,) = list_entries(hub, read_federation(hub.root))
+        return entry
+
+    return find
+
+
+@pytest.fixture
+def check(hub):
+    """Check the payload of a contribution as merge does."""
+
+    def run(contribution, federation=None):
+        federation = federation or read_federation(hub.root)
+        with TensorFile(hub.fetch("base/model.safetensors")) as base:
+            roles = roles_of(base.specs, federation.classifier)
+            check_payload(contribution, federation, vector_specs(base.specs, roles), roles)
+
+    return run
+
+
+@pytest.fixture
+def post(hub, tmp_path):
+    """Sign a manifest with the key of a joined site and put it on the hub."""
+
+    def put(manifest, payload, signer="north", *, folder=None, sign=True):
+        key = tmp_path / signer / site.KEY_FILE
+        signature = signing.sign(key, signing.MANIFEST_CONTEXT, manifest.to_bytes())
+        files = bundle(manifest, payload, signature)
+        if not sign:
+            del files[SIGNATURE]
+        hub.publish(folder or folder_of(manifest), files)
+        return manifest
+
+    return put
+
+
+def altered(parcel, **changes):
+    return Manifest.model_validate({**parcel.manifest.model_dump(), **changes})
+
+
+def test_a_published_contribution_is_trusted(contribute, only, check):
+    parcel = contribute("north")
+    found = only().contribution
+    assert (found.site, found.id) == ("north", parcel.manifest.id)
+    assert found.manifest == parcel.manifest
+    assert found.trust is Trust.ADMITTED
+    assert found.label == f"contribution north/{parcel.manifest.id[:12]}"
+    check(found)
+
+
+def test_a_site_that_is_not_admitted_is_a_stranger(contribute, only, tmp_path):
+    contribute("north", admit=False)
+    found = only().contribution
+    assert found.trust is Trust.STRANGER
+    assert found.key == signing.public_key(tmp_path / "north" / site.KEY_FILE)
+
+
+def test_without_a_signature_a_contribution_is_unsigned(contribute, only, place):
+    (place(contribute("north").manifest) / SIGNATURE).unlink()
+    found = only().contribution
+    assert (found.trust, found.key) == (Trust.UNSIGNED, None)
+
+
+def test_entries_are_sorted_by_id_and_none_is_lost(contribute, hub):
+    ids = [contribute(f"s{n}", seed=n).manifest.id for n in range(5)]
+    entries = list_entries(hub, read_federation(hub.root))
+    assert [entry.id for entry in entries] == sorted(ids)
+
+
+def test_a_forged_signature_is_refused(contribute, only, place, tmp_path):
+    """Somebody else's signature under the site's public key."""
+    manifest = contribute("north").manifest
+    mine = signing.public_key(tmp_path / "north" / site.KEY_FILE)
+    signing.create_key(tmp_path / "forger.pem")
+    forged = signing.sign(tmp_path / "forger.pem", signing.MANIFEST_CONTEXT, manifest.to_bytes())
+    content = canonical_json({"key": mine, "signature": forged.signature})
+    (place(manifest) / SIGNATURE).write_bytes(content)
+    assert only().problem == (
+        f"{folder_of(manifest)}/manifest.json does not carry a valid signature: it was changed "
+        "after it was signed, or signed by somebody else; ask the site to publish again."
+    )
+
+
+def test_another_key_for_an_admitted_site_is_refused(contribute, only, place, tmp_path):
+    manifest = contribute("north").manifest
+    mine = signing.public_key(tmp_path / "north" / site.KEY_FILE)
+    other = signing.create_key(tmp_path / "forger.pem")
+    forged = signing.sign(tmp_path / "forger.pem", signing.MANIFEST_CONTEXT, manifest.to_bytes())
+    content = canonical_json({"key": forged.key, "signature": forged.signature})
+    (place(manifest) / SIGNATURE).write_bytes(content)
+    assert only().problem == (
+        f"{folder_of(manifest)} is signed with {other}, but site 'north' is admitted with {mine}: "
+        "it is refused."
+    )
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b"3", b"\xff", b"null", b"[" * 200_000], ids=lambda c: str(c[:9])
+)
+def test_a_broken_signature_is_named(contribute, only, place, content):
+    manifest = contribute("north").manifest
+    (place(manifest) / SIGNATURE).write_bytes(content)
+    assert only().problem == (f"{folder_of(manifest)}/manifest.sig is no signature: publish again.")
+
+
+def test_swapped_manifests_are_refused(contribute, hub, place):
+    """Both are genuine and signed; they only lie in each other's place."""
+    manifests = [contribute("north", seed=s).manifest for s in (1, 2)]
+    one, two = (place(m) for m in manifests)
+    for name in (MANIFEST, SIGNATURE):
+        first, second = (one / name).read_bytes(), (two / name).read_bytes()
+        (one / name).write_bytes(second)
+        (two / name).write_bytes(first)
+    entries = list_entries(hub, read_federation(hub.root))
+    here, there = (folder_of(m) for m in manifests)
+    assert {entry.problem for entry in entries} == {
+        f"{here} holds contribution north/{manifests[1].id}: it was moved or changed; "
+        "it is refused.",
+        f"{there} holds contribution north/{manifests[0].id}: it was moved or changed; "
+        "it is refused.",
+    }
+
+
+def test_a_contribution_in_another_sites_folder_is_refused(contribute, hub, place):
+    manifest = contribute("north").manifest
+    shutil.copytree(place(manifest), hub.root / "contributions" / "south" / manifest.id)
+    south, north = sorted(
+        list_entries(hub, read_federation(hub.root)), key=lambda entry: entry.site, reverse=True
+    )
+    assert north.contribution
+    assert south.problem == (
+        f"contributions/south/{manifest.id} holds contribution north/{manifest.id}: "
+        "it was moved or changed; it is refused."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"base": ZEROS},
+            f" was taken from the base {ZEROS}, this federation's base is BASE: "
+            "it cannot be merged here.",
+        ),
+        (
+            {"federation": ZEROS},
+            f" was made for the federation {ZEROS}, this one is CONTRACT: "
+            "it cannot be merged here.",
+        ),
+        (
+            {"preprocessing": ZEROS},
+            " was trained with other preprocessing than the federation's: "
+            "its site must train again.",
+        ),
+        (
+            {"class_counts": {"round": 1, "lobed": 1}},
+            " counts the classes wrongly: 'granular' is missing or unknown.",
+        ),
+        (
+            {"class_counts": {"round": 1, "lobed": 1, "granular": 1, "odd": 1}},
+            " counts the classes wrongly: 'odd' is missing or unknown.",
+        ),
+    ],
+    ids=["base", "federation", "preprocessing", "class missing", "class unknown"],
+)
+def test_a_manifest_for_something_else_is_refused(
+    contribute, hub, federation, post, changes, sentence
+):
+    parcel = contribute("north")
+    manifest = post(altered(parcel, **changes), parcel.vector)
+    found = {e.id: e.problem for e in list_entries(hub, read_federation(hub.root))}
+    sentence = sentence.replace("BASE", federation.base_fingerprint)
+    sentence = sentence.replace("CONTRACT", federation.contract_hash)
+    assert found[manifest.id] == f"{folder_of(manifest)}{sentence}"
+    assert found[parcel.manifest.id] is None
+
+
+@pytest.mark.parametrize("name", [MANIFEST, PAYLOAD])
+def test_an_incomplete_entry_is_named(contribute, only, hub, place, name):
+    manifest = contribute("north").manifest
+    (place(manifest) / name).unlink()
+    assert only().problem == (
+        f"{hub.root} has no file {folder_of(manifest)}/{name}: is it the right hub, and complete?"
+    )
+
+
+def test_a_link_out_of_the_hub_is_refused(contribute, only, place, tmp_path):
+    manifest = contribute("north").manifest
+    payload = place(manifest) / PAYLOAD
+    payload.rename(tmp_path / "elsewhere")
+    payload.symlink_to(tmp_path / "elsewhere")
+    assert only().problem == (
+        f"{payload} is a symbolic link: a hub must hold the files themselves."
+    )
+
+
+def test_a_replaced_payload_of_the_same_length_is_refused(contribute, only, place, check):
+    manifest = contribute("north").manifest
+    payload = place(manifest) / PAYLOAD
+    data = bytearray(payload.read_bytes())
+    data[-1] ^= 1
+    payload.write_bytes(data)
+    size = len(data)
+    with says(
+        ContributionError,
+        f"contribution north/{manifest.id[:12]}: the payload is not what the site signed "
+        f"({size} bytes, {size} announced): it is damaged or replaced; "
+        "fetch it or publish it again.",
+    ):
+        check(only().contribution)
+
+
+def test_a_cut_payload_is_refused(contribute, only, place, check):
+    manifest = contribute("north").manifest
+    payload = place(manifest) / PAYLOAD
+    payload.write_bytes(payload.read_bytes()[:-100])
+    size = manifest.payload.size
+    with says(
+        ContributionError,
+        f"contribution north/{manifest.id[:12]}: the payload is not what the site signed "
+        f"({size - 100} bytes, {size} announced): it is damaged or replaced; "
+        "fetch it or publish it again.",
+    ):
+        check(only().contribution)
+
+
+def resigned(parcel, post, path):
+    """The parcel's manifest for another payload, signed by the site itself."""
+    stated = {"sha256": sha256_file(path), "size": path.stat().st_size, "norm": 1.0}
+    return post(altered(parcel, payload=stated), path)
+
+
+def test_the_vector_of_another_site_is_refused(contribute, hub, post, check):
+    contribute("south", seed=2)
+    parcel, stolen = contribute("north"), contribute("south", seed=3)
+    manifest = resigned(parcel, post, stolen.vector)
+    entries = {e.id: e.contribution for e in list_entries(hub, read_federation(hub.root))}
+    with says(
+        ContributionError,
+        f"contribution north/{manifest.id[:12]}: the payload is of site 'south': it is refused.",
+    ):
+        check(entries[manifest.id])
+
+
+def with_metadata(parcel):
+    with TensorFile(parcel.vector) as file:
+        return next(iter(file.metadata.items()))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        (
+            {"fc.weight": torch.zeros(2, 2)},
+            VectorError,
+            ": tensor 'fc.weight' is F32 [2, 2], the base asks for F32 [3, ",
+        ),
+        ({"fc.weight": None}, VectorError, " lacks the tensor 'fc.weight' that the base has."),
+        ({"x": torch.zeros(1)}, VectorError, " has the tensor 'x' that the base does not have."),
+        (
+            {"fc.bias": torch.tensor([1.0, float("nan"), 1.0])},
+            VectorError,
+            ": tensor 'fc.bias' holds 1 value(s) that are NaN or infinite: ",
+        ),
+    ],
+    ids=["shape", "missing", "extra", "nan"],
+)
+def test_a_signed_payload_that_does_not_fit_is_refused(
+    contribute, hub, post, check, tmp_path, change, error, sentence
+):
+    parcel = contribute("north")
+    tensors = {k: v for k, v in {**load(parcel.vector), **change}.items() if v is not None}
+    write_tensors(tmp_path / "odd", tensors, with_metadata(parcel))
+    manifest = resigned(parcel, post, tmp_path / "odd")
+    entries = {e.id: e.contribution for e in list_entries(hub, read_federation(hub.root))}
+    with pytest.raises(error) as caught:
+        check(entries[manifest.id])
+    assert sentence in str(caught.value)
+
+
+def test_a_vector_of_another_base_is_refused_whatever_the_manifest_says(
+    contribute, hub, federation, post, check, tmp_path
+):
+    parcel = contribute("north")
+    key, text = with_metadata(parcel)
+    text = text.replace(federation.base_fingerprint, ZEROS)
+    write_tensors(tmp_path / "odd", load(parcel.vector), (key, text))
+    manifest = resigned(parcel, post, tmp_path / "odd")
+    entries = {e.id: e.contribution for e in list_entries(hub, read_federation(hub.root))}
+    with says(
+        BaseMismatchError,
+        f"contribution north/{manifest.id[:12]} was taken from the base {ZEROS}, this "
+        f"federation's base is {federation.base_fingerprint}: it cannot be merged here.",
+    ):
+        check(entries[manifest.id])
+
+
+def test_a_norm_above_the_policy_is_refused(contribute, only, check, federation):
+    found = contribute("north").manifest
+    strict = federation.model_copy(update={"policy": Policy(maximum_norm=0.001)})
+    with says(
+        ContributionError,
+        f"contribution north/{found.id[:12]} has the norm {found.payload.norm:.4g}, "
+        "above the policy's 0.001: it is refused.",
+    ):
+        check(only().contribution, strict)
+
+
+def test_a_later_contribution_replaces_the_earlier_one(contribute, hub):
+    first, second = contribute("north", seed=1), contribute("north", seed=2)
+    entries = list_entries(hub, read_federation(hub.root))
+    assert second.manifest.supersedes == f"sha256:{first.manifest.id}"
+    assert [entry.id for entry in current(entries)] == [second.manifest.id]
+
+
+def test_a_site_cannot_replace_what_another_one_published(contribute, hub, post):
+    theirs, mine = contribute("south"), contribute("north")
+    other = post(altered(mine, supersedes=f"sha256:{theirs.manifest.id}"), mine.vector)
+    alive = {entry.id for entry in current(list_entries(hub, read_federation(hub.root)))}
+    assert alive == {theirs.manifest.id, mine.manifest.id, other.id}
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_nobody_can_replace_a_contribution_in_a_sites_name(contribute, hub, post, tmp_path, signed):
+    """Without the site's key a manifest may claim to replace; the signed one stays."""
+    real = contribute("north")
+    claim = altered(real, supersedes=f"sha256:{real.manifest.id}")
+    signing.create_key(tmp_path / "forger" / site.KEY_FILE)
+    post(claim, real.vector, "forger", sign=signed)
+    kept = [e.contribution for e in list_entries(hub, read_federation(hub.root)) if e.contribution]
+    assert real.manifest.id in {c.id for c in without_superseded(kept)}
+
+
+def test_a_stranger_may_replace_its_own(contribute, hub):
+    first = contribute("north", seed=1, admit=False)
+    second = contribute("north", seed=2, admit=False)
+    alive = [entry.id for entry in current(list_entries(hub, read_federation(hub.root)))]
+    assert alive == [second.manifest.id] != [first.manifest.id]
+
+
+def test_a_local_copy_is_checked_alike(contribute, hub, place, tmp_path):
+    manifest = contribute("north").manifest
+    shutil.copytree(place(manifest), tmp_path / "copy")
+    federation = read_federation(hub.root)
+    found = read_local(tmp_path / "copy", federation)
+    assert (found.id, found.trust) == (manifest.id, Trust.ADMITTED)
+    (tmp_path / "copy" / SIGNATURE).write_bytes(b"{}")
+    with says(ContributionError, f"{tmp_path} is no contribution: it has no manifest.json; "
+              "give a folder as it lies on a hub."):  # fmt: skip
+        read_local(tmp_path, federation)
+    with pytest.raises(ContributionError, match="is no signature: publish again"):
+        read_local(tmp_path / "copy", federation)
+
+
+def test_what_is_on_the_hub_is_what_was_shown(contribute, place):
+    """Three files: the vector's bytes, the canonical manifest, key and signature."""
+    parcel = contribute("north")
+    folder = place(parcel.manifest)
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, SIGNATURE, PAYLOAD]
+    assert (folder / MANIFEST).read_bytes() == parcel.manifest.to_bytes()
+    assert (folder / PAYLOAD).read_bytes() == parcel.vector.read_bytes()
+    assert set(json.loads((folder / SIGNATURE).read_bytes())) == {"key", "signature"}
+
+
+def test_a_site_that_trained_under_another_contract_is_refused(contribute, hub, tmp_path, only):
+    """The coordinator starts again with other classes; the old contribution does not fit."""
+    contribute("north")
+    federation = read_federation(hub.root)
+    text = federation.model_copy(update={"label_schema": 2}).to_yaml()
+    hub.replace(FEDERATION_FILE, text.encode())
+    joined = site.open_site(tmp_path / "north")
+    write_run(joined, tmp_path / "run")
+    with pytest.raises(Exception, match="ask the coordinator, and join again"):
+        publishing.prepare(joined, tmp_path / "run", hub)
+    assert "was made for the federation" in only().problem

@@ -1,0 +1,311 @@
+"""A method run over many vectors, each entry by its role."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from merge_kit import engine
+from merge_kit.errors import NonFiniteError, RecipeError
+from merge_kit.parameters import roles_of
+from merge_kit.recipe import make_recipe
+from merge_kit.tensorfile import TensorFile, TensorSpec, specs_of, write_tensors
+from tests.merge_kit.helpers import says
+
+BASE = {
+    "body.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+    "bn.running_mean": torch.tensor([1.0]),
+    "bn.running_var": torch.tensor([2.0]),
+    "bn.num_batches_tracked": torch.tensor(100),
+    "head.weight": torch.tensor([[10.0], [20.0], [30.0]]),
+    "table": torch.tensor([5, 6]),
+}
+ROLES = roles_of(specs_of(BASE), ("head",))
+NORTH = {
+    "body.weight": torch.tensor([[1.0, 0.0], [-2.0, 4.0]]),
+    "bn.running_mean": torch.tensor([-1.0]),
+    "bn.running_var": torch.tensor([0.0]),
+    "bn.num_batches_tracked": torch.tensor(7),
+    "head.weight": torch.tensor([[1.0], [2.0], [3.0]]),
+}
+SOUTH = {
+    "body.weight": torch.tensor([[5.0, 4.0], [2.0, 0.0]]),
+    "bn.running_mean": torch.tensor([3.0]),
+    "bn.running_var": torch.tensor([0.0]),
+    "bn.num_batches_tracked": torch.tensor(30),
+    "head.weight": torch.tensor([[5.0], [8.0], [9.0]]),
+}
+
+
+@pytest.fixture
+def open_file(tmp_path):
+    """Write tensors and open them until the test ends."""
+    opened = []
+
+    def make(tensors):
+        path = tmp_path / f"{len(opened)}.safetensors"
+        write_tensors(path, tensors)
+        opened.append(TensorFile(path))
+        return opened[-1]
+
+    yield make
+    for file in opened:
+        file.close()
+
+
+@pytest.fixture
+def sources(open_file):
+    """Two sites: 1 and 3 images of the first class, the second only in the south."""
+    return [
+        engine.Source("a", "north", open_file(NORTH), (1.0, 0.0, 0.0), 10),
+        engine.Source("b", "south", open_file(SOUTH), (1.0, 2.0, 0.0), 30),
+    ]
+
+
+@pytest.fixture
+def merge(open_file):
+    """Merge by a recipe given as keywords."""
+    base = open_file(BASE)
+
+    def run(sources, method="mean", **recipe):
+        complete = make_recipe({"method": method, **recipe}, "test")
+        return dict(engine.merge(base, sources, ROLES, complete))
+
+    return run
+
+
+def many(open_file, count=9, seed=0):
+    """Random vectors of many sites, with a tensor that is large enough for several threads."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        tensors = {
+            "body.weight": torch.randn(300, 300, generator=generator),
+            "bn.running_mean": torch.randn(64, generator=generator),
+            "bn.running_var": torch.rand(64, generator=generator),
+            "bn.num_batches_tracked": torch.tensor(index),
+            "head.weight": torch.randn(3, 64, generator=generator),
+        }
+        counts = tuple(torch.randint(0, 50, (3,), generator=generator).double().tolist())
+        made.append(engine.Source(f"{index}", f"s{index}", open_file(tensors), counts, index + 1))
+    base = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in made[0].file.specs.items()}
+    return open_file({**base, "table": torch.tensor([5, 6])}), made
+
+
+def test_weights_are_merged_by_the_method(merge, sources):
+    """Weights 1 and 3 of 4 examples: 1 + (1 * 1 + 3 * 5) / 4 = 5, and so on."""
+    assert merge(sources)["body.weight"].tolist() == [[5.0, 5.0], [4.0, 5.0]]
+    assert merge(sources, "sum")["body.weight"].tolist() == [[7.0, 6.0], [3.0, 8.0]]
+    assert merge(sources, weights="uniform")["body.weight"].tolist() == [[4.0, 4.0], [3.0, 6.0]]
+
+
+def test_ties_keeps_elects_and_averages(merge, sources):
+    """Density 1, signs +, +, tie, +; the majority is +, so 2 beats -2: 3, 4, 2, 4."""
+    merged = merge(sources, "ties", options={"density": 1.0})["body.weight"]
+    assert merged.tolist() == [[4.0, 6.0], [5.0, 8.0]]
+
+
+def test_scale_is_of_the_weights_alone(merge, sources):
+    once, half = merge(sources), merge(sources, scale=0.5)
+    assert half["body.weight"].tolist() == [[3.0, 3.5], [3.5, 4.5]]
+    assert all(torch.equal(once[name], half[name]) for name in once if name != "body.weight")
+
+
+@pytest.mark.parametrize(
+    ("norm", "mean", "variance"),
+    [
+        # means 0 and 4, variances 2 and 2, examples 1 and 3: 3, and 2 + (9 + 3 * 1) / 4 = 5
+        ("pooled", 3.0, 5.0),
+        ("average", 2.0, 2.0),
+        ("base", 1.0, 2.0),
+    ],
+)
+def test_norm_statistics_by_their_own_rule(merge, sources, norm, mean, variance):
+    merged = merge(sources, "sum", norm=norm, scale=3.0)
+    assert (merged["bn.running_mean"].item(), merged["bn.running_var"].item()) == (mean, variance)
+
+
+def test_norm_statistics_without_examples_are_pooled_alike(merge, sources):
+    empty = [replace(source, class_counts=(0.0, 0.0, 0.0)) for source in sources]
+    assert merge(empty, weights="uniform")["bn.running_mean"].item() == 2.0
+
+
+def test_head_rows_come_from_the_sites_that_have_seen_the_class(merge, sources):
+    """Row 0: 10 + (1 + 5) / 2; row 1: 20 + 8, the south alone; row 2: nobody, the base's."""
+    assert merge(sources, "sum")["head.weight"].tolist() == [[13.0], [28.0], [30.0]]
+
+
+def test_head_rows_by_the_method_when_the_recipe_says_so(merge, sources):
+    merged = merge(sources, "sum", head="method")["head.weight"]
+    assert merged.tolist() == [[16.0], [30.0], [42.0]]
+
+
+def test_counters_take_the_largest_and_tables_stay(merge, sources):
+    merged = merge(sources)
+    assert merged["bn.num_batches_tracked"].tolist() == 130
+    assert merged["bn.num_batches_tracked"].dtype == torch.int64
+    assert merged["table"].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("method", ["mean", "sum"])
+def test_one_source_gives_back_its_own_model(merge, sources, method):
+    seen = replace(sources[0], class_counts=(3.0, 1.0, 1.0))
+    merged = merge([seen], method)
+    for name, difference in NORTH.items():
+        assert torch.equal(merged[name], BASE[name] + difference), name
+
+
+@pytest.mark.parametrize("method", ["mean", "ties"])
+def test_merging_equals_gives_the_same(merge, sources, method):
+    same = [replace(sources[0], id=id, class_counts=(3.0, 1.0, 1.0)) for id in "abc"]
+    options = {"density": 1.0} if method == "ties" else {}
+    for name, tensor in merge(same, method, options=options).items():
+        torch.testing.assert_close(tensor, BASE[name] + NORTH.get(name, 0), rtol=1e-6, atol=0)
+
+
+RECIPES = [
+    {"method": "mean"},
+    {"method": "mean", "weights": "steps"},
+    {"method": "mean", "weights": "sqrt-examples", "norm": "average"},
+    {"method": "sum", "scale": 0.3, "head": "method"},
+    {"method": "ties"},
+    {"method": "ties", "options": {"scope": "tensor", "reduction": "max"}},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: " ".join(map(str, r.values())))
+def test_the_order_of_the_sources_never_matters(open_file, recipe):
+    """Bit for bit."""
+    base, made = many(open_file)
+    complete = make_recipe(recipe, "test")
+    first = dict(engine.merge(base, made, ROLES, complete))
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(made, len(made))
+        again = dict(engine.merge(base, shuffled, ROLES, complete))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: " ".join(map(str, r.values())))
+def test_the_number_of_threads_never_matters(open_file, recipe):
+    """Bit for bit."""
+    base, made = many(open_file, count=5)
+    complete, before = make_recipe(recipe, "test"), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(dict(engine.merge(base, made, ROLES, complete)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "weights"),
+    [
+        ("uniform", [1.0, 1.0]),
+        # 4 and 16 of 20 examples, times 2 sites
+        ("examples", [0.4, 1.6]),
+        # 2 and 4 of 6, times 2
+        ("sqrt-examples", [2 / 3, 4 / 3]),
+        # FedNova: p = .2, .8; steps 10, 40; mean steps .2 * 10 + .8 * 40 = 34;
+        # .2 * 34 / 10 = .68 and .8 * 34 / 40 = .68, times 2
+        ("steps", [1.36, 1.36]),
+    ],
+)
+def test_weights_by_a_rule(sources, scheme, weights):
+    north = replace(sources[0], class_counts=(4.0, 0.0, 0.0), steps=10)
+    south = replace(sources[1], class_counts=(6.0, 10.0, 0.0), steps=40)
+    recipe = make_recipe({"method": "mean", "weights": scheme}, "test")
+    assert engine.site_weights([north, south], recipe) == pytest.approx(weights, rel=1e-15)
+
+
+def test_more_steps_for_the_same_images_weigh_less(sources):
+    """FedNova: p = .5, .5; steps 10, 30; mean 20; .5 * 20 / 10 = 1 and .5 * 20 / 30 = 1/3."""
+    alike = [replace(source, class_counts=(4.0, 0.0, 0.0)) for source in sources]
+    recipe = make_recipe({"method": "mean", "weights": "steps"}, "test")
+    assert engine.site_weights(alike, recipe) == pytest.approx([2.0, 2 / 3], rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"), [("mean", [0.5, 1.5]), ("ties", [0.5, 1.5]), ("sum", [2.0, 6.0])]
+)
+def test_explicit_weights_average_1_except_for_the_sum(sources, method, weights):
+    recipe = make_recipe({"method": method, "weights": {"north": 2, "south": 6}}, "test")
+    assert engine.site_weights(sources, recipe) == weights
+
+
+def test_a_sum_may_take_negative_weights(merge, sources):
+    """Task negation: 1 + 1 - 5 = -3."""
+    merged = merge(sources, "sum", weights={"north": 1.0, "south": -1.0})
+    assert merged["body.weight"][0, 0].item() == -3.0
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ({"north": 1}, "site 'south' has no weight: give each contributing site one weight."),
+        (
+            {"north": 1, "south": 1, "west": 1},
+            "site 'west' has a weight but no contribution: give each contributing site one weight.",
+        ),
+        (
+            {"north": 0, "south": 0},
+            "the weights must be 0 or more and not all 0: correct 'weights'.",
+        ),
+        (
+            {"north": 2, "south": -1},
+            "the weights must be 0 or more and not all 0: correct 'weights'.",
+        ),
+    ],
+)
+def test_explicit_weights_that_do_not_fit_are_refused(merge, sources, weights, sentence):
+    with says(RecipeError, sentence):
+        merge(sources, weights=weights)
+
+
+def test_rules_that_need_figures_say_which_are_missing(sources):
+    empty = [replace(source, class_counts=(0.0, 0.0, 0.0)) for source in sources]
+    recipe = make_recipe({"method": "mean"}, "test")
+    sentence = "no site reports an example: weigh them with 'weights: uniform'."
+    with says(RecipeError, sentence):
+        engine.site_weights(empty, recipe)
+    idle = [sources[0], replace(sources[1], steps=0)]
+    recipe = make_recipe({"method": "mean", "weights": "steps"}, "test")
+    with says(RecipeError, "a site reports 0 steps: weigh them with 'weights: examples'."):
+        engine.site_weights(idle, recipe)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_floats_are_stored_in_the_recipes_dtype(merge, sources, dtype):
+    merged = merge(sources, dtype=dtype)
+    wanted = getattr(torch, dtype)
+    floats = {name for name, tensor in merged.items() if tensor.is_floating_point()}
+    assert floats == {"body.weight", "bn.running_mean", "bn.running_var", "head.weight"}
+    assert all(merged[name].dtype == wanted for name in floats)
+    recipe = make_recipe({"method": "mean", "dtype": dtype}, "test")
+    assert specs_of(merged) == engine.merged_specs(specs_of(BASE), recipe)
+
+
+def test_sums_run_in_float64_and_are_rounded_once(open_file):
+    """Base 0; 1e8 + 1 - 1e8 would be 0 in float32."""
+    made = [
+        engine.Source(f"{i}", f"s{i}", open_file({"w": torch.tensor([v])}), (1.0,), 1)
+        for i, v in enumerate([1e8, 1.0, -1e8])
+    ]
+    roles = roles_of({"w": TensorSpec(torch.float32, (1,))}, ())
+    recipe = make_recipe({"method": "sum"}, "test")
+    merged = dict(engine.merge(open_file({"w": torch.zeros(1)}), made, roles, recipe))
+    assert merged["w"].item() == 1.0
+
+
+def test_a_merged_value_that_overflows_is_refused_by_name(merge, sources):
+    with says(
+        NonFiniteError,
+        "the merged model: tensor 'body.weight' holds 4 value(s) that are NaN or infinite: "
+        "choose a smaller scale, or a wider dtype.",
+    ):
+        merge(sources, scale=1e6, dtype="float16")

@@ -1,0 +1,121 @@
+"""How to merge."""
+
+from __future__ import annotations
+
+import pytest
+
+from merge_kit.errors import RecipeError
+from merge_kit.recipe import make_recipe, read_recipe
+from tests.merge_kit.helpers import says
+
+ONE_OF = "input should be"
+
+
+def test_every_default_is_spelled_out():
+    assert make_recipe({"method": "ties"}, "here").model_dump(mode="json") == {
+        "format": 1,
+        "method": "ties",
+        "options": {"density": 0.2, "scope": "vector", "reduction": "mean"},
+        "weights": "uniform",
+        "scale": 1.0,
+        "norm": "pooled",
+        "head": "seen",
+        "dtype": "float32",
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"), [("mean", "examples"), ("sum", "uniform"), ("ties", "uniform")]
+)
+def test_weights_default_to_the_methods_own(method, weights):
+    assert make_recipe({"method": method}, "here").weights == weights
+    assert make_recipe({"method": method, "weights": "steps"}, "here").weights == "steps"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"method": "mean"},
+        {"method": "sum", "scale": 0.3, "dtype": "bfloat16", "norm": "base", "head": "method"},
+        {"method": "ties", "options": {"density": 0.5, "scope": "tensor"}, "seed": 7},
+        {"method": "mean", "weights": {"north": 2.0, "south": 0.5}},
+    ],
+    ids=["mean", "sum", "ties", "weights"],
+)
+def test_a_recipe_comes_back_from_yaml(tmp_path, data):
+    recipe = make_recipe(data, "here")
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert read_recipe(tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ({}, "the key 'method' is missing; known are mean, sum, ties."),
+        ({"method": "tise"}, "unknown method 'tise'; did you mean 'ties'?"),
+        ({"method": "zzz"}, "unknown method 'zzz'; known are mean, sum, ties."),
+        ({"method": ["mean"]}, "unknown method '['mean']'; did you mean 'mean'?"),
+        ({"method": "mean", "scael": 2}, "unknown key 'scael'; did you mean 'scale'?"),
+        ({"method": "mean", "options": [1]}, "'options' must hold keys and values."),
+        ({"method": "mean", "scale": "big"}, "'scale': input should be a valid number, unable to "
+         "parse string as a number (got 'big')."),
+        ({"method": "mean", "scale": float("inf")}, "'scale': input should be a finite number "
+         "(got inf)."),
+        ({"method": "mean", "norm": "median"}, "'norm': input should be 'pooled', 'average' or "
+         "'base' (got 'median')."),
+        ({"method": "mean", "head": "all"}, "'head': input should be 'seen' or 'method' "
+         "(got 'all')."),
+        ({"method": "mean", "dtype": "int8"}, "'dtype': input should be 'float32', 'float16', "
+         "'bfloat16' or 'float64' (got 'int8')."),
+        ({"method": "mean", "seed": -1}, "'seed': input should be greater than or equal to 0 "
+         "(got -1)."),
+        ({"method": "mean", "format": 2}, "'format': input should be 1 (got 2)."),
+    ],
+)  # fmt: skip
+def test_faults_are_told_in_one_sentence(data, sentence):
+    with says(RecipeError, f"here: {sentence}"):
+        make_recipe(data, "here")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"densty": 0.1}, "unknown key 'densty'; did you mean 'density'?"),
+        ({"density": 0}, "'density': input should be greater than 0 (got 0)."),
+        ({"density": 1.5}, "'density': input should be less than or equal to 1 (got 1.5)."),
+        ({"scope": "layer"}, "'scope': input should be 'vector' or 'tensor' (got 'layer')."),
+        (
+            {"reduction": "median"},
+            "'reduction': input should be 'mean', 'sum' or 'max' (got 'median').",
+        ),
+    ],
+)
+def test_faults_in_options_are_told_in_one_sentence(options, sentence):
+    with says(RecipeError, f"here, options of ties: {sentence}"):
+        make_recipe({"method": "ties", "options": options}, "here")
+
+
+def test_a_method_without_options_takes_none():
+    with says(RecipeError, "here, options of mean: unknown key 'density'."):
+        make_recipe({"method": "mean", "options": {"density": 0.1}}, "here")
+
+
+@pytest.mark.parametrize(
+    "weights", ["exampels", 3, None, {"North": 1}, {"north": "x"}, {"north": float("nan")}, [1]]
+)
+def test_malformed_weights_are_refused(weights):
+    with pytest.raises(RecipeError, match="^here: 'weights"):
+        make_recipe({"method": "mean", "weights": weights}, "here")
+
+
+def test_a_broken_file_is_named_with_its_line(tmp_path):
+    (tmp_path / "r.yaml").write_text("method: mean\nscale: [1\n")
+    with says(RecipeError, f"{tmp_path}/r.yaml, line 3: not valid YAML."):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_a_recipe_reads_its_options_with_their_types():
+    recipe = make_recipe({"method": "ties", "options": {"density": 1}}, "here")
+    assert recipe.checked_options.density == 1.0
+    assert recipe.rule.name == "ties"

@@ -1,0 +1,184 @@
+"""What lies on a hub, as figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime, timezone
+
+import numpy as np
+import pytest
+import torch
+
+from merge_kit.contributions import PAYLOAD, SIGNATURE, folder_of
+from merge_kit.federation import read_federation
+from merge_kit.parameters import Role, roles_of
+from merge_kit.status import survey
+from merge_kit.tensorfile import specs_of
+from tests.merge_kit.helpers import load
+
+NOON = datetime(2026, 11, 25, 12, tzinfo=timezone.utc)
+
+
+@pytest.fixture
+def rows(hub):
+    """The survey of the hub, two days after the fixtures' publications."""
+
+    def look():
+        return survey(hub, read_federation(hub.root), NOON)
+
+    return look
+
+
+def weights_of(parcel):
+    """All weights of a vector, without head and statistics, as one float64 array."""
+    tensors = load(parcel.vector)
+    roles = roles_of(specs_of(tensors), ("fc",))
+    return np.concatenate(
+        [t.double().numpy().ravel() for n, t in tensors.items() if roles[n] is Role.WEIGHT]
+    )
+
+
+def test_a_row_says_what_the_site_said(contribute, rows):
+    parcel = contribute("north", counts={"round": 30, "lobed": 3, "granular": 0})
+    (row,) = rows()
+    size = parcel.manifest.payload.size
+    assert row == {
+        "site": "north",
+        "id": parcel.manifest.id,
+        "state": "ready",
+        "problem": None,
+        "created": "2026-11-23T12:00:00Z",
+        "age_days": 2.0,
+        "class_counts": {"round": 30, "lobed": "<5", "granular": 0},
+        "balanced_accuracy": {"value": 0.8, "low": 0.7, "high": 0.9},
+        "macro_auroc": {"value": 0.8, "low": 0.7, "high": 0.9},
+        "bytes": size,
+        "norm": parcel.manifest.payload.norm,
+        "cosine": pytest.approx(1.0, abs=1e-12),
+        "signature": "admitted",
+        "compatible": True,
+    }
+    assert size == parcel.vector.stat().st_size
+
+
+def test_cosines_are_to_the_mean_of_the_current_vectors(contribute, rows):
+    """Against numpy, on whole vectors in float64."""
+    parcels = {f"s{seed}": contribute(f"s{seed}", seed=seed) for seed in (1, 2, 3)}
+    vectors = {name: weights_of(parcel) for name, parcel in parcels.items()}
+    mean = np.mean(list(vectors.values()), axis=0)
+    expected = {
+        name: float(tau @ mean / np.linalg.norm(tau) / np.linalg.norm(mean))
+        for name, tau in vectors.items()
+    }
+    assert {row["site"]: row["cosine"] for row in rows()} == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_opposite_vector_shows_a_negative_cosine(contribute, rows):
+    def step(sign):
+        def change(name, tensor):
+            return tensor + sign * 0.01 if tensor.is_floating_point() else tensor
+
+        return change
+
+    for name, sign in (("north", 1), ("south", 1), ("odd", -1)):
+        contribute(name, change=step(sign))
+    found = {row["site"]: row["cosine"] for row in rows()}
+    assert found == pytest.approx({"north": 1.0, "south": 1.0, "odd": -1.0}, abs=1e-3)
+
+
+def test_a_vector_of_zeros_has_no_cosine(contribute, rows):
+    contribute("north", change=lambda name, tensor: tensor)
+    assert math.isnan(rows()[0]["cosine"])
+
+
+@pytest.mark.parametrize(
+    ("admit", "signed", "state", "signature"),
+    [
+        (True, True, "ready", "admitted"),
+        (False, True, "not admitted", "not admitted"),
+        (True, False, "not admitted", "unsigned"),
+    ],
+)
+def test_states_follow_the_signature(contribute, hub, rows, admit, signed, state, signature):
+    parcel = contribute("north", admit=admit)
+    if not signed:
+        (hub.root / folder_of(parcel.manifest) / SIGNATURE).unlink()
+    assert [(row["state"], row["signature"]) for row in rows()] == [(state, signature)]
+
+
+def test_a_replaced_contribution_has_no_say_in_the_mean(contribute, rows):
+    old, new = contribute("north", seed=1), contribute("north", seed=2)
+    states = {row["id"]: (row["state"], row["cosine"]) for row in rows()}
+    assert states[old.manifest.id] == ("replaced", None)
+    assert states[new.manifest.id] == ("ready", pytest.approx(1.0, abs=1e-12))
+
+
+def test_a_refused_one_comes_last_with_its_sentence(contribute, hub, rows):
+    bad, good = contribute("north"), contribute("south")
+    payload = hub.root / folder_of(bad.manifest) / PAYLOAD
+    payload.write_bytes(bytes(payload.stat().st_size))
+    first, last = rows()
+    assert (first["site"], first["state"]) == ("south", "ready")
+    assert first["id"] == good.manifest.id
+    assert (last["site"], last["state"]) == ("north", "refused")
+    assert last["problem"].startswith(f"contribution north/{bad.manifest.id[:12]}: the payload is ")
+
+
+def test_nothing_on_the_hub_is_no_row(rows):
+    assert rows() == []
+
+
+def test_the_command_prints_json_for_a_program(contribute, hub, run_cli, federation):
+    contribute("north", change=lambda name, tensor: tensor)
+    parcel = contribute("south", seed=1)
+    (hub.root / folder_of(parcel.manifest) / PAYLOAD).write_bytes(b"")
+    result = run_cli("status", hub.root, "--json")
+    facts = json.loads(result.stdout, parse_constant=lambda text: pytest.fail(text))
+    assert result.exit_code == 0
+    assert facts["contract"] == federation.contract_hash
+    assert facts["admitted"] == ["north", "south"]
+    north, south = facts["contributions"]
+    assert (north["site"], north["state"], north["cosine"]) == ("north", "ready", None)
+    assert (south["site"], south["state"]) == ("south", "refused")
+
+
+def test_the_command_prints_a_table_for_a_person(contribute, hub, run_cli):
+    contribute("north")
+    contribute("south", admit=False)
+    result = run_cli("status", hub.root)
+    assert result.exit_code == 0
+    assert "Federation 'cells'" in result.stdout
+    for word in ("north", "south", "ready", "round", "granular"):
+        assert word in result.stdout
+    assert f"Next: merge the 1 that are ready with\n  merge-kit merge {hub.root}" in result.stdout
+
+
+def test_a_site_that_is_silent_is_named(hub, run_cli):
+    key = "ed25519:11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="
+    assert run_cli("admit", hub.root, "west", key).exit_code == 0
+    result = run_cli("status", hub.root)
+    assert "Admitted and not heard of yet: west" in result.stdout
+
+
+def test_odd_names_on_a_hub_do_not_stop_status(contribute, hub, run_cli):
+    contribute("north")
+    odd = hub.root / "contributions" / "a\\b\x1b[2J" / "x"
+    odd.mkdir(parents=True)
+    result = run_cli("status", hub.root)
+    assert result.exit_code == 0
+    assert "\x1b[2J" not in result.output
+
+
+def test_all_values_of_the_gram_matrix_are_needed_once(contribute, rows):
+    """A head or a running mean that is far off does not move the cosine."""
+
+    def change(name, tensor):
+        if name.startswith("fc.") or "running" in name:
+            return tensor + 100.0
+        return tensor + 0.01 if tensor.is_floating_point() else tensor
+
+    contribute("north", change=change)
+    contribute("south", change=lambda n, t: t + 0.01 if t.is_floating_point() else t)
+    assert [row["cosine"] for row in rows()] == pytest.approx([1.0, 1.0], abs=1e-4)
+    assert torch.get_default_dtype() == torch.float32
