@@ -10,8 +10,9 @@ demo: $(VENV)/.installed
 	rm -rf demo
 	$(BIN)/merge-kit demo --out demo
 
+# One thread for each worker: more would only wait for each other.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

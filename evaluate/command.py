@@ -41,6 +41,8 @@ from merge_kit.files import write_atomic
 )
 @click.option("--site-column", default="site", show_default=True, help="Column with the site.")
 @click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out, and say so.")
+@click.option("--classes", default="", help="Class names, if a model's own folder has none.")
+@click.option("--pooled", multiple=True, metavar="NAME", help="Trained on all sites' images.")
 @click.option("--out", type=click.Path(path_type=Path), default="evaluation", show_default=True)
 @click.option("--title", default="Evaluation", show_default=True, help="Heading of the report.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
@@ -54,6 +56,8 @@ def evaluate(
     split: str | None,
     site_column: str,
     skip_unreadable: bool,
+    classes: str,
+    pooled: tuple[str, ...],
     out: Path,
     title: str,
     device: str,
@@ -64,7 +68,8 @@ def evaluate(
     A MODEL is a timm folder, a merged model, a site's folder or run, or a federation (its base);
     NAME=FOLDER names it in the report.
     """
-    found = find_models(models)
+    names = [part.strip() for part in classes.split(",") if part.strip()]
+    found = find_models(models, classes=names, pooled=pooled)
     chosen = choose_device(device)
     cases = load_cases(
         data,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -11,12 +13,15 @@ from pathlib import Path
 
 import click
 
+from finetune.cases import load_cases
 from finetune.options import TrainingOptions
 from finetune.progress import Progress
+from finetune.splits import assign_splits
 from merge_kit import signing
 from merge_kit.cli import cli
 from merge_kit.commands.options import next_step, pairs
 from merge_kit.errors import LabelError, UsageError
+from merge_kit.files import write_atomic
 from merge_kit.site import KEY_FILE
 
 POOLED = "pooled"
@@ -29,8 +34,8 @@ class Stage:
     classes: tuple[str, ...]
     sites: Mapping[str, tuple[str, ...]]
     """Site name -> options of `finetune` that choose its images."""
-    union: Path
-    """Table of all sites' images, with a column `site`."""
+    union: tuple[str, ...]
+    """Options that choose all sites' images."""
     backbone: tuple[str, ...]
     """Options of `init`."""
 
@@ -68,7 +73,7 @@ def demo(
     if data is None and (backbone or weights):
         raise UsageError("--backbone and --weights go with --data.")
     started = time.monotonic()
-    stage = _own(data, backbone, weights) if data else _generate(out, seed)
+    stage = _own(data, backbone, weights, out, seed) if data else _generate(out, seed)
     if images_only:
         next_step(f"look at {out}, and follow the README from 'init' on.")
         return
@@ -97,7 +102,7 @@ def _generate(out: Path, seed: int) -> Stage:
     return Stage(
         tuple(demo_images.CLASSES),
         {name: ("--data", str(folder / "labels.csv")) for name, folder in folders.items()},
-        union,
+        ("--data", str(union)),
         (
             *("--backbone", demo_backbone.ARCHITECTURE, "--weights", str(weights)),
             *("--input-size", size, "--mean", *mean, "--std", *std),
@@ -105,29 +110,46 @@ def _generate(out: Path, seed: int) -> Stage:
     )
 
 
-def _own(data: Path, backbone: str | None, weights: str | None) -> Stage:
-    path = data / "labels.csv" if data.is_dir() else data
+def _own(data: Path, backbone: str | None, weights: str | None, out: Path, seed: int) -> Stage:
     if backbone is None:
         raise UsageError("--data needs --backbone, and --weights unless they come from the Hub.")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise LabelError(f"{path} cannot be read as a UTF-8 table: check --data.") from error
-    for column in ("file", "label", "site"):
-        if not rows or column not in rows[0]:
-            raise LabelError(f"{path} has no column '{column}', or no row: the demo needs it.")
-    sites = sorted({row["site"] for row in rows})
-    chosen = {
-        name.lower().replace("_", "-"): ("--data", str(path), "--where", f"site={name}")
-        for name in sites
-    }
+    path = data / "labels.csv" if data.is_dir() else data
+    classes = _classes(path)
+    cases = load_cases(path, classes=classes)
+    sites = sorted({case.columns.get("site", "") for case in cases})
+    if "" in sites:
+        raise LabelError(f"{path} lacks the column 'site', or a value in it: the demo needs it.")
+    names = {site: re.sub(r"[^a-z0-9]+", "-", site.lower()).strip("-") for site in sites}
+    if len(set(names.values())) != len(sites):
+        raise LabelError(f"{path}: two sites have nearly the same name: rename one.")
+    rows = []
+    for site in sites:
+        own = [case for case in cases if case.columns["site"] == site]
+        for case in assign_splits(own, seed=seed):
+            unit = case.patient or case.group  # known within one site only
+            patient = f"{names[site]}:{unit}" if unit else ""
+            rows.append([case.file, classes[case.label], names[site], patient, case.split])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([["file", "label", "site", "patient", "split"], *rows])
+    union = out / "all.csv"
+    write_atomic(union, text.getvalue())
+    images = ("--images", str(path.parent))
     return Stage(
-        tuple(sorted({row["label"] for row in rows})),
-        chosen,
-        path,
+        classes,
+        {n: ("--data", str(union), *images, "--where", f"site={n}") for n in names.values()},
+        ("--data", str(union), *images),
         ("--backbone", backbone, *(("--weights", weights) if weights else ())),
     )
+
+
+def _classes(path: Path) -> tuple[str, ...]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            found = {(row.get("label") or "").strip() for row in csv.DictReader(file)}
+    except (OSError, UnicodeDecodeError) as error:
+        raise LabelError(f"{path} cannot be read as a UTF-8 table: check --data.") from error
+    return tuple(sorted(found - {""}))
 
 
 def _run_all(
@@ -154,10 +176,10 @@ def _run_all(
     _call("join", hub, "--site", POOLED, "--folder", pooled)
     steps = int(training.get("steps", TrainingOptions().steps)) * len(stage.sites)
     budget = {} if "epochs" in training else {"steps": str(steps)}
-    _call("finetune", pooled, "--data", str(stage.union), *_flags({**chosen, **budget}))
+    _call("finetune", pooled, *stage.union, *_flags({**chosen, **budget}))
     report = out / "report"
     models = [*folders.values(), *merged, f"{POOLED}={pooled}"]
-    _call("evaluate", *models, "--data", str(stage.union), "--out", str(report))
+    _call("evaluate", *models, "--pooled", POOLED, *stage.union, "--out", str(report))
     return report / "report.html"
 
 

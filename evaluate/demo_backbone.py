@@ -7,7 +7,6 @@ neither the federation's classes nor any hospital's images.
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +15,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save
 
 from evaluate.demo_images import PUBLIC_CLASSES, SIDE
 from merge_kit.errors import ImageError, LabelError
+from merge_kit.tensorfile import write_tensors
 
 ARCHITECTURE = "test_resnet"  # timm: 0.37 million parameters, batch norm, 96 features
 INPUT_SIZE = 64  # px
@@ -56,12 +55,7 @@ def prepare_backbone(
         model = timm.create_model(ARCHITECTURE, num_classes=len(PUBLIC_CLASSES))
     model.to(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU
     _train(model, images, labels, seed, epochs, batch_size, progress)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Written as bytes because safetensors' own writer creates files that only the owner can read.
-    beside = out.with_name(f".{out.name}.partial")
-    beside.write_bytes(save(state))
-    os.replace(beside, out)
+    write_tensors(out, model.state_dict())
     return out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,20 @@ class Model:
     preprocessing: Preprocessing
 
 
-def find_models(texts: Sequence[str]) -> list[Model]:
+def find_models(
+    texts: Sequence[str], *, classes: Sequence[str] = (), pooled: Sequence[str] = ()
+) -> list[Model]:
     """Models as a user names them: ``FOLDER`` or ``NAME=FOLDER``.
 
     A folder may be a timm folder, a merged model, a run, a site's working folder (its latest run),
     or a federation (its base).
+
+    Parameters
+    ----------
+    classes
+        Class names of models whose configuration does not name them, in the order of the outputs.
+    pooled
+        Names of models that were trained on all sites' images.
 
     Raises
     ------
@@ -43,7 +52,10 @@ def find_models(texts: Sequence[str]) -> list[Model]:
     DataError
         The models do not have the same classes.
     """
-    models = [_find(text) for text in texts]
+    models = [_find(text, classes) for text in texts]
+    if unknown := sorted(set(pooled) - {model.name for model in models}):
+        raise UsageError(f"--pooled {unknown[0]}: no model has this name.")
+    models = [replace(m, role="pooled") if m.name in pooled else m for m in models]
     for model in models:
         if [m.name for m in models].count(model.name) > 1:
             raise UsageError(
@@ -57,41 +69,54 @@ def find_models(texts: Sequence[str]) -> list[Model]:
     return models
 
 
-def _find(text: str) -> Model:
+def _find(text: str, classes: Sequence[str]) -> Model:
     name, separator, path = text.partition("=")
-    folder = Path(path if separator else text)
-    given = name if separator else None
+    if not separator or Path(text).exists():
+        name, path = "", text
+    folder = Path(path)
     if (folder / "config.json").is_file():
         kind = "merged" if (folder / PROVENANCE).is_file() else "other"
-        return _read(given or folder.absolute().name, kind, folder)
+        return _read(name or folder.absolute().name, kind, folder, classes)
     if (folder / SITE_FILE).is_file():
         site, run = open_site(folder), latest_run(folder)
         if run is None:
             raise VectorError(f"{folder} has no finished run: run 'merge-kit finetune {folder}'.")
-        return _read(given or site.name, f"site:{site.name}", run / "model")
+        return _read(name or site.name, f"site:{site.name}", run / "model", classes)
     if (folder / SUMMARY).is_file():
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        return _read(given or summary["site"], f"site:{summary['site']}", folder / "model")
+        own = _site_of(folder / SUMMARY)
+        return _read(name or own, f"site:{own}", folder / "model", classes)
     if (folder / FEDERATION_FILE).is_file():
-        return _read(given or "base", "base", folder / "base")
+        return _read(name or "base", "base", folder / "base", classes)
     raise VectorError(
         f"{folder} is no model: give a timm folder (config.json, model.safetensors), a site's "
         "folder, a run, or a federation."
     )
 
 
-def _read(name: str, role: str, folder: Path) -> Model:
+def _site_of(summary: Path) -> str:
+    try:
+        return str(json.loads(summary.read_text(encoding="utf-8"))["site"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise VectorError(f"{summary} is damaged: run 'merge-kit finetune' again.") from error
+
+
+def _read(name: str, role: str, folder: Path, classes: Sequence[str]) -> Model:
     path = folder / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        seen = config["pretrained_cfg"]
-        names = config["label_names"]
+        seen = dict(config["pretrained_cfg"])
+        names = config.get("label_names") or list(classes)
+        own = dict(config.get("merge_kit", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VectorError(f"{path} is no timm configuration ({error}).") from error
+    if not names:
+        raise VectorError(f"{path} names no classes: give them in their order with --classes.")
+    if len(names) != config.get("num_classes", len(names)):
         raise VectorError(
-            f"{path} is no timm configuration with label names and preprocessing ({error})."
-        ) from error
+            f"{path} is of a model with {config['num_classes']} classes and {len(names)} names: "
+            "correct --classes."
+        )
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
-    values = {key: seen[key] for key in keys if key in seen}
+    values = {**own, **{key: seen[key] for key in keys if key in seen}}
     preprocessing = parse(Preprocessing, values, str(path), VectorError)
-    # A model that was trained on all sites' images is the yardstick, not one site's model.
-    return Model(name, "pooled" if name == "pooled" else role, folder, tuple(names), preprocessing)
+    return Model(name, role, folder, tuple(names), preprocessing)

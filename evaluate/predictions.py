@@ -45,7 +45,7 @@ def predict(
     *,
     site_column: str = "site",
     skip_unreadable: bool = False,
-    precision: str = "auto",
+    precision: str = "float32",
     progress: Stage | None = None,
 ) -> tuple[list[Predictions], list[str]]:
     """Probabilities of every model for every case; images are decoded once for models that look

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,8 @@ from finetune.tables import (
     read_table,
 )
 from merge_kit.errors import ImageError, LabelError
+
+_ONE_READER = threading.Lock()
 
 __all__ = ["ArrayItem", "Case", "case_key", "load_cases", "read_case"]
 
@@ -258,9 +261,14 @@ def _size_and_time(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def _pixels(path: Path, array: str, size: int, changed: int) -> NDArray[Any]:
+    with _ONE_READER:  # else every decoding thread would unpack the whole array for itself
+        return _unpacked(path, array, size, changed)
+
+
 # Three, for the three splits of a MedMNIST file: a compressed array cannot be read in parts.
 @lru_cache(maxsize=3)
-def _pixels(path: Path, array: str, size: int, changed: int) -> NDArray[Any]:
+def _unpacked(path: Path, array: str, size: int, changed: int) -> NDArray[Any]:
     """A whole image array of a .npz; size and time of the file are part of the cache's key."""
     with zipfile.ZipFile(path) as archive:
         return read_array(archive, array)

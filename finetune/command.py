@@ -117,7 +117,10 @@ def finetune(
             f"The images kept for testing are listed in {finished.folder / runs.CASES}; they were "
             "not looked at."
         )
-    next_step(f"see what would leave the site with\n  merge-kit publish {site.root} --dry-run")
+    next_step(
+        f"see what would leave the site with\n"
+        f"  merge-kit publish {site.root} --run {target} --dry-run"
+    )
 
 
 def _options(context: click.Context, config: Path | None, given: dict[str, Any]) -> TrainingOptions:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.pixels import Images, centre
-from merge_kit.backbone import classifier_names, classifier_of
+from merge_kit.backbone import classifier_of
 from merge_kit.errors import MergeKitError, UsageError, VectorError
 
 
@@ -48,11 +48,6 @@ def head_of(model: nn.Module) -> nn.Module:
     return classifier_of(model, type(model).__name__)
 
 
-def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Module names of the classifier."""
-    return classifier_names(model)
-
-
 def choose_device(name: str) -> torch.device:
     """``auto`` takes a GPU where there is one.
 
@@ -79,7 +74,9 @@ def choose_device(name: str) -> torch.device:
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """bfloat16 where it is asked for, or with ``auto`` on a GPU that computes in it."""
     wanted = precision == "bfloat16" or (
-        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision == "auto"
+        and device.type == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted):
         yield
@@ -95,11 +92,6 @@ def training_mode(model: nn.Module, norm: str) -> None:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether the backbone has batch norm, of torch or of timm."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 @torch.no_grad()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import importlib.metadata
 import io
 import json
 import math
+import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,7 +27,7 @@ from finetune.splits import split_of
 from merge_kit import vector
 from merge_kit.errors import TrainingError
 from merge_kit.federation import BASE_WEIGHTS, check_base
-from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
+from merge_kit.files import canonical_json, sha256_bytes, sha256_file, storage_errors, write_atomic
 from merge_kit.manifest import (
     Draft,
     Estimate,
@@ -97,6 +100,8 @@ def prepare(
     DataError
         An image cannot be read and `skip_unreadable` is false.
     """
+    # The order of a table's rows must not matter to the vector.
+    cases = sorted(cases, key=lambda case: case.file)
     train, validation = split_of(cases, "train"), split_of(cases, "val")
     images, skipped = decode(
         [*train, *validation],
@@ -135,6 +140,36 @@ def finetune(
     BaseMismatchError
         The site's copy of the base is not what the contract says.
     """
+    with _alone(folder):
+        return _finetune(site, material, options, folder, device, report)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second process out of a run; the lock ends with the process that holds it."""
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TrainingError(
+            f"{folder} is being trained by another process: wait for it, or stop it."
+        ) from None
+    else:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _finetune(
+    site: Site,
+    material: Material,
+    options: TrainingOptions,
+    folder: Path,
+    device: torch.device,
+    report: training.Report,
+) -> Run:
     if (folder / SUMMARY).is_file():
         return Run(folder, json.loads((folder / SUMMARY).read_text(encoding="utf-8")), True)
     check_base(site.federation, site.root / COPY / BASE_WEIGHTS, str(site.base_folder))

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune import network, scores
+from finetune.feed import Feed, draw_seed
 from finetune.options import TrainingOptions
 from finetune.pixels import Images, augment
 from merge_kit.errors import TrainingError
-from merge_kit.files import write_atomic
+from merge_kit.files import canonical_json, sha256_bytes, write_atomic
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -184,6 +185,8 @@ class _Loop:
         self.best_step = 0
         self.loss_sum, self.loss_count = 0.0, 0
         self.labels = task.train.labels()
+        self.identity = task_identity(task)
+        self.feed = Feed(task.train, options, self.updates, self.total)
         self.masses = torch.ones(len(self.labels), dtype=torch.float64)
         if options.balance == "weights":
             self.masses /= torch.bincount(self.labels)[self.labels]
@@ -201,7 +204,14 @@ class _Loop:
         """Train to the end, saving at each validation and every minute."""
         saved = time.monotonic()
         while self.step < self.total and self.stale < self.task.options.patience:
-            self._update()
+            try:
+                self._update()
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(
+                    f"{self.task.device} has too little memory for batches of "
+                    f"{self.task.options.batch_size}: give a smaller --batch-size and a larger "
+                    "--accumulate."
+                ) from error
             due = self.step % self.interval == 0 or self.step == self.total
             if due:
                 self._validate()
@@ -211,10 +221,7 @@ class _Loop:
 
     def _update(self) -> None:
         options = self.task.options
-        epoch, position = divmod(self.step, self.updates)
-        order = epoch_order(self.labels, epoch, options)
-        size = options.batch_size * options.accumulate
-        chosen = order[position * size : (position + 1) * size].tolist()
+        batches = self.feed.step(self.step)
         generator = torch.Generator().manual_seed(draw_seed(options.seed, "augment", self.step))
         # Dropout and stochastic depth draw from torch's global generator.
         torch.manual_seed(draw_seed(options.seed, "model", self.step))
@@ -222,10 +229,9 @@ class _Loop:
         weights = None
         if options.balance == "weights":
             weights = class_weights(self.labels, self.task.seen).to(self.task.device)
-        total = 0.0
-        for part in network.chunks(len(chosen), options.batch_size):
-            indices = chosen[part[0] : part[-1] + 1]
-            pixels = self.task.train.batch(indices).to(self.task.device)
+        total, mass = 0.0, sum(float(self.masses[indices].sum()) for indices, _ in batches)
+        for indices, pixels in batches:
+            pixels = pixels.to(self.task.device)
             batch = augment(
                 pixels, self.task.train.preprocessing, options.augment, options.flip, generator
             ).contiguous(memory_format=torch.channels_last)
@@ -235,8 +241,7 @@ class _Loop:
             with network.autocast(self.task.device, options.precision):
                 outputs = self.model(batch)
             loss = loss_on_seen(outputs.float(), labels, seen, weights)
-            # Each part's loss is a mean weighted by class: the step's is that of all its images.
-            share = float(self.masses[indices].sum() / self.masses[chosen].sum())
+            share = float(self.masses[indices].sum()) / mass  # as in the mean over the whole step
             torch.autograd.backward(loss * share)
             total += float(loss.detach()) * share
         if not math.isfinite(total):
@@ -300,6 +305,7 @@ class _Loop:
     def save(self, path: Path) -> None:
         """Write everything that the next step depends on, atomically."""
         state = {
+            "identity": self.identity,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
@@ -323,7 +329,15 @@ class _Loop:
     def restore(self, path: Path) -> None:
         """Go back to where `save` was."""
         try:
-            self._take(torch.load(path, map_location=self.task.device, weights_only=True))
+            state = torch.load(path, map_location=self.task.device, weights_only=True)
+            if state["identity"] != self.identity:
+                raise TrainingError(
+                    f"{path} was made from other images or labels than can be read now: restore "
+                    "them, or remove this file to start this run afresh."
+                )
+            self._take(state)
+        except TrainingError:
+            raise
         except Exception as error:  # torch raises nearly anything on a damaged file
             raise TrainingError(
                 f"{path} cannot be read: remove it to start this run afresh."
@@ -345,23 +359,17 @@ class _Loop:
         torch.set_rng_state(state["random"].cpu())
 
 
-def draw_seed(seed: int, purpose: str, step: int) -> int:
-    """A seed for one purpose at one step; no two streams of a run share one."""
-    mixed = seed * 1_000_003 + step
-    return (mixed * 31 + sum(purpose.encode()) * 2_654_435_761) % (2**63)
-
-
-def epoch_order(labels: Tensor, epoch: int, options: TrainingOptions) -> Tensor:
-    """Indices of one epoch: a permutation, or with ``sampling`` draws that favour no class."""
-    generator = torch.Generator().manual_seed(draw_seed(options.seed, "order", epoch))
-    if options.balance != "sampling":
-        return torch.randperm(len(labels), generator=generator)
-    chances = 1.0 / torch.bincount(labels)[labels].double()
-    return torch.multinomial(chances, len(labels), replacement=True, generator=generator)
+def task_identity(task: Task) -> str:
+    """Digest of the images and labels in their order: what a checkpoint goes on with."""
+    told = [[case.file, case.label] for case in (*task.train.cases, *task.validation.cases)]
+    return sha256_bytes(canonical_json(told))
 
 
 def validate(model: nn.Module, task: Task, report: Report) -> Figures:
-    """Figures on the site's validation images, over the classes that the site has seen."""
+    """Figures on the site's validation images.
+
+    Classes without training images are never predicted; the loss is over the images of the others.
+    """
     outputs = network.logits(
         model, task.validation, task.device, progress=_stage(report, "validation")
     )

@@ -5,7 +5,6 @@ This is the one module of merge_kit that imports timm; only `init` needs it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,11 @@ def build(
         else:
             state = _read_state(Path(weights), allow_pickle)
             model = _from_state(architecture, len(classes), arguments, state, Path(weights))
-    except TypeError as error:
-        raise UsageError(f"model '{architecture}' cannot be built: {error}.") from error
+    except (TypeError, KeyError, ValueError, AttributeError, AssertionError) as error:
+        raise UsageError(
+            f"model '{architecture}' cannot be built with these arguments ({error}): "
+            "check --model-arg and --input-size."
+        ) from error
     for parameter in classifier_of(model, architecture).parameters():
         nn.init.zeros_(parameter)
     return model.float().eval()
@@ -196,31 +198,3 @@ def preprocessing_of(model: nn.Module, overrides: Mapping[str, Any]) -> Preproce
         values["interpolation"] = "bicubic"
     values.update({key: value for key, value in overrides.items() if value is not None})
     return parse(Preprocessing, values, "the preprocessing", FederationError)
-
-
-def model_config(
-    architecture: str,
-    classes: Sequence[str],
-    preprocessing: Preprocessing,
-    classifier: Sequence[str],
-    model_args: Mapping[str, Any],
-) -> str:
-    """The config.json by which ``timm.create_model("local-dir:...")`` rebuilds the model."""
-    config = {
-        "architecture": architecture,
-        "num_classes": len(classes),
-        "label_names": list(classes),
-        "model_args": dict(model_args),
-        "pretrained_cfg": {
-            "input_size": list(preprocessing.input_size),
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
-            "interpolation": preprocessing.interpolation,
-            "crop_pct": preprocessing.crop_pct,
-            "crop_mode": "center",
-            "num_classes": len(classes),
-            "classifier": classifier[0] if len(classifier) == 1 else list(classifier),
-            "custom_load": False,
-        },
-    }
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -40,7 +40,12 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise MergeKitError(
+                f"'{cmd_name}' cannot be loaded ({error}): see 'merge-kit doctor'."
+            ) from error
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -66,7 +71,9 @@ class FewOfAKind(logging.Filter):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="merge-kit")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option(
+    "--debug", is_flag=True, help="Show the traceback of an error; anywhere in a command."
+)
 def cli(debug: bool) -> None:
     """One good image classifier out of many private data sets.
 
@@ -80,27 +87,30 @@ def cli(debug: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; one sentence on stderr and a non-zero exit when it cannot do its job."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in given
     try:
-        cli.main(args=list(arguments), prog_name="merge-kit", standalone_mode=False)
+        cli.main(
+            args=[a for a in given if a != "--debug"], prog_name="merge-kit", standalone_mode=False
+        )
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Stopped. Run the same command again to go on.", err=True)
+        click.echo("Stopped; nothing is half-written.", err=True)
         sys.exit(130)
     except MergeKitError as error:
-        _explain(arguments, str(error))
+        _explain(debug, str(error))
         sys.exit(error.exit_code)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        _explain(arguments, f"{place}{error.strerror or error}.")
+        _explain(debug, f"{place}{error.strerror or error}.")
         sys.exit(1)
 
 
-def _explain(arguments: Sequence[str], sentence: str) -> None:
-    if "--debug" in arguments:
+def _explain(debug: bool, sentence: str) -> None:
+    if debug:
         traceback.print_exc()
     click.echo(f"Error: {sentence}", err=True)

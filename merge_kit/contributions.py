@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from merge_kit.federation import Federation
 from merge_kit.files import canonical_json, sha256_file
 from merge_kit.hub import FolderHub, Hub
 from merge_kit.manifest import Manifest, parse_manifest
-from merge_kit.parameters import Role
+from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.tensorfile import TensorFile, TensorSpec
 
 PAYLOAD = "payload.safetensors"
@@ -42,6 +42,9 @@ class Contribution:
     payload: Path
     trust: Trust
     key: str | None
+    signature: str | None = None
+    checked: bool = False
+    """Whether the payload has been read and found sound."""
 
     @property
     def site(self) -> str:
@@ -104,7 +107,29 @@ def _entry(hub: Hub, federation: Federation, site: str, name: str) -> Entry:
             )
     except MergeKitError as error:
         return Entry(site, name, None, str(error))
+    except OSError as error:
+        return Entry(site, name, None, f"{ROOT}/{site}/{name} cannot be read: {error.strerror}.")
     return Entry(site, name, found, None)
+
+
+def check_payloads(
+    entries: Sequence[Entry], federation: Federation, base_weights: Path
+) -> list[Entry]:
+    """Read every payload; an entry whose payload is unsound carries the sentence that says why."""
+    with TensorFile(base_weights) as base:
+        roles = roles_of(base.specs, federation.classifier)
+        expected = vector_specs(base.specs, roles)
+    checked = []
+    for entry in entries:
+        if entry.contribution:
+            try:
+                check_payload(entry.contribution, federation, expected, roles)
+                found = replace(entry.contribution, checked=True)
+                entry = replace(entry, contribution=found)
+            except MergeKitError as error:
+                entry = Entry(entry.site, entry.id, None, str(error))
+        checked.append(entry)
+    return checked
 
 
 def read_local(folder: Path, federation: Federation) -> Contribution:
@@ -125,15 +150,22 @@ def read_local(folder: Path, federation: Federation) -> Contribution:
 def _read(hub: Hub, federation: Federation, folder: str) -> Contribution:
     data = hub.read(f"{folder}/{MANIFEST}")
     manifest = parse_manifest(data, f"{folder}/{MANIFEST}")
-    trust, key = _check_signature(hub, federation, folder, manifest, data)
+    trust, signature = _check_signature(hub, federation, folder, manifest, data)
     _check_contract(manifest, federation, folder)
     payload = hub.fetch(f"{folder}/{PAYLOAD}")
-    return Contribution(manifest.id, manifest, payload, trust, key)
+    return Contribution(
+        manifest.id,
+        manifest,
+        payload,
+        trust,
+        signature.key if signature else None,
+        signature.signature if signature else None,
+    )
 
 
 def _check_signature(
     hub: Hub, federation: Federation, folder: str, manifest: Manifest, data: bytes
-) -> tuple[Trust, str | None]:
+) -> tuple[Trust, signing.Signature | None]:
     if not hub.has(f"{folder}/{SIGNATURE}"):
         return Trust.UNSIGNED, None
     try:
@@ -144,13 +176,13 @@ def _check_signature(
     signing.verify(signature, signing.MANIFEST_CONTEXT, data, f"{folder}/{MANIFEST}")
     admitted = federation.key_of(manifest.site)
     if admitted is None:
-        return Trust.STRANGER, signature.key
+        return Trust.STRANGER, signature
     if admitted != signature.key:
         raise SignatureError(
             f"{folder} is signed with {signature.key}, but site '{manifest.site}' is admitted "
             f"with {admitted}: it is refused."
         )
-    return Trust.ADMITTED, signature.key
+    return Trust.ADMITTED, signature
 
 
 def _check_contract(manifest: Manifest, federation: Federation, folder: str) -> None:
@@ -187,7 +219,8 @@ def check_payload(
     if size != stated.size or sha256_file(contribution.payload) != stated.sha256:
         raise ContributionError(
             f"{where}: the payload is not what the site signed ({size} bytes, "
-            f"{stated.size} announced): it is damaged or replaced; fetch it or publish it again."
+            f"{stated.size} announced): it is damaged or replaced; remove its folder from the hub "
+            "and let the site publish again."
         )
     with TensorFile(contribution.payload) as file:
         header = vector.read_header(file)
@@ -198,6 +231,10 @@ def check_payload(
             )
         vector.check_specs(file, expected)
         norm = vector.norm(file, roles)
+    if abs(norm - stated.norm) > 1e-4 * norm:
+        raise ContributionError(
+            f"{where} has the norm {norm:.4g}, its manifest says {stated.norm:.4g}: it is refused."
+        )
     bound = federation.policy.maximum_norm
     if bound is not None and norm > bound:
         raise ContributionError(

@@ -64,8 +64,6 @@ def create(
     classifier = backbone.classifier_names(model)
     with new_folder(folder) as draft:
         write_tensors(draft / BASE_WEIGHTS, model.state_dict(), ("format", "pt"))
-        config = backbone.model_config(architecture, classes, chosen, classifier, model_args)
-        write_atomic(draft / BASE_CONFIG, config)
         federation = parse_federation(
             {
                 "name": name,
@@ -80,6 +78,7 @@ def create(
             },
             "the new federation",
         )
+        write_atomic(draft / BASE_CONFIG, federation.model_config_json)
         write_atomic(draft / FEDERATION_FILE, federation.to_yaml())
     return federation
 

@@ -124,7 +124,11 @@ def _devices() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             memory = properties.total_memory / 2**30
-            bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+            bf16 = (
+                "bfloat16"
+                if torch.cuda.is_bf16_supported(including_emulation=False)
+                else "no bfloat16"
+            )
             yield Finding(
                 Level.GOOD, f"cuda:{index}", f"{properties.name}, {memory:.0f} GiB, {bf16}"
             )

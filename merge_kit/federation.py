@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,6 +72,20 @@ class AdmittedSite(Document):
         return text
 
 
+_FIXED = {
+    "format",
+    "name",
+    "architecture",
+    "model_args",
+    "classifier",
+    "classes",
+    "label_schema",
+    "preprocessing",
+    "weights_source",
+    "base_fingerprint",
+}
+
+
 class Federation(Document):
     """The contract. Everything but `policy` and `sites` is fixed for good: see `contract_hash`."""
 
@@ -101,8 +116,37 @@ class Federation(Document):
 
         Policy and admitted sites are left out: they change while contributions stay valid.
         """
-        fixed = self.model_dump(mode="json", exclude={"policy", "sites"})
+        fixed = self.model_dump(mode="json", include=_FIXED)
         return sha256_bytes(canonical_json(fixed))
+
+    @property
+    def model_config_json(self) -> str:
+        """The config.json by which ``timm.create_model("local-dir:...")`` rebuilds the model.
+
+        It is always made from the contract: the file on a hub is covered by no fingerprint.
+        """
+        seen = self.preprocessing
+        config = {
+            "architecture": self.architecture,
+            "num_classes": len(self.classes),
+            "label_names": list(self.classes),
+            "model_args": self.model_args,
+            "pretrained_cfg": {
+                "input_size": list(seen.input_size),
+                "mean": list(seen.mean),
+                "std": list(seen.std),
+                "interpolation": seen.interpolation,
+                "crop_pct": seen.crop_pct,
+                "crop_mode": "center",
+                "num_classes": len(self.classes),
+                "classifier": self.classifier[0]
+                if len(self.classifier) == 1
+                else list(self.classifier),
+                "custom_load": False,
+            },
+            "merge_kit": {"sixteen_bit": seen.sixteen_bit},
+        }
+        return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
     def key_of(self, site: str) -> str | None:
         """Public key of an admitted site, or None."""

@@ -110,11 +110,12 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     UsageError
         `path` exists and `replace` is false.
     """
+    shown, path = path, Path(os.path.abspath(path))
     retired = path.with_name(f".{path.name}.old")
     if retired.exists() and not path.exists():
         retired.rename(path)
     if path.exists() and not replace:
-        raise UsageError(f"{path} exists already: choose another folder or remove this one.")
+        raise UsageError(f"{shown} exists already: choose another folder or remove this one.")
     partial = partial_path(path)
     with storage_errors(path):
         shutil.rmtree(partial, ignore_errors=True)

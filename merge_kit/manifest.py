@@ -114,15 +114,19 @@ class Manifest(Draft):
         return sha256_bytes(self.to_bytes()).removeprefix("sha256:")
 
 
-def suppress(counts: Mapping[str, int], minimum: int) -> dict[str, int | str]:
+def suppress(counts: Mapping[str, int | str], minimum: int) -> dict[str, int | str]:
     """Class counts as they may leave a site: a count from 1 to minimum - 1 becomes "<minimum".
 
-    Zero stays zero: whether a site has seen a class decides whose head rows are merged.
+    Zero stays zero: whether a site has seen a class decides whose head rows are merged. A count
+    that is hidden already stays hidden, behind the larger of the two minimums.
     """
-    return {
-        name: count if count == 0 or count >= minimum else f"<{minimum}"
-        for name, count in counts.items()
-    }
+    return {name: _suppress(count, minimum) for name, count in counts.items()}
+
+
+def _suppress(count: int | str, minimum: int) -> int | str:
+    if isinstance(count, str):
+        return f"<{max(int(count[1:]), minimum)}"
+    return count if count == 0 or count >= minimum else f"<{minimum}"
 
 
 def count_of(count: int | str) -> float:

@@ -16,9 +16,9 @@ import torch
 
 from merge_kit import engine
 from merge_kit.contributions import Contribution, Entry, Trust, check_payload, current
-from merge_kit.errors import ContributionError
+from merge_kit.errors import ContributionError, UsageError
 from merge_kit.federation import Federation, check_base
-from merge_kit.files import new_folder, sha256_file, write_atomic
+from merge_kit.files import new_folder, write_atomic
 from merge_kit.manifest import count_of
 from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.recipe import Recipe
@@ -27,14 +27,6 @@ from merge_kit.tensorfile import TensorFile, TensorWriter, fingerprint_file
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 PROVENANCE = "provenance.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """The base of a federation as files."""
-
-    weights: Path
-    config: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +46,10 @@ def choose(
     skip_refused: bool,
     sites: Sequence[str] = (),
     exclude: Sequence[str] = (),
-) -> tuple[list[Contribution], list[str]]:
-    """The contributions to merge, and the sentences on those that were left out.
+) -> tuple[list[Contribution], list[Entry]]:
+    """The contributions to merge, and the entries that were left out because of a problem.
+
+    Entries should have passed `check_payloads`: what is unsound replaces nothing.
 
     A contribution that is given twice counts once.
 
@@ -81,7 +75,7 @@ def choose(
                 f"{problem} Leave it out with --exclude {entry.site} or --skip-refused."
             )
         if problem:
-            refused.append(problem)
+            refused.append(Entry(entry.site, entry.id, None, problem))
         elif entry.contribution:
             chosen.append(entry.contribution)
     if not chosen:
@@ -106,15 +100,18 @@ def _distrust(entry: Entry, allow_unsigned: bool) -> str | None:
 
 def merge(
     federation: Federation,
-    base: Base,
+    base_weights: Path,
     contributions: Sequence[Contribution],
     recipe: Recipe,
     out: Path,
     *,
-    refused: Sequence[str] = (),
+    refused: Sequence[Entry] = (),
     replace: bool = False,
 ) -> Merged:
     """Merge contributions into a folder that timm loads, with provenance and model card.
+
+    `refused` is what was left out, for the provenance. With `replace` an existing merged model
+    gives way; any other folder is never touched.
 
     Everything is checked before any work starts. The folder appears whole or not at all, and its
     bytes depend only on the base, the set of contributions and the recipe.
@@ -124,14 +121,17 @@ def merge(
     MergeKitError
         The base is not the federation's, a contribution is unsound, or `out` exists.
     """
+    if replace and out.exists() and not (out / PROVENANCE).is_file():
+        raise UsageError(f"{out} is no merged model: --replace does not remove it.")
     ordered = sorted(contributions, key=lambda c: c.id)
     with ExitStack() as stack:
-        base_file = stack.enter_context(TensorFile(base.weights))
-        check_base(federation, base.weights, str(base.weights))
+        base_file = stack.enter_context(TensorFile(base_weights))
+        check_base(federation, base_weights, str(base_weights))
         roles = roles_of(base_file.specs, federation.classifier)
         expected = vector_specs(base_file.specs, roles)
         for contribution in ordered:
-            check_payload(contribution, federation, expected, roles)
+            if not contribution.checked:
+                check_payload(contribution, federation, expected, roles)
         sources = [_source(c, federation, stack) for c in ordered]
         weights = engine.site_weights(sources, recipe)
         with new_folder(out, replace=replace) as folder:
@@ -140,7 +140,7 @@ def merge(
                 for name, tensor in engine.merge(base_file, sources, roles, recipe):
                     writer.write(name, tensor)
             fingerprint = fingerprint_file(folder / WEIGHTS)
-            write_atomic(folder / CONFIG, base.config.read_bytes())
+            write_atomic(folder / CONFIG, federation.model_config_json)
             record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
             write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
             write_atomic(folder / "README.md", model_card(federation, ordered, record))
@@ -164,7 +164,7 @@ def provenance(
     weights: Sequence[float],
     recipe: Recipe,
     fingerprint: str,
-    refused: Sequence[str],
+    refused: Sequence[Entry],
 ) -> dict[str, Any]:
     """What a merged model was made of: enough to make it again and compare."""
     return {
@@ -178,13 +178,14 @@ def provenance(
                 "id": c.id,
                 "site": c.site,
                 "payload": c.manifest.payload.sha256,
-                "signature": c.trust.value,
+                "trust": c.trust.value,
                 "public_key": c.key,
+                "signature": c.signature,
                 "weight": weight,
             }
             for c, weight in zip(contributions, weights, strict=True)
         ],
-        "refused": list(refused),
+        "refused": [{"site": entry.site, "id": entry.id} for entry in refused],
         "software": {
             "merge_kit": importlib.metadata.version("merge-kit"),
             "torch": torch.__version__,
@@ -201,17 +202,3 @@ def model_card(
         source.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True
     )
     return str(template.render(federation=federation, contributions=contributions, record=record))
-
-
-def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """The provenance of a merged model, or None when the folder is another model."""
-    path = folder / PROVENANCE
-    if not path.is_file():
-        return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
-
-
-def digest_of(folder: Path) -> str:
-    """Digest of a model folder's weights file."""
-    return sha256_file(folder / WEIGHTS)

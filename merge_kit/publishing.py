@@ -8,6 +8,7 @@ from pathlib import Path
 from merge_kit import signing
 from merge_kit.contributions import (
     MANIFEST,
+    PAYLOAD,
     Contribution,
     bundle,
     folder_of,
@@ -17,7 +18,7 @@ from merge_kit.contributions import (
 from merge_kit.errors import ContributionError, VectorError
 from merge_kit.files import sha256_file, write_atomic
 from merge_kit.hub import Hub
-from merge_kit.manifest import Draft, Manifest, parse_manifest, read_draft
+from merge_kit.manifest import Draft, Manifest, parse_manifest, read_draft, suppress
 from merge_kit.site import Site, check_pinned, federation_on
 
 VECTOR = "vector.safetensors"
@@ -34,10 +35,10 @@ class Parcel:
 
 
 def prepare(site: Site, run: Path, hub: Hub, *, alongside: bool = False) -> Parcel:
-    """Check a run against the contract on the hub and write its final manifest.
+    """Check a run against the contract on the hub and make its final manifest.
 
-    The manifest is written once into the run folder: publishing again gives the same contribution.
-    It replaces the site's earlier contribution unless `alongside`.
+    Once it has been published the manifest stays as it was: publishing again gives the same
+    contribution. It replaces the site's latest contribution unless `alongside`.
 
     Raises
     ------
@@ -67,7 +68,10 @@ def prepare(site: Site, run: Path, hub: Hub, *, alongside: bool = False) -> Parc
         for entry in list_entries(hub, federation)
         if entry.contribution and entry.site == site.name and entry.contribution.key == key
     ]
-    manifest = _manifest(run, draft, [] if alongside else own)
+    draft = draft.model_copy(
+        update={"class_counts": suppress(draft.class_counts, federation.policy.minimum_class_count)}
+    )
+    manifest = _manifest(run, draft, hub, [] if alongside else own)
     replaces = next((c for c in own if f"sha256:{c.id}" == manifest.supersedes), None)
     return Parcel(manifest, vector, replaces)
 
@@ -85,11 +89,12 @@ def _check_origin(site: Site, run: Path, draft: Draft) -> None:
         )
 
 
-def _manifest(run: Path, draft: Draft, own: list[Contribution]) -> Manifest:
+def _manifest(run: Path, draft: Draft, hub: Hub, own: list[Contribution]) -> Manifest:
     path = run / MANIFEST
     if path.is_file():
         final = parse_manifest(path.read_bytes(), str(path))
-        if final.payload == draft.payload:
+        # One that never arrived is made anew: meanwhile another run may have been published.
+        if final.payload == draft.payload and hub.has(f"{folder_of(final)}/{MANIFEST}"):
             return final
     latest = max(without_superseded(own), key=lambda c: (c.manifest.created_at, c.id), default=None)
     supersedes = f"sha256:{latest.id}" if latest else None
@@ -97,10 +102,23 @@ def _manifest(run: Path, draft: Draft, own: list[Contribution]) -> Manifest:
 
 
 def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
-    """Sign and put the contribution on the hub; False when it is there already."""
+    """Sign and put the contribution on the hub; False when it is there already.
+
+    Raises
+    ------
+    ContributionError
+        What is there is damaged; nothing on a hub is ever overwritten.
+    """
     data = parcel.manifest.to_bytes()
     write_atomic(run / MANIFEST, data)
     signature = signing.sign(site.key_file, signing.MANIFEST_CONTEXT, data)
-    return hub.publish(
-        folder_of(parcel.manifest), bundle(parcel.manifest, parcel.vector, signature)
-    )
+    folder = folder_of(parcel.manifest)
+    if hub.publish(folder, bundle(parcel.manifest, parcel.vector, signature)):
+        return True
+    there = hub.fetch(f"{folder}/{PAYLOAD}")
+    if sha256_file(there) != parcel.manifest.payload.sha256:
+        raise ContributionError(
+            f"{hub.uri}/{folder} is there already, but damaged: ask the coordinator to remove this "
+            "folder, then publish again."
+        )
+    return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -72,6 +72,9 @@ def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     given = data.get("options") or {}
     if not isinstance(given, Mapping):
         raise RecipeError(f"{where}: 'options' must hold keys and values.")
+    weights = data.get("weights", method.weights)
+    if isinstance(weights, str) and weights not in (known := list(get_args(WeightScheme))):
+        raise RecipeError(f"{where}: unknown weights '{weights}'{suggestion(weights, known)}")
     options = parse(method.options, given, f"{where}, options of {name}", RecipeError)
     filled = {
         "weights": method.weights,

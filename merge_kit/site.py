@@ -119,9 +119,9 @@ def join(hub: Hub, name: str, root: Path) -> Site:
         copy = folder / COPY
         with storage_errors(root):
             (copy / "base").mkdir(parents=True)
-            for file in (BASE_WEIGHTS, BASE_CONFIG):
-                shutil.copyfile(hub.fetch(file), copy / file)
+            shutil.copyfile(hub.fetch(BASE_WEIGHTS), copy / BASE_WEIGHTS)
         check_base(federation, copy / BASE_WEIGHTS, f"{hub.uri}/{BASE_WEIGHTS}")
+        write_atomic(copy / BASE_CONFIG, federation.model_config_json)
         write_atomic(copy / FEDERATION_FILE, federation.to_yaml())
         key = signing.create_key(folder / KEY_FILE)
         write_atomic(folder / PUBLIC_KEY_FILE, key + "\n")

@@ -14,14 +14,13 @@ from merge_kit.contributions import (
     Contribution,
     Entry,
     Trust,
-    check_payload,
+    check_payloads,
     list_entries,
     without_superseded,
 )
-from merge_kit.errors import MergeKitError
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.hub import Hub
-from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.parameters import Role, roles_of
 from merge_kit.tensorfile import TensorFile
 
 
@@ -33,43 +32,25 @@ def survey(hub: Hub, federation: Federation, now: datetime | None = None) -> lis
     site trained towards something else.
     """
     now = now or datetime.now(timezone.utc)
-    entries = list_entries(hub, federation)
-    with TensorFile(hub.fetch(BASE_WEIGHTS)) as base:
+    weights = hub.fetch(BASE_WEIGHTS)
+    entries = check_payloads(list_entries(hub, federation), federation, weights)
+    with TensorFile(weights) as base:
         roles = roles_of(base.specs, federation.classifier)
-        expected = vector_specs(base.specs, roles)
-    sound: dict[str, Contribution] = {}
-    problems: dict[tuple[str, str], str] = {}
-    for entry in entries:
-        problem = entry.problem
-        if entry.contribution:
-            try:
-                check_payload(entry.contribution, federation, expected, roles)
-                sound[entry.id] = entry.contribution
-            except MergeKitError as error:
-                problem = str(error)
-        if problem:
-            problems[(entry.site, entry.id)] = problem
-    live = without_superseded(list(sound.values()))
+    live = without_superseded([entry.contribution for entry in entries if entry.contribution])
     cosines = dict(zip([c.id for c in live], cosines_to_mean(live, roles), strict=True))
-    rows = [_row(entry, sound, cosines, problems, now) for entry in entries]
+    rows = [_row(entry, cosines, now) for entry in entries]
     return sorted(rows, key=lambda row: (row["problem"] is not None, row["site"], row["created"]))
 
 
-def _row(
-    entry: Entry,
-    sound: Mapping[str, Contribution],
-    cosines: Mapping[str, float],
-    problems: Mapping[tuple[str, str], str],
-    now: datetime,
-) -> dict[str, Any]:
-    found = sound.get(entry.id)
-    problem = problems.get((entry.site, entry.id))
-    if found is None or problem is not None:
+def _row(entry: Entry, cosines: Mapping[str, float], now: datetime) -> dict[str, Any]:
+    found = entry.contribution
+    if found is None:
         return {
             "site": entry.site,
             "id": entry.id,
             "state": "refused",
-            "problem": problem,
+            "compatible": False,
+            "problem": entry.problem,
             "created": "",
         }
     manifest = found.manifest
@@ -82,6 +63,7 @@ def _row(
         "site": entry.site,
         "id": entry.id,
         "state": state,
+        "compatible": True,
         "problem": None,
         "created": manifest.created_at,
         "age_days": (now - created.replace(tzinfo=timezone.utc)).total_seconds() / 86400,
@@ -92,7 +74,6 @@ def _row(
         "norm": manifest.payload.norm,
         "cosine": cosines.get(entry.id),
         "signature": found.trust.value,
-        "compatible": True,
     }
 
 

@@ -133,7 +133,7 @@ def _read_header(
         raise TensorFileError(
             f"{path} is no safetensors file: it has only {size} bytes; copy it again."
         )
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05") and start[8:9] != b"{":
         raise TensorFileError(
             f"{path} is a pickled checkpoint, not safetensors: pickles can run code and are not "
             "read; convert it with torch.load(weights_only=True) and safetensors.torch.save_file."

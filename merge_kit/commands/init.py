@@ -43,7 +43,13 @@ from merge_kit.schema import parse
     help='Class counts below this are published as "<N".',
 )
 @click.option("--maximum-norm", type=float, help="Largest norm of a vector that is accepted.")
-@click.option("--seed", default=0, show_default=True, help="For --weights none.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="For --weights none.",
+)
 @click.option("--allow-pickle", is_flag=True, help="Convert a pickled checkpoint (tensors only).")
 def init(
     folder: Path,

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from merge_kit import merging
 from merge_kit.commands.options import next_step, typed_pairs
-from merge_kit.contributions import Entry, list_entries, read_local
+from merge_kit.contributions import Entry, check_payloads, list_entries, read_local
 from merge_kit.errors import UsageError
-from merge_kit.federation import BASE_CONFIG, BASE_WEIGHTS
+from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.hub import open_hub
 from merge_kit.recipe import Recipe, make_recipe, read_recipe
 from merge_kit.site import federation_on
@@ -77,6 +77,9 @@ def merge(
         entries = [Entry(c.site, c.id, c, None) for c in local]
     else:
         entries = list_entries(opened, federation)
+    base = opened.fetch(BASE_WEIGHTS)
+    with Console(stderr=True).status("checking what has arrived"):
+        entries = check_payloads(entries, federation, base)
     contributions, refused = merging.choose(
         entries,
         allow_unsigned=allow_unsigned,
@@ -84,10 +87,9 @@ def merge(
         sites=sites,
         exclude=exclude,
     )
-    for problem in refused:
-        click.echo(f"Left out: {problem}", err=True)
+    for entry in refused:
+        click.echo(f"Left out: {entry.problem}", err=True)
     target = out or Path(f"merged-{chosen.method}")
-    base = merging.Base(opened.fetch(BASE_WEIGHTS), opened.fetch(BASE_CONFIG))
     with Console(stderr=True).status(f"merging {len(contributions)} contributions"):
         merged = merging.merge(
             federation, base, contributions, chosen, target, refused=refused, replace=replace

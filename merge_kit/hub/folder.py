@@ -11,6 +11,8 @@ from pathlib import Path
 from merge_kit.errors import HubError, MergeKitError
 from merge_kit.files import storage_errors, sync_folder, write_atomic
 
+SMALL = 8 * 2**20
+
 
 class FolderHub:
     """A hub in a folder; entries appear whole through one rename."""
@@ -37,8 +39,25 @@ class FolderHub:
         return self._path(name).is_file()
 
     def read(self, name: str) -> bytes:
-        """The bytes of a small file."""
-        return self.fetch(name).read_bytes()
+        """The bytes of a small file.
+
+        Raises
+        ------
+        HubError
+            The file is not there, cannot be read, or is not small.
+        """
+        path = self.fetch(name)
+        try:
+            with path.open("rb") as file:
+                data = file.read(SMALL + 1)
+        except OSError as error:
+            raise HubError(
+                f"{path} cannot be read: {error.strerror}: ask whoever published it to make it "
+                "readable."
+            ) from error
+        if len(data) > SMALL:
+            raise HubError(f"{path} is larger than {SMALL} bytes: it is no file of a federation.")
+        return data
 
     def fetch(self, name: str) -> Path:
         """The file's own path; symbolic links are refused, they may lead out of the hub.

@@ -70,7 +70,7 @@ def test_finetune_trains_and_says_what_to_do_next(finetune, root, table):
     assert re.search(r"vector +1\.4 MiB, norm \d", result.stdout)
     assert str(latest_run(root)) in result.stdout
     assert result.stdout.endswith(
-        f"Next: see what would leave the site with\n  merge-kit publish {root} --dry-run\n"
+        f"with\n  merge-kit publish {root} --run {latest_run(root)} --dry-run\n"
     )
     assert draft_of(root).class_counts == COUNTS
 

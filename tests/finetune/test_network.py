@@ -165,11 +165,6 @@ def test_updated_norm_changes_its_running_statistics():
     assert kinds == {"running_mean", "running_var", "num_batches_tracked"}
 
 
-def test_batch_norm_is_found():
-    assert network.has_batch_norm(backbone("test_resnet"))
-    assert not network.has_batch_norm(backbone("test_vit"))
-
-
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "cpu:x"])
 def test_a_device_that_is_not_there_gives_a_sentence(name):
     with pytest.raises(UsageError, match=f"^the device '{name}' is not there: use --device auto"):

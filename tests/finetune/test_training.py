@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from finetune import network, training
+from finetune import feed, network, training
 from finetune.options import TrainingOptions
 from finetune.training import Task, Trained
 from merge_kit.errors import TrainingError
@@ -121,14 +121,14 @@ def test_class_weights_by_hand():
 
 def test_an_epoch_takes_every_image_once():
     options = QUICK.model_copy(update={"balance": "none"})
-    order = training.epoch_order(torch.zeros(50, dtype=torch.int64), 0, options)
+    order = feed.epoch_order(torch.zeros(50, dtype=torch.int64), 0, options)
     assert sorted(order.tolist()) == list(range(50))
 
 
 def test_sampling_draws_the_classes_alike():
     labels = torch.tensor([0] * 900 + [1] * 60 + [2] * 40)
     options = QUICK.model_copy(update={"balance": "sampling"})
-    drawn = Counter(labels[training.epoch_order(labels, 0, options)].tolist())
+    drawn = Counter(labels[feed.epoch_order(labels, 0, options)].tolist())
     assert all(280 < drawn[label] < 390 for label in range(3))
 
 
@@ -136,7 +136,7 @@ def test_sampling_draws_the_classes_alike():
 def test_epochs_differ_and_can_be_repeated(balance):
     labels = torch.tensor([0, 1] * 20)
     options = QUICK.model_copy(update={"balance": balance})
-    order = training.epoch_order
+    order = feed.epoch_order
     assert torch.equal(order(labels, 3, options), order(labels, 3, options))
     assert not torch.equal(order(labels, 3, options), order(labels, 4, options))
     other = options.model_copy(update={"seed": 1})
@@ -146,7 +146,7 @@ def test_epochs_differ_and_can_be_repeated(balance):
 def test_no_two_streams_of_a_run_share_a_seed():
     # torch's generator on the CPU uses the lower 32 bits of a seed.
     purposes, seeds, steps = ("order", "augment", "model"), range(10), range(2000)
-    drawn = {training.draw_seed(s, p, t) % 2**32 for p in purposes for s in seeds for t in steps}
+    drawn = {feed.draw_seed(s, p, t) % 2**32 for p in purposes for s in seeds for t in steps}
     assert len(drawn) == 3 * 10 * 2000
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from merge_kit import merging
-from merge_kit.contributions import Entry, list_entries
+from merge_kit.contributions import Entry, check_payloads, list_entries
 from merge_kit.federation import read_federation
 from merge_kit.hub import FolderHub
 from merge_kit.recipe import make_recipe
@@ -59,12 +59,13 @@ def merge(hub: FolderHub, tmp_path: Path) -> Callable[..., merging.Merged]:
         **recipe: object,
     ) -> merging.Merged:
         federation = read_federation(hub.root)
+        base = hub.fetch("base/model.safetensors")
+        found = list_entries(hub, federation) if entries is None else entries
         chosen, refused = merging.choose(
-            list_entries(hub, federation) if entries is None else entries,
+            check_payloads(found, federation, base),
             allow_unsigned=allow_unsigned,
             skip_refused=skip_refused,
         )
-        base = merging.Base(hub.fetch("base/model.safetensors"), hub.fetch("base/config.json"))
         complete = make_recipe({"method": "mean", **recipe}, "test")
         return merging.merge(
             federation, base, chosen, complete, tmp_path / out, refused=refused, replace=replace

@@ -86,11 +86,14 @@ def test_our_own_usage_errors_exit_with_2(run_cli, hub):
     )
 
 
-@pytest.mark.parametrize("debug", [True, False])
-def test_a_traceback_is_shown_only_when_asked_for(run_cli, tmp_path, debug):
-    result = run_cli(*(["--debug"] if debug else []), "status", tmp_path)
+@pytest.mark.parametrize("place", [0, 1, 2, None])
+def test_a_traceback_is_shown_only_when_asked_for(run_cli, tmp_path, place):
+    arguments = ["status", tmp_path]
+    if place is not None:
+        arguments.insert(place, "--debug")
+    result = run_cli(*arguments)
     assert result.exit_code == 1
-    assert ("Traceback" in result.stderr) is debug
+    assert ("Traceback" in result.stderr) is (place is not None)
     assert result.stderr.splitlines()[-1].startswith(f"Error: {tmp_path} is not a federation")
 
 

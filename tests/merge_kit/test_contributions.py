@@ -16,6 +16,7 @@ from merge_kit.contributions import (
     Trust,
     bundle,
     check_payload,
+    check_payloads,
     current,
     folder_of,
     list_entries,
@@ -255,7 +256,7 @@ def test_a_replaced_payload_of_the_same_length_is_refused(contribute, only, plac
         ContributionError,
         f"contribution north/{manifest.id[:12]}: the payload is not what the site signed "
         f"({size} bytes, {size} announced): it is damaged or replaced; "
-        "fetch it or publish it again.",
+        "remove its folder from the hub and let the site publish again.",
     ):
         check(only().contribution)
 
@@ -269,7 +270,7 @@ def test_a_cut_payload_is_refused(contribute, only, place, check):
         ContributionError,
         f"contribution north/{manifest.id[:12]}: the payload is not what the site signed "
         f"({size - 100} bytes, {size} announced): it is damaged or replaced; "
-        "fetch it or publish it again.",
+        "remove its folder from the hub and let the site publish again.",
     ):
         check(only().contribution)
 
@@ -423,3 +424,30 @@ def test_a_site_that_trained_under_another_contract_is_refused(contribute, hub, 
     with pytest.raises(Exception, match="ask the coordinator, and join again"):
         publishing.prepare(joined, tmp_path / "run", hub)
     assert "was made for the federation" in only().problem
+
+
+def test_a_norm_other_than_the_manifest_says_is_refused(contribute, hub, post, check):
+    """Policy and status speak of the norm: it must be the payload's own."""
+    parcel = contribute("north")
+    stated = {**parcel.manifest.payload.model_dump(), "norm": 0.001}
+    manifest = post(altered(parcel, payload=stated), parcel.vector)
+    entries = {e.id: e.contribution for e in list_entries(hub, read_federation(hub.root))}
+    with says(
+        ContributionError,
+        f"contribution north/{manifest.id[:12]} has the norm "
+        f"{parcel.manifest.payload.norm:.4g}, its manifest says 0.001: it is refused.",
+    ):
+        check(entries[manifest.id])
+
+
+def test_an_unsound_payload_replaces_nothing(contribute, hub, place):
+    first, second = contribute("north", seed=1), contribute("north", seed=2)
+    (place(second.manifest) / PAYLOAD).write_bytes(b"")
+    federation = read_federation(hub.root)
+    entries = check_payloads(
+        list_entries(hub, federation), federation, hub.fetch("base/model.safetensors")
+    )
+    problems = {entry.id: entry.problem for entry in current(entries)}
+    assert problems.keys() == {first.manifest.id, second.manifest.id}
+    assert problems[first.manifest.id] is None
+    assert "(0 bytes, " in problems[second.manifest.id]

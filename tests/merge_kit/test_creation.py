@@ -215,7 +215,7 @@ def test_faults_are_told_in_one_sentence_and_leave_nothing(
 
 
 def test_an_argument_that_the_model_does_not_take_is_named(init):
-    with pytest.raises(UsageError, match="^model 'test_resnet' cannot be built: .*'odd'"):
+    with pytest.raises(UsageError, match=r"^model 'test_resnet' cannot be built with .*'odd'\)"):
         init(model_args={"odd": 1})
 
 

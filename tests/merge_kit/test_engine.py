@@ -83,7 +83,7 @@ def many(open_file, count=9, seed=0):
     made = []
     for index in range(count):
         tensors = {
-            "body.weight": torch.randn(300, 300, generator=generator),
+            "body.weight": torch.randn(190, 190, generator=generator),
             "bn.running_mean": torch.randn(64, generator=generator),
             "bn.running_var": torch.rand(64, generator=generator),
             "bn.num_batches_tracked": torch.tensor(index),
@@ -182,7 +182,7 @@ def test_the_order_of_the_sources_never_matters(open_file, recipe):
     base, made = many(open_file)
     complete = make_recipe(recipe, "test")
     first = dict(engine.merge(base, made, ROLES, complete))
-    for seed in range(3):
+    for seed in range(2):
         shuffled = random.Random(seed).sample(made, len(made))
         again = dict(engine.merge(base, shuffled, ROLES, complete))
         assert all(torch.equal(first[name], again[name]) for name in first)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from merge_kit import signing
 from merge_kit.errors import BaseMismatchError, FederationError
 from merge_kit.federation import Federation, check_base, parse_federation, read_federation
 from merge_kit.files import canonical_json, sha256_bytes

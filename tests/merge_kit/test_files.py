@@ -116,9 +116,14 @@ def test_new_folder_replaces_when_asked(tmp_path):
 def test_an_exception_leaves_the_old_folder_and_nothing_else(tmp_path, stop):
     with new_folder(tmp_path / "model") as draft:
         fill(draft, "old")
-    with pytest.raises(stop), new_folder(tmp_path / "model", replace=True) as draft:
-        fill(draft, "new")
-        raise stop
+
+    def interrupted():
+        with new_folder(tmp_path / "model", replace=True) as draft:
+            fill(draft, "new")
+            raise stop
+
+    with pytest.raises(stop):
+        interrupted()
     assert (tmp_path / "model" / "model").read_text() == "old"
     assert listing(tmp_path) == ["model"]
 

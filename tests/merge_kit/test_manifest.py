@@ -147,7 +147,7 @@ def test_a_huge_manifest_is_refused_before_it_is_parsed():
 
 def test_nan_is_refused():
     data = canonical_json(CONTENT).replace(b'"norm":1.5', b'"norm":NaN')
-    with pytest.raises(ContributionError, match="'payload.norm': input should be"):
+    with pytest.raises(ContributionError, match=r"'payload.norm': input should be"):
         parse_manifest(data, "here")
 
 
@@ -155,6 +155,10 @@ def test_small_counts_are_suppressed_and_zero_stays_zero():
     counts = {"a": 0, "b": 1, "c": 4, "d": 5, "e": 6}
     assert suppress(counts, 5) == {"a": 0, "b": "<5", "c": "<5", "d": 5, "e": 6}
     assert suppress(counts, 1) == counts
+
+
+def test_a_hidden_count_stays_hidden_behind_the_larger_minimum():
+    assert suppress({"a": "<5", "b": "<9", "c": 6}, 7) == {"a": "<7", "b": "<9", "c": "<7"}
 
 
 @pytest.mark.parametrize(("count", "number"), [(0, 0), (7, 7), ("<5", 2.5), ("<2", 1), ("<10", 5)])

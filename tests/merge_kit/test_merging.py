@@ -87,7 +87,7 @@ def test_the_fingerprint_is_of_the_merged_weights(contribute, merge):
     assert merged.fingerprint == provenance(merged.folder)["merged"]
 
 
-def test_provenance_is_enough_to_merge_again(contribute, merge, federation, tmp_path):
+def test_provenance_is_enough_to_merge_again(contribute, hub, merge, federation, tmp_path):
     one = contribute("north", seed=1, counts={"round": 30, "lobed": 0, "granular": 0})
     two = contribute("south", seed=2, counts={"round": 5, "lobed": 3, "granular": 2})
     record = provenance(merge(scale=0.5).folder)
@@ -103,9 +103,11 @@ def test_provenance_is_enough_to_merge_again(contribute, merge, federation, tmp_
     ):
         assert entry["weight"] == weights[entry["id"]]
         assert entry["payload"] == parcel.manifest.payload.sha256
-        assert entry["signature"] == "admitted"
+        assert entry["trust"] == "admitted"
+        signed = json.loads(hub.read(f"{folder_of(parcel.manifest)}/{SIGNATURE}"))
+        assert entry["signature"] == signed["signature"]
         key = tmp_path / entry["site"] / site.KEY_FILE
-        assert entry["public_key"] == signing.public_key(key)
+        assert entry["public_key"] == signed["key"] == signing.public_key(key)
 
 
 def test_the_model_card_is_one_that_hugging_face_reads(contribute, merge):
@@ -191,7 +193,7 @@ def test_strangers_and_unsigned_ones_are_taken_when_allowed(contribute, hub, mer
         "north": Trust.STRANGER,
         "south": Trust.UNSIGNED,
     }
-    signatures = {c["site"]: c["signature"] for c in provenance(merged.folder)["contributions"]}
+    signatures = {c["site"]: c["trust"] for c in provenance(merged.folder)["contributions"]}
     assert signatures == {"north": "not admitted", "south": "unsigned"}
 
 
@@ -201,10 +203,17 @@ def test_what_is_refused_can_be_skipped_and_is_recorded(contribute, hub, merge):
     unsign(hub, parcel)
     merged = merge(skip_refused=True)
     assert [c.site for c in merged.contributions] == ["north"]
-    assert provenance(merged.folder)["refused"] == [
-        f"contribution south/{parcel.manifest.id[:12]} is not signed "
-        "(--allow-unsigned takes it all the same)."
-    ]
+    left_out = [{"site": "south", "id": parcel.manifest.id}]
+    assert provenance(merged.folder)["refused"] == left_out
+
+
+def test_a_damaged_payload_can_be_skipped(contribute, hub, merge):
+    contribute("north")
+    damaged = contribute("south").manifest
+    (hub.root / folder_of(damaged) / PAYLOAD).write_bytes(b"")
+    merged = merge(skip_refused=True)
+    assert [c.site for c in merged.contributions] == ["north"]
+    assert provenance(merged.folder)["refused"] == [{"site": "south", "id": damaged.id}]
 
 
 def test_nothing_to_merge_is_said(merge):
@@ -238,7 +247,7 @@ def test_a_damaged_payload_stops_the_merge_before_it_starts(contribute, hub, mer
     contribute("north")
     damaged = hub.root / folder_of(contribute("south").manifest) / PAYLOAD
     damaged.write_bytes(bytes(damaged.stat().st_size))
-    with pytest.raises(ContributionError, match="^contribution south/.* damaged or replaced"):
+    with pytest.raises(ContributionError, match=r"^contribution south/.* damaged or replaced"):
         merge()
     assert "merged" not in listing(tmp_path)
 
@@ -247,7 +256,7 @@ def test_a_norm_above_the_policy_stops_the_merge(contribute, hub, merge):
     contribute("north")
     strict = read_federation(hub.root).model_copy(update={"policy": Policy(maximum_norm=0.01)})
     hub.replace(FEDERATION_FILE, strict.to_yaml().encode())
-    with pytest.raises(ContributionError, match="above the policy's 0.01: it is refused"):
+    with pytest.raises(ContributionError, match=r"above the policy's 0.01: it is refused"):
         merge()
 
 
@@ -284,8 +293,19 @@ def test_a_merge_that_fails_midway_leaves_the_old_model(contribute, merge, tmp_p
     assert not [name for name in listing(tmp_path) if name.startswith(".")]
 
 
-def test_an_empty_folder_has_no_provenance(contribute, merge, tmp_path):
+def test_only_a_merged_model_is_replaced(contribute, merge, tmp_path):
+    """A slip of the hand must not remove a folder of images."""
     contribute("north")
-    merged = merge()
-    assert merging.read_provenance(merged.folder)["merged"] == merged.fingerprint
-    assert merging.read_provenance(tmp_path) is None
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "scan.png").touch()
+    sentence = f"{tmp_path}/merged is no merged model: --replace does not remove it."
+    with says(UsageError, sentence):
+        merge(replace=True)
+    assert listing(tmp_path / "merged") == ["scan.png"]
+
+
+def test_no_path_of_this_machine_is_in_a_merged_model(contribute, hub, merge, tmp_path):
+    contribute("north")
+    (hub.root / folder_of(contribute("south").manifest) / PAYLOAD).unlink()
+    for name, data in content(merge(skip_refused=True).folder).items():
+        assert str(tmp_path).encode() not in data, name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from merge_kit import publishing, signing, site
-from merge_kit.contributions import MANIFEST, SIGNATURE, current, folder_of, list_entries
+from merge_kit.contributions import MANIFEST, PAYLOAD, SIGNATURE, current, folder_of, list_entries
 from merge_kit.errors import ContributionError, FederationError, VectorError
 from merge_kit.federation import FEDERATION_FILE, Policy, read_federation
 from merge_kit.manifest import Manifest
@@ -66,6 +66,40 @@ def test_a_publication_killed_before_it_reached_the_hub_goes_on(north, hub, run)
     parcel = publishing.prepare(north, folder, hub)
     (folder / MANIFEST).write_bytes(parcel.manifest.to_bytes())
     assert publish(north, hub, folder) == (parcel, True)
+
+
+def test_a_run_that_never_arrived_replaces_what_arrived_meanwhile(north, hub, run):
+    late = run(1)
+    publishing.write_atomic(
+        late / MANIFEST, publishing.prepare(north, late, hub).manifest.to_bytes()
+    )
+    quick, _ = publish(north, hub, run(2))
+    parcel, _ = publish(north, hub, late)
+    assert parcel.manifest.supersedes == f"sha256:{quick.manifest.id}"
+    assert alive(hub) == [parcel.manifest.id]
+
+
+def test_a_damaged_copy_on_the_hub_is_named_and_not_overwritten(north, hub, run):
+    folder = run()
+    parcel, _ = publish(north, hub, folder)
+    place = folder_of(parcel.manifest)
+    (hub.root / place / PAYLOAD).write_bytes(b"cut")
+    with says(
+        ContributionError,
+        f"{hub.root}/{place} is there already, but damaged: ask the coordinator to remove this "
+        "folder, then publish again.",
+    ):
+        publish(north, hub, folder)
+    assert hub.read(f"{place}/{PAYLOAD}") == b"cut"
+
+
+def test_the_policy_of_today_hides_small_counts(north, hub, run, federation):
+    """The coordinator has raised the minimum since the run."""
+    folder = run()
+    strict = federation.model_copy(update={"policy": Policy(minimum_class_count=50)})
+    hub.replace(FEDERATION_FILE, strict.to_yaml().encode())
+    counts = publishing.prepare(north, folder, hub).manifest.class_counts
+    assert set(counts.values()) == {"<50"}
 
 
 def test_a_new_run_replaces_the_old_one(north, hub, run):

@@ -56,6 +56,8 @@ def test_a_recipe_comes_back_from_yaml(tmp_path, data):
         ({"method": "tise"}, "unknown method 'tise'; did you mean 'ties'?"),
         ({"method": "zzz"}, "unknown method 'zzz'; known are mean, sum, ties."),
         ({"method": ["mean"]}, "unknown method '['mean']'; did you mean 'mean'?"),
+        ({"method": "mean", "weights": "exampels"}, "unknown weights 'exampels'; "
+         "did you mean 'examples'?"),
         ({"method": "mean", "scael": 2}, "unknown key 'scael'; did you mean 'scale'?"),
         ({"method": "mean", "options": [1]}, "'options' must hold keys and values."),
         ({"method": "mean", "scale": "big"}, "'scale': input should be a valid number, unable to "
@@ -102,10 +104,10 @@ def test_a_method_without_options_takes_none():
 
 
 @pytest.mark.parametrize(
-    "weights", ["exampels", 3, None, {"North": 1}, {"north": "x"}, {"north": float("nan")}, [1]]
+    "weights", [3, None, {"North": 1}, {"north": "x"}, {"north": float("nan")}, [1]]
 )
 def test_malformed_weights_are_refused(weights):
-    with pytest.raises(RecipeError, match="^here: 'weights"):
+    with pytest.raises(RecipeError, match=r"^here: 'weights"):
         make_recipe({"method": "mean", "weights": weights}, "here")
 
 

@@ -71,7 +71,7 @@ def test_site_names_that_are_refused(name):
 
 @pytest.mark.parametrize("digest", ["", "sha256:", "sha256:" + "A" * 64, "md5:" + "0" * 64])
 def test_malformed_digests_are_refused(digest):
-    with pytest.raises(FederationError, match="^here: 'digest': string should match pattern"):
+    with pytest.raises(FederationError, match=r"^here: 'digest': string should match pattern"):
         parse(Sample, {"name": "a", "digest": digest}, "here", FederationError)
 
 

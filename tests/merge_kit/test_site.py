@@ -98,11 +98,19 @@ def test_a_base_that_is_not_the_contracts_is_refused_and_leaves_nothing(hub, tmp
 
 
 def test_an_incomplete_hub_is_named(hub, tmp_path):
-    (hub.root / "base" / "config.json").unlink()
-    sentence = f"{hub.root} has no file base/config.json: is it the right hub, and complete?"
+    (hub.root / "base" / "model.safetensors").unlink()
+    sentence = f"{hub.root} has no file base/model.safetensors: is it the right hub, and complete?"
     with says(HubError, sentence):
         site.join(hub, "north", tmp_path / "north")
     assert listing(tmp_path) == ["hub"]
+
+
+def test_the_model_config_is_the_contracts_whatever_lies_on_the_hub(hub, tmp_path, federation):
+    """No fingerprint covers the file on the hub."""
+    (hub.root / "base" / "config.json").write_text('{"architecture": "resnet18"}')
+    joined = site.join(hub, "north", tmp_path / "north")
+    config = (joined.base_folder / "config.json").read_text()
+    assert config == federation.model_config_json
 
 
 def test_a_folder_that_is_no_sites_is_named(tmp_path):

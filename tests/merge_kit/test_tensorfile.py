@@ -210,9 +210,14 @@ def test_a_tensor_other_than_announced_is_refused(tmp_path, tensor, found):
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, stop):
     write_tensors(tmp_path / "t", TINY)
     before = (tmp_path / "t").read_bytes()
-    with pytest.raises(stop), TensorWriter(tmp_path / "t", specs_of(TINY)) as writer:
-        writer.write("a", TINY["a"] * 2)
-        raise stop
+
+    def interrupted():
+        with TensorWriter(tmp_path / "t", specs_of(TINY)) as writer:
+            writer.write("a", TINY["a"] * 2)
+            raise stop
+
+    with pytest.raises(stop):
+        interrupted()
     assert (tmp_path / "t").read_bytes() == before
     assert listing(tmp_path) == ["t"]
 

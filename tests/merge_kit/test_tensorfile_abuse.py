@@ -173,6 +173,16 @@ def test_a_pickle_in_place_of_safetensors_is_never_read(tmp_path, zipped):
         TensorFile(path)
 
 
+@pytest.mark.parametrize("magic", [b"PK", b"\x80\x02", b"\x80\x04"])
+def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(tmp_path, magic):
+    """The length's low bytes may look like the start of a zip file or a pickle."""
+    length = int.from_bytes(magic, "little")
+    header = json.dumps({"a": entry(0, 4)}).encode().ljust(length)
+    (tmp_path / "t").write_bytes(blob(header, bytes(4)))
+    with TensorFile(tmp_path / "t") as file:
+        assert file.read("a").tolist() == [0] * 4
+
+
 def test_a_folder_in_place_of_a_file_is_named(tmp_path):
     with says(TensorFileError, f"{tmp_path} is a folder, not a safetensors file."):
         TensorFile(tmp_path)

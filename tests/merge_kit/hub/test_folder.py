@@ -87,7 +87,28 @@ def test_the_next_publisher_removes_what_a_killed_one_left(place):
     assert listing(folder) == [".other.4567", "abc"]
 
 
-@pytest.mark.parametrize("run", range(5))
+class Overtaken(dict):
+    """Files whose publication is overtaken by another one after the first file."""
+
+    def __init__(self, place):
+        super().__init__(payload=b"payload", manifest=b"manifest")
+        self.place = place
+
+    def items(self):
+        for number, pair in enumerate(super().items()):
+            if number == 1:
+                assert publish(self.place) is True
+            yield pair
+
+
+def test_a_publisher_that_is_overtaken_finds_the_entry_there(place):
+    """The faster one removes the other's folder while it is still being filled."""
+    assert place.publish(ENTRY, Overtaken(place)) is False
+    assert listing(place.root / "contributions" / "north") == ["abc"]
+    assert list(place.list(ENTRY)) == ["manifest", "payload"]
+
+
+@pytest.mark.parametrize("run", range(3))
 def test_publishers_of_one_entry_cannot_disturb_each_other(place, run):
     """One of them wins, nobody fails, and the entry is whole."""
     barrier, answers = threading.Barrier(4), []
@@ -145,6 +166,17 @@ def test_a_file_that_is_not_there_is_named(place):
         f"{place.root} has no file federation.yaml: is it the right hub, and complete?",
     ):
         place.fetch("federation.yaml")
+
+
+def test_a_huge_file_in_place_of_a_small_one_is_not_read(place):
+    """A manifest of gigabytes must not fill the merger's memory."""
+    with (place.root / "manifest.json").open("wb") as file:
+        file.truncate(8 * 2**20 + 1)
+    with says(
+        HubError,
+        f"{place.root}/manifest.json is larger than 8388608 bytes: it is no file of a federation.",
+    ):
+        place.read("manifest.json")
 
 
 def test_replacing_is_atomic(place):
