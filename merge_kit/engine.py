@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_kit import vector
-from merge_kit.errors import RecipeError
+from merge_kit.errors import RecipeError, VectorError
 from merge_kit.heads import merge_rows
 from merge_kit.methods.statistics import largest, pool_moments
 from merge_kit.parameters import Role, variance_of
@@ -152,6 +152,13 @@ def _norm(
         return start_mean, start_variance
     means = start_mean + torch.stack([s.file.read(mean).double() for s in sources])
     variances = start_variance + torch.stack([s.file.read(variance).double() for s in sources])
+    for source, values in zip(sources, variances, strict=True):
+        if bool((values < 0).any()):
+            raise VectorError(
+                f"site '{source.site}': its vector makes the running variance '{variance}' "
+                "negative, which no training can: leave it out with --exclude "
+                f"{source.site}."
+            )
     if recipe.norm == "average":
         return means.mean(dim=0), variances.mean(dim=0)
     examples = torch.tensor([s.examples for s in sources], dtype=torch.float64)

@@ -84,8 +84,10 @@ class Bench:
         folder = self.hub.root / "contributions" / self.site.name / parcel.manifest.id
         return str(folder / "payload.safetensors")
 
-    def merge(self) -> list[object]:
-        return ["merge", self.hub.root, "--allow-unsigned", "--out", self.tmp / "out"]
+    def merge(self, problem: str) -> tuple[list[object], str]:
+        """Merge what a faulty site has published: the problem, and the way out."""
+        sentence = f"{problem} Leave it out with --exclude north or --skip-refused."
+        return ["merge", self.hub.root, "--allow-unsigned", "--out", self.tmp / "out"], sentence
 
 
 @pytest.fixture
@@ -304,31 +306,31 @@ def publish_without_a_run(b):
 @row()
 def vector_of_wrong_shape(b):
     path = b.publish_altered(lambda t: t.update({"fc.bias": torch.zeros(4)}))
-    return b.merge(), f"{path}: tensor 'fc.bias' is F32 [4], the base asks for F32 [3]."
+    return b.merge(f"{path}: tensor 'fc.bias' is F32 [4], the base asks for F32 [3].")
 
 
 @row()
 def vector_of_foreign_dtype(b):
     path = b.publish_altered(lambda t: t.update({"fc.bias": torch.zeros(3).double()}))
-    return b.merge(), f"{path}: tensor 'fc.bias' is F64 [3], the base asks for F32 [3]."
+    return b.merge(f"{path}: tensor 'fc.bias' is F64 [3], the base asks for F32 [3].")
 
 
 @row()
 def vector_lacks_a_tensor(b):
     path = b.publish_altered(lambda t: t.pop("fc.bias"))
-    return b.merge(), f"{path} lacks the tensor 'fc.bias' that the base has."
+    return b.merge(f"{path} lacks the tensor 'fc.bias' that the base has.")
 
 
 @row()
 def vector_with_an_extra_tensor(b):
     path = b.publish_altered(lambda t: t.update({"extra": torch.zeros(1)}))
-    return b.merge(), f"{path} has the tensor 'extra' that the base does not have."
+    return b.merge(f"{path} has the tensor 'extra' that the base does not have.")
 
 
 @row()
 def vector_with_nan(b):
     path = b.publish_altered(lambda t: t["fc.bias"].fill_(float("nan")))
-    return b.merge(), (
+    return b.merge(
         f"{path}: tensor 'fc.bias' holds 3 value(s) that are NaN or infinite: the site must train "
         "again and publish a sound vector."
     )
@@ -340,7 +342,7 @@ def vector_truncated(b):
     write_run(b.site, run)
     content = (run / publishing.VECTOR).read_bytes()
     path = b.publish_bytes(content[:-100])
-    return b.merge(), (
+    return b.merge(
         f"{path} is truncated: it should have {len(content)} bytes and has {len(content) - 100}; "
         "copy it again."
     )
@@ -349,7 +351,7 @@ def vector_truncated(b):
 @row()
 def vector_with_a_header_bomb(b):
     path = b.publish_bytes((2**40).to_bytes(8, "little") + b"{}" + b" " * 64)
-    return b.merge(), (
+    return b.merge(
         f"{path} has a header of {2**40} bytes, above the limit of {16 * 2**20}: it is no "
         "safetensors file, or one made to exhaust memory."
     )
@@ -360,14 +362,14 @@ def vector_with_duplicate_header_keys(b):
     entry = '"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}'
     header = f"{{{entry},{entry}}}".encode()
     path = b.publish_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-    return b.merge(), f"{path} names 'a' twice in its header: it is refused."
+    return b.merge(f"{path} names 'a' twice in its header: it is refused.")
 
 
 @row()
 def pickle_in_place_of_a_vector(b):
     torch.save({"fc.bias": torch.zeros(3)}, b.tmp / "x.pt")
     path = b.publish_bytes((b.tmp / "x.pt").read_bytes())
-    return b.merge(), (
+    return b.merge(
         f"{path} is a pickled checkpoint, not safetensors: pickles can run code and are not read; "
         "convert it with torch.load(weights_only=True) and safetensors.torch.save_file."
     )
@@ -390,9 +392,10 @@ def payload_replaced(b):
     content[-1] ^= 1
     path.write_bytes(content)
     size, name = len(content), path.parent.name[:12]
-    return b.merge(), (
+    return b.merge(
         f"contribution north/{name}: the payload is not what the site signed ({size} bytes, "
-        f"{size} announced): it is damaged or replaced; fetch it or publish it again."
+        f"{size} announced): it is damaged or replaced; remove its folder from the hub "
+        "and let the site publish again."
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from merge_kit import engine
-from merge_kit.errors import NonFiniteError, RecipeError
+from merge_kit.errors import NonFiniteError, RecipeError, VectorError
 from merge_kit.parameters import roles_of
 from merge_kit.recipe import make_recipe
 from merge_kit.tensorfile import TensorFile, TensorSpec, specs_of, write_tensors
@@ -302,6 +302,12 @@ def test_sums_run_in_float64_and_are_rounded_once(open_file):
     assert merged["w"].item() == 1.0
 
 
+def test_weights_are_applied_in_float64(merge, sources):
+    """1 + (2 * 1 + 1 * 5) / 3, to the last digits."""
+    merged = merge(sources, weights={"north": 2.0, "south": 1.0}, dtype="float64")
+    assert merged["body.weight"][0, 0].item() == pytest.approx(1 + 7 / 3, rel=1e-15)
+
+
 def test_a_merged_value_that_overflows_is_refused_by_name(merge, sources):
     with says(
         NonFiniteError,
@@ -309,3 +315,14 @@ def test_a_merged_value_that_overflows_is_refused_by_name(merge, sources):
         "choose a smaller scale, or a wider dtype.",
     ):
         merge(sources, scale=1e6, dtype="float16")
+
+
+def test_a_vector_that_makes_a_variance_negative_is_refused_by_name(merge, open_file):
+    bad = {**NORTH, "bn.running_var": torch.tensor([-3.0])}
+    source = engine.Source("a", "north", open_file(bad), (1.0, 0.0, 0.0), 10)
+    with says(
+        VectorError,
+        "site 'north': its vector makes the running variance 'bn.running_var' negative, which no "
+        "training can: leave it out with --exclude north.",
+    ):
+        merge([source])
