@@ -126,12 +126,12 @@ def _own(data: Path, backbone: str | None, weights: str | None, out: Path, seed:
     for site in sites:
         own = [case for case in cases if case.columns["site"] == site]
         for case in assign_splits(own, seed=seed):
-            unit = case.patient or case.group  # known within one site only
-            patient = f"{names[site]}:{unit}" if unit else ""
-            rows.append([case.file, classes[case.label], names[site], patient, case.split])
+            # A patient's or group's name holds within one site only.
+            patient, group = (f"{names[site]}:{u}" if u else "" for u in (case.patient, case.group))
+            rows.append([case.file, classes[case.label], names[site], patient, group, case.split])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([["file", "label", "site", "patient", "split"], *rows])
+    writer.writerows([["file", "label", "site", "patient", "group", "split"], *rows])
     union = out / "all.csv"
     write_atomic(union, text.getvalue())
     images = ("--images", str(path.parent))

@@ -58,6 +58,7 @@ class Predictions:
         probabilities: (n, C) float64, each in [0, 1].
         patients: (n,) patient of each case, None when unknown; a name holds within its site.
         sites: (n,) site of each case, "" when unknown.
+        unit: what `patients` names: "patient", or "group" for groups of near-duplicate images.
 
     Raises:
         DataError: lengths, labels or probabilities that do not fit.
@@ -70,6 +71,7 @@ class Predictions:
     probabilities: Floats
     patients: tuple[str | None, ...]
     sites: tuple[str, ...]
+    unit: str = "patient"
 
     def __post_init__(self) -> None:
         n, classes = len(self.files), len(self.classes)
@@ -147,7 +149,8 @@ def summarise(
         for p in predictions
     ]
     known = [bool(patient) for patient in first.patients]
-    unit = "patient" if any(known) and all(known) else "patient or case" if any(known) else "case"
+    unit = first.unit if any(known) and all(known) else f"{first.unit} or case"
+    unit = unit if any(known) else "case"
     return {
         "schema": SCHEMA_VERSION,
         "classes": list(first.classes),

@@ -90,6 +90,7 @@ def predict(
                 labels=images.labels().numpy(),
                 probabilities=outputs.double().softmax(dim=1).numpy(),
                 patients=tuple(case.patient or case.group for case in images.cases),
+                unit="patient" if any(case.patient for case in images.cases) else "group",
                 sites=tuple(case.columns.get(site_column, "") for case in images.cases),
             )
         )

@@ -75,3 +75,19 @@ def test_unreadable_images_are_counted_when_skipped(hub, table, tmp_path, run_cl
     assert result.exit_code == 0, result.stderr
     assert "Left out:" in result.stderr
     assert json.loads((out / "metrics.json").read_text())["cases"]["total"] == 9
+
+
+def test_groups_of_near_duplicates_are_drawn_together_and_not_called_patients(
+    hub, table, tmp_path, run_cli
+):
+    lines = table.read_text().splitlines()
+    grouped = [lines[0] + ",group", *[f"{line},g{i // 2}" for i, line in enumerate(lines[1:])]]
+    table.write_text("\n".join(grouped) + "\n")
+    result = run_cli(
+        "evaluate", hub.root, "--data", table, "--out", tmp_path / "e", "--split", "all"
+    )
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert summary["bootstrap"]["unit"] == "group"
+    assert summary["cases"]["patients"] is None
+    assert "near duplicates are drawn together" in (tmp_path / "e" / "report.html").read_text()
