@@ -76,7 +76,7 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Table:
             f"{own['value']:.3f}" if own["value"] is not None else "-",
             f"{row['bytes'] / 2**20:.1f}",
             f"{row['norm']:.3g}",
-            f"{row['cosine']:.2f}" if row["cosine"] is not None else "-",
+            f"{row['cosine']:.2f}" if _finite(row["cosine"]) is not None else "-",
         )
     return table
 

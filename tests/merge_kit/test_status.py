@@ -182,3 +182,13 @@ def test_all_values_of_the_gram_matrix_are_needed_once(contribute, rows):
     contribute("south", change=lambda n, t: t + 0.01 if t.is_floating_point() else t)
     assert [row["cosine"] for row in rows()] == pytest.approx([1.0, 1.0], abs=1e-4)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_vector_without_change_of_the_body_has_no_cosine(hub, contribute, run_cli):
+    contribute("north", seed=1)
+    contribute("south", seed=2, change=lambda name, tensor: tensor)
+    shown = run_cli("status", hub.root)
+    assert shown.exit_code == 0, shown.stderr
+    assert "nan" not in shown.stdout
+    found = json.loads(run_cli("status", hub.root, "--json").stdout)
+    assert [row["cosine"] is None for row in found["contributions"]] == [False, True]
