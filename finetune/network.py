@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import timm
 import torch
@@ -28,7 +29,8 @@ def load(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise VectorError(f"{folder} is no model: it has no config.json; give a timm folder.")
     try:
-        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        with _plain_name(folder) as plain:
+            model: nn.Module = timm.create_model(f"local-dir:{plain}", pretrained=True)
     except (
         RuntimeError,
         ValueError,
@@ -41,6 +43,18 @@ def load(folder: Path) -> nn.Module:
         detail = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise VectorError(f"{folder} cannot be loaded by timm: {detail}") from error
     return model.eval()
+
+
+@contextmanager
+def _plain_name(folder: Path) -> Iterator[Path]:
+    """The folder under a name that timm before 1.0.31 does not cut as it cuts a URL."""
+    if not set("#?%") & set(str(folder)):
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        link = Path(place) / "model"
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
 
 
 def head_of(model: nn.Module) -> nn.Module:
