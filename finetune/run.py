@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from finetune import curves, network, scores, training
+from finetune import curves, losses, network, scores, training
 from finetune.cases import Case, case_key
 from finetune.options import TrainingOptions
 from finetune.pixels import Images, decode
@@ -177,7 +177,7 @@ def _finetune(
     log = _Log(folder / METRICS, report)
     model = network.load(site.base_folder)
     labels = material.train.labels()
-    seen = training.seen_classes(labels, len(site.federation.classes))
+    seen = losses.seen_classes(labels, len(site.federation.classes))
     task = training.Task(model, material.train, material.validation, seen, options, device)
     trained = training.train(task, folder / CHECKPOINT, log)
     model.load_state_dict(trained.state)

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from finetune import network, scores
 from finetune.feed import Feed, draw_seed
+from finetune.losses import class_weights, loss_on_seen
 from finetune.options import TrainingOptions
 from finetune.pixels import Images, augment
 from merge_kit.errors import TrainingError
@@ -60,28 +61,6 @@ class Task:
 
 
 Report = Callable[[Mapping[str, Any]], None]
-
-
-def seen_classes(labels: Tensor, classes: int) -> Tensor:
-    """(C,) bool: whether a class occurs in `labels`."""
-    return torch.bincount(labels, minlength=classes) > 0
-
-
-def loss_on_seen(
-    outputs: Tensor, labels: Tensor, seen: Tensor, class_weights: Tensor | None
-) -> Tensor:
-    """Cross-entropy over the classes that the site has seen.
-
-    The others take no part in the softmax, so their head rows get a gradient of exactly zero.
-    """
-    position = torch.cumsum(seen.long(), dim=0) - 1
-    return functional.cross_entropy(outputs[:, seen], position[labels], weight=class_weights)
-
-
-def class_weights(labels: Tensor, seen: Tensor) -> Tensor:
-    """Weights of the seen classes, inverse to their counts, averaging 1 over the images."""
-    counts = torch.bincount(labels, minlength=len(seen))[seen].float()
-    return counts.sum() / (len(counts) * counts)
 
 
 def train_head(task: Task, report: Report) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from finetune import feed, network, training
+from finetune import feed, losses, network, training
 from finetune.options import TrainingOptions
 from finetune.training import Task, Trained
 from merge_kit.errors import TrainingError
@@ -44,7 +44,7 @@ def make_task(hub):
         torch.manual_seed(5)
         nn.init.normal_(network.head_of(model).weight, std=0.1)
         train, validation = images(labels, seed=1), images([0, 1, 2] * 3, seed=2)
-        seen = training.seen_classes(train.labels(), 3)
+        seen = losses.seen_classes(train.labels(), 3)
         return Task(model, train, validation, seen, QUICK.model_copy(update=options), CPU)
 
     return make
@@ -70,7 +70,7 @@ def ignore(event: Mapping[str, Any]) -> None:
     """A report that nobody reads."""
 
 
-def losses(events: list[dict[str, Any]]) -> list[float]:
+def step_losses(events: list[dict[str, Any]]) -> list[float]:
     return [event["loss"] for event in events if event["event"] == "step"]
 
 
@@ -86,7 +86,7 @@ def base_head(task: Task) -> dict[str, torch.Tensor]:
 
 
 def test_seen_classes_are_those_with_an_image():
-    assert training.seen_classes(torch.tensor([2, 0, 2]), 4).tolist() == [True, False, True, False]
+    assert losses.seen_classes(torch.tensor([2, 0, 2]), 4).tolist() == [True, False, True, False]
 
 
 def test_the_loss_by_hand():
@@ -94,24 +94,24 @@ def test_the_loss_by_hand():
     labels, seen = torch.tensor([2, 0]), torch.tensor([True, False, True])
     first = -math.log(math.exp(3) / (math.exp(1) + math.exp(3)))
     second = -math.log(math.exp(0.5) / (math.exp(0.5) + 1))
-    found = float(training.loss_on_seen(outputs, labels, seen, None))
+    found = float(losses.loss_on_seen(outputs, labels, seen, None))
     assert found == pytest.approx((first + second) / 2)
     weights = torch.tensor([3.0, 1.0])  # of the classes 0 and 2
-    weighted = float(training.loss_on_seen(outputs, labels, seen, weights))
+    weighted = float(losses.loss_on_seen(outputs, labels, seen, weights))
     assert weighted == pytest.approx((1 * first + 3 * second) / 4)
 
 
 def test_unseen_classes_get_a_gradient_of_exactly_zero():
     outputs = torch.randn(6, 4, requires_grad=True)
     seen = torch.tensor([True, False, True, True])
-    training.loss_on_seen(outputs, torch.tensor([0, 2, 3, 0, 2, 3]), seen, None).backward()
+    losses.loss_on_seen(outputs, torch.tensor([0, 2, 3, 0, 2, 3]), seen, None).backward()
     assert (outputs.grad[:, 1] == 0).all()
     assert (outputs.grad[:, seen] != 0).all()
 
 
 def test_class_weights_by_hand():
     labels, seen = torch.tensor([0, 0, 0, 2]), torch.tensor([True, False, True])
-    weights = training.class_weights(labels, seen)
+    weights = losses.class_weights(labels, seen)
     assert weights.tolist() == pytest.approx([4 / (2 * 3), 4 / (2 * 1)])
     assert float(weights[0] * 3 + weights[1] * 1) / 4 == pytest.approx(1)
 
@@ -215,7 +215,7 @@ def test_updated_norm_stands_a_last_batch_of_one_image(make_task, run):
 def test_training_lowers_the_loss(make_task, run):
     task = make_task(steps=40, learning_rate=3e-3, head_steps=5)
     _, events = run(task)
-    found = losses(events)
+    found = step_losses(events)
     assert sum(found[-5:]) < 0.7 * sum(found[:5])
 
 
@@ -230,7 +230,7 @@ def test_steps_say_how_long(make_task, run):
 
 def test_epochs_replace_steps(make_task, run):
     trained, events = run(make_task(steps=1, epochs=1.5, accumulate=2))
-    assert len(losses(events)) == 3  # 18 images are 2 steps of 2 x 8
+    assert len(step_losses(events)) == 3  # 18 images are 2 steps of 2 x 8
     assert (trained.steps, trained.epochs) == (3, 2)
 
 
@@ -240,7 +240,7 @@ def test_no_steps_train_the_head_alone(make_task, run):
     trained, events = run(task)
     changed = {n for n, t in trained.state.items() if not torch.equal(before[n], t)}
     assert changed == {"fc.weight", "fc.bias"}
-    assert (trained.steps, trained.epochs, losses(events)) == (0, 0, [])
+    assert (trained.steps, trained.epochs, step_losses(events)) == (0, 0, [])
 
 
 @pytest.mark.parametrize("balance", ["none", "weights", "sampling"])
@@ -248,7 +248,7 @@ def test_two_accumulated_halves_are_one_batch(make_task, run, balance):
     labels = [0] * 11 + [1] * 5 + [2] * 2
     whole, events = run(make_task(labels, batch_size=16, balance=balance))
     halves, parts = run(make_task(labels, batch_size=8, accumulate=2, balance=balance))
-    assert losses(parts) == pytest.approx(losses(events), rel=1e-4)
+    assert step_losses(parts) == pytest.approx(step_losses(events), rel=1e-4)
     for name, tensor in whole.state.items():
         # Adam divides by the size of a gradient: where that is nearly 0, rounding may show.
         torch.testing.assert_close(halves.state[name], tensor, rtol=0, atol=2e-5)
@@ -299,7 +299,7 @@ def test_training_stops_when_nothing_gets_better(make_task, run):
         steps=12, validations=12, patience=3, learning_rate=1e-12, select="balanced_accuracy"
     )
     trained, events = run(task)
-    assert len(losses(events)) < 12
+    assert len(step_losses(events)) < 12
     checks = [e for e in events if e["event"] == "validation"]
     assert trained.steps == checks[-1]["best_step"]
     assert checks[-1]["step"] - trained.steps == 3
