@@ -80,7 +80,8 @@ def evaluate(
     )
     unsplit = split is None and not any(case.split for case in cases)
     cases = choose_cases(cases, split)
-    click.echo(f"{len(found)} models on {len(cases)} images, on {chosen}")
+    models_of = f"{len(found)} model{'s' * (len(found) > 1)}"
+    click.echo(f"{models_of} on {len(cases)} images, on {chosen}")
     with Progress() as progress:
         predictions, skipped = predict(
             found,

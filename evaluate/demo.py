@@ -184,7 +184,9 @@ def _run_all(
 
 
 def _flags(options: Mapping[str, str]) -> list[str]:
-    return [text for name, value in options.items() for text in (f"--{name}", value)]
+    return [
+        text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)
+    ]
 
 
 def _call(*arguments: str) -> None:

@@ -36,6 +36,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
         *_worst_site(summary),
         *_baselines(summary),
         *_against_own(summary),
+        *_absent(summary),
         *_small(summary),
     ]
 
@@ -159,6 +160,16 @@ def _falls_below(name: str, entries: Sequence[Mapping[str, Any]]) -> str:
     if len(below) > _MOST_SITES:
         named.append(f"{len(below) - _MOST_SITES} more")
     return f"{_name(name)} falls below the site's own model at {where}: {'; '.join(named)}."
+
+
+def _absent(summary: Mapping[str, Any]) -> list[str]:
+    absent = [entry["class"] for entry in summary["cases"]["classes"] if entry["n"] == 0]
+    if not absent or not summary["cases"]["total"]:
+        return []
+    return [
+        f"No case is of the class {_list(absent)}: the balanced accuracy is over the other "
+        "classes, and a model that takes everything for one of them can look perfect."
+    ]
 
 
 def _small(summary: Mapping[str, Any]) -> list[str]:

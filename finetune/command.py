@@ -14,7 +14,7 @@ from finetune.network import choose_device
 from finetune.options import TrainingOptions, make_options
 from finetune.progress import Progress
 from finetune.splits import assign_splits
-from merge_kit.commands.options import next_step, pairs
+from merge_kit.commands.options import next_step, pairs, shown
 from merge_kit.errors import UsageError
 from merge_kit.schema import read_yaml
 from merge_kit.site import open_site
@@ -87,6 +87,9 @@ def finetune(
     goes on when the same command is given again. Nothing leaves the site.
     """
     site = open_site(folder)
+    if data.suffix == ".npz" and not mapping:
+        places = ", ".join(f"{i}={name}" for i, name in enumerate(site.federation.classes))
+        click.echo(f"The labels of {data.name} are taken as {places}; --map 0=<class> changes it.")
     options = _options(context, config, training)
     chosen = choose_device(device)
     cases = load_cases(
@@ -119,7 +122,7 @@ def finetune(
         )
     next_step(
         f"see what would leave the site with\n"
-        f"  merge-kit publish {site.root} --run {target} --dry-run"
+        f"  merge-kit publish {shown(site.root)} --run {shown(target)} --dry-run"
     )
 
 
@@ -129,6 +132,8 @@ def _options(context: click.Context, config: Path | None, given: dict[str, Any])
         for name, value in given.items()
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
+    if "steps" in typed and "epochs" in typed:
+        raise UsageError("--steps and --epochs both set the length: give one of them.")
     from_file = dict(read_yaml(config, UsageError)) if config else {}
     return make_options({**from_file, **typed}, str(config) if config else "the command line")
 

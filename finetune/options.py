@@ -49,7 +49,7 @@ class TrainingOptions(Document):
     patience: int = Field(default=3, ge=1)
     """Validations without a better figure before training stops."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 def make_options(data: Mapping[str, Any], where: str) -> TrainingOptions:

@@ -99,7 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Stopped; nothing is half-written.", err=True)
+        click.echo(
+            "Stopped; nothing is half-written. 'finetune' goes on when it is called again alike.",
+            err=True,
+        )
         sys.exit(130)
     except MergeKitError as error:
         _explain(debug, str(error))

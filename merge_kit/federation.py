@@ -108,6 +108,8 @@ class Federation(Document):
             raise ValueError("a class is named twice")
         if len({site.name for site in self.sites}) != len(self.sites):
             raise ValueError("a site is named twice")
+        if len({site.public_key for site in self.sites}) != len(self.sites):
+            raise ValueError("two sites have the same key")
         return self
 
     @property
@@ -169,6 +171,11 @@ class Federation(Document):
                 "choose another name, or remove the old entry from federation.yaml."
             )
         signing.parse_public_key(key)
+        if twin := next((s.name for s in self.sites if s.public_key == key), None):
+            raise FederationError(
+                f"this key is admitted for the site '{twin}': each site has a key of its own, "
+                f"ask '{site}' for theirs."
+            )
         newcomer = parse(
             AdmittedSite, {"name": site, "public_key": key}, f"site '{site}'", FederationError
         )

@@ -121,6 +121,8 @@ def merge(
     MergeKitError
         The base is not the federation's, a contribution is unsound, or `out` exists.
     """
+    if out.exists() and not replace:
+        raise UsageError(f"{out} exists already: choose another --out, or pass --replace.")
     if replace and out.exists() and not (out / PROVENANCE).is_file():
         raise UsageError(f"{out} is no merged model: --replace does not remove it.")
     ordered = sorted(contributions, key=lambda c: c.id)

@@ -447,7 +447,7 @@ def output_exists(b):
     b.contribute("south")
     (b.tmp / "out").mkdir()
     return ["merge", b.hub.root, "--out", b.tmp / "out"], (
-        f"{b.tmp / 'out'} exists already: choose another folder or remove this one."
+        f"{b.tmp / 'out'} exists already: choose another --out, or pass --replace."
     )
 
 

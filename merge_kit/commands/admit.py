@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from merge_kit import site
-from merge_kit.commands.options import next_step
+from merge_kit.commands.options import next_step, shown
 from merge_kit.federation import FEDERATION_FILE
 from merge_kit.hub import open_hub
 
@@ -27,4 +27,4 @@ def admit(hub: str, name: str, key: str) -> None:
     else:
         opened.replace(FEDERATION_FILE, extended.to_yaml().encode())
         click.echo(f"Site '{name}' is admitted; {len(extended.sites)} in all.")
-    next_step(f"see what has arrived with\n  merge-kit status {hub}")
+    next_step(f"see what has arrived with\n  merge-kit status {shown(hub)}")

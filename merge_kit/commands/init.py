@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from merge_kit.commands.options import next_step, typed_pairs
+from merge_kit.commands.options import next_step, shown, typed_pairs
 from merge_kit.creation import create
 from merge_kit.errors import UsageError
 from merge_kit.federation import Policy
@@ -107,5 +107,6 @@ def init(
     click.echo(f"  base      {federation.base_fingerprint}")
     click.echo(f"  contract  {federation.contract_hash}")
     next_step(
-        f"let the sites reach this folder; each runs\n  merge-kit join {folder} --site <name>"
+        "let the sites reach this folder; each runs\n"
+        f"  merge-kit join {shown(folder)} --site <name>"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from merge_kit import signing, site
-from merge_kit.commands.options import next_step
+from merge_kit.commands.options import next_step, shown
 from merge_kit.hub import open_hub
 
 
@@ -27,7 +27,7 @@ def join(hub: str, name: str, folder: Path | None) -> None:
     click.echo(f"  key       {key}")
     next_step(
         f"send {joined.root / site.PUBLIC_KEY_FILE} to the coordinator, who runs\n"
-        f"  merge-kit admit {hub} {joined.name} {key}\n"
+        f"  merge-kit admit {shown(hub)} {joined.name} {key}\n"
         "Meanwhile train on your own images:\n"
-        f"  merge-kit finetune {joined.root} --data <labels.csv or folder of class folders>"
+        f"  merge-kit finetune {shown(joined.root)} --data <labels.csv or folder of class folders>"
     )

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from merge_kit import merging
-from merge_kit.commands.options import next_step, typed_pairs
+from merge_kit.commands.options import next_step, shown, typed_pairs
 from merge_kit.contributions import Entry, check_payloads, list_entries, read_local
 from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS
@@ -101,7 +101,7 @@ def merge(
             f"{contribution.trust.value}"
         )
     click.echo(f"  fingerprint {merged.fingerprint}")
-    next_step(f"evaluate it with\n  merge-kit evaluate {target} --data <labels.csv>")
+    next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
 
 
 def _weights(text: str | None) -> str | dict[str, object] | None:

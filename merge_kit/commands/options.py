@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
@@ -41,6 +42,11 @@ def typed_pairs(values: tuple[str, ...], option: str) -> dict[str, Any]:
         return {k: yaml.safe_load(v) for k, v in pairs(values, option).items()}
     except yaml.YAMLError as error:
         raise UsageError(f"{option}: a value is not a plain number, word or list.") from error
+
+
+def shown(path: object) -> str:
+    """A path as it can be pasted into a shell."""
+    return shlex.quote(str(path))
 
 
 def next_step(text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from merge_kit import publishing, signing
-from merge_kit.commands.options import next_step
+from merge_kit.commands.options import next_step, shown
 from merge_kit.contributions import folder_of
 from merge_kit.errors import UsageError
 from merge_kit.hub import open_hub
@@ -52,4 +52,4 @@ def publish(
         click.echo(f"Published: {target}")
     else:
         click.echo(f"Already published: {target}")
-    next_step(f"see it with\n  merge-kit status {hub or site.config.hub}")
+    next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from merge_kit.commands.options import next_step
+from merge_kit.commands.options import next_step, shown
 from merge_kit.hub import open_hub
 from merge_kit.site import federation_on
 from merge_kit.status import survey
@@ -47,7 +47,9 @@ def status(hub: str, as_json: bool) -> None:
     if waiting:
         click.echo(f"Admitted and not heard of yet: {', '.join(waiting)}")
     if ready:
-        next_step(f"merge the {ready} that are ready with\n  merge-kit merge {hub} --out merged")
+        next_step(
+            f"merge the {ready} that are ready with\n  merge-kit merge {shown(hub)} --out merged"
+        )
     else:
         next_step("admit sites with 'merge-kit admit', then wait for them to publish.")
 

@@ -91,3 +91,10 @@ def test_groups_of_near_duplicates_are_drawn_together_and_not_called_patients(
     assert summary["bootstrap"]["unit"] == "group"
     assert summary["cases"]["patients"] is None
     assert "near duplicates are drawn together" in (tmp_path / "e" / "report.html").read_text()
+
+
+def test_a_class_without_a_case_is_said_in_the_verdict(hub, table, tmp_path, run_cli):
+    out = tmp_path / "e"
+    result = run_cli("evaluate", hub.root, "--data", table, "--out", out, "--where", "label=round")
+    assert result.exit_code == 0, result.stderr
+    assert "No case is of the class lobed and granular" in result.stdout

@@ -205,3 +205,9 @@ def test_every_training_option_is_on_the_command_line(run_cli):
     text = run_cli("finetune", "--help").output
     missing = [n for n in TrainingOptions.model_fields if f"--{n.replace('_', '-')} " not in text]
     assert missing == []
+
+
+def test_steps_and_epochs_together_are_refused(finetune, table):
+    refused = finetune(table, "--steps", 2, "--epochs", 1)
+    assert refused.exit_code == 2
+    assert "--steps and --epochs both set the length: give one of them." in refused.stderr

@@ -242,3 +242,13 @@ def test_another_base_is_refused_with_both_fingerprints(hub, federation):
 def test_the_file_on_the_hub_is_the_contract_in_order(hub, federation):
     assert hub.read("federation.yaml").decode() == dump_yaml(federation)
     assert list(Federation.model_fields)[:3] == ["format", "name", "architecture"]
+
+
+def test_a_key_speaks_for_one_site_only(federation):
+    admitted = federation.admit("north", KEYS[0])
+    with says(
+        FederationError,
+        "this key is admitted for the site 'north': each site has a key of its own, ask 'south' "
+        "for theirs.",
+    ):
+        admitted.admit("south", KEYS[0])

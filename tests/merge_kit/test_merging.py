@@ -275,7 +275,7 @@ def test_another_base_is_refused(contribute, hub, federation, merge):
 def test_an_existing_folder_is_kept_unless_replaced(contribute, merge, tmp_path):
     contribute("north")
     before = content(merge().folder)
-    sentence = f"{tmp_path}/merged exists already: choose another folder or remove this one."
+    sentence = f"{tmp_path}/merged exists already: choose another --out, or pass --replace."
     with says(UsageError, sentence):
         merge(scale=2.0)
     assert content(tmp_path / "merged") == before
