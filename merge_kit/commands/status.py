@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -59,20 +60,27 @@ def _finite(value: Any) -> Any:
 
 
 def _table(name: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"Federation '{name}'", title_justify="left")
-    for column in ("site", "contribution", "state"):
+    table = Table(
+        title=f"Federation '{name}'",
+        title_justify="left",
+        caption="own acc.: balanced accuracy on the site's own validation images, by its own model\n"
+        "cosine: between a vector and the mean of all",
+        caption_justify="left",
+        box=box.SIMPLE,
+    )
+    for column in ("site", "id", "state"):
         table.add_column(column)
-    for column in ("age", "own bal. acc.", "MiB", "norm", "cosine"):
+    for column in ("age", "own acc.", "MiB", "norm", "cosine"):
         table.add_column(column, justify="right")
     for row in rows:
         if row["problem"]:
-            table.add_row(row["site"], row["id"][:12], "refused")
+            table.add_row(row["site"], row["id"][:8], "refused")
             continue
         own = row["balanced_accuracy"]
         signed = row["signature"] if row["state"] != row["signature"] else "signed"
         table.add_row(
             row["site"],
-            row["id"][:12],
+            row["id"][:8],
             f"{row['state']}, {signed}",
             _age(row["age_days"]),
             f"{own['value']:.3f}" if own["value"] is not None else "-",
@@ -84,7 +92,7 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def _counts(classes: tuple[str, ...], rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="training images of each class", title_justify="left")
+    table = Table(title="training images of each class", title_justify="left", box=box.SIMPLE)
     table.add_column("class")
     for row in rows:
         table.add_column(f"{row['site']} {row['id'][:4]}", justify="right")
