@@ -63,7 +63,7 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(
         title=f"Federation '{name}'",
         title_justify="left",
-        caption="own acc.: balanced accuracy on the site's own validation images, by its own model\n"
+        caption="own acc.: balanced accuracy of the site's own model on its own images\n"
         "cosine: between a vector and the mean of all",
         caption_justify="left",
         box=box.SIMPLE,
