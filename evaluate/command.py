@@ -17,6 +17,7 @@ from evaluate.metrics import summarise, verdict
 from evaluate.models import find_models
 from evaluate.predictions import choose_cases, predict, to_csv
 from finetune.cases import load_cases
+from finetune.image_options import image_options
 from finetune.network import choose_device
 from finetune.progress import Progress
 from merge_kit.commands.options import next_step, pairs
@@ -25,27 +26,17 @@ from merge_kit.files import write_atomic
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="CSV with file,label[,site,patient,split]; folder of class folders; MedMNIST .npz.",
-)
-@click.option("--images", type=click.Path(path_type=Path), help="Image root [the CSV's folder].")
-@click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Rename a label.")
-@click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only these rows.")
+@image_options
 @click.option(
     "--split",
     type=click.Choice(["train", "val", "test", "all"]),
     help="Which split [test where the table has splits, else all].",
 )
 @click.option("--site-column", default="site", show_default=True, help="Column with the site.")
-@click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out, and say so.")
 @click.option("--classes", default="", help="Class names, if a model's own folder has none.")
 @click.option("--pooled", multiple=True, metavar="NAME", help="Trained on all sites' images.")
 @click.option("--out", type=click.Path(path_type=Path), default="evaluation", show_default=True)
 @click.option("--title", default="Evaluation", show_default=True, help="Heading of the report.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--resamples", default=1000, show_default=True, help="Of the bootstrap.")
 def evaluate(
     models: tuple[str, ...],

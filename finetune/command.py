@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 from finetune import run as runs
 from finetune.cases import load_cases
+from finetune.image_options import image_options
 from finetune.network import choose_device
 from finetune.options import TrainingOptions, make_options
 from finetune.progress import Progress
@@ -48,21 +49,11 @@ def _training_options(command: Any) -> Any:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="CSV with file,label[,patient,split]; folder of class folders; MedMNIST .npz.",
-)
-@click.option("--images", type=click.Path(path_type=Path), help="Image root [the CSV's folder].")
-@click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Rename a label.")
-@click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only these rows.")
-@click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out, and say so.")
+@image_options
 @click.option("--val-fraction", default=0.15, show_default=True, help="If the table has no split.")
 @click.option("--test-fraction", default=0.25, show_default=True, help="If the table has no split.")
 @click.option("--split-seed", default=0, show_default=True, help="Seed of the split.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of training options.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @_training_options
 @click.pass_context
 def finetune(

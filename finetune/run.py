@@ -141,7 +141,39 @@ def finetune(
         The site's copy of the base is not what the contract says.
     """
     with _alone(folder):
-        return _finetune(site, material, options, folder, device, report)
+        if (folder / SUMMARY).is_file():
+            return Run(folder, json.loads((folder / SUMMARY).read_text(encoding="utf-8")), True)
+        check_base(site.federation, site.root / COPY / BASE_WEIGHTS, str(site.base_folder))
+        write_atomic(folder / RECORD, json.dumps(_record(site, options, device), indent=2))
+        log = _Log(folder / METRICS, report)
+        model = network.load(site.base_folder)
+        labels = material.train.labels()
+        seen = losses.seen_classes(labels, len(site.federation.classes))
+        task = training.Task(model, material.train, material.validation, seen, options, device)
+        trained = training.train(task, folder / CHECKPOINT, log)
+        model.load_state_dict(trained.state)
+        outputs = network.logits(model, material.validation, device)
+        outputs[:, ~seen.to(outputs.device)] = -torch.inf
+        figures = scores.bootstrap_intervals(
+            material.validation.labels().numpy(),
+            outputs.softmax(dim=1).double().numpy(),
+            {"balanced_accuracy": scores.balanced_accuracy, "macro_auroc": scores.macro_auroc},
+            groups=_groups(material.validation),
+            seed=options.seed,
+        )
+        write_tensors(folder / MODEL / "model.safetensors", trained.state, ("format", "pt"))
+        write_atomic(
+            folder / MODEL / "config.json", (site.base_folder / "config.json").read_bytes()
+        )
+        norm = _write_vector(site, trained.state, folder / VECTOR)
+        draft = _draft(site, folder / VECTOR, norm, task, trained, figures)
+        write_atomic(folder / DRAFT, draft.model_dump_json(indent=2))
+        write_atomic(folder / CASES, _case_table(material.cases, site.federation.classes))
+        write_atomic(folder / CURVES, curves.draw(log.lines()))
+        summary = _summary(site, draft, material, trained, figures)
+        write_atomic(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False))
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        return Run(folder, summary, False)
 
 
 @contextmanager
@@ -160,47 +192,6 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _finetune(
-    site: Site,
-    material: Material,
-    options: TrainingOptions,
-    folder: Path,
-    device: torch.device,
-    report: training.Report,
-) -> Run:
-    if (folder / SUMMARY).is_file():
-        return Run(folder, json.loads((folder / SUMMARY).read_text(encoding="utf-8")), True)
-    check_base(site.federation, site.root / COPY / BASE_WEIGHTS, str(site.base_folder))
-    write_atomic(folder / RECORD, json.dumps(_record(site, options, device), indent=2))
-    log = _Log(folder / METRICS, report)
-    model = network.load(site.base_folder)
-    labels = material.train.labels()
-    seen = losses.seen_classes(labels, len(site.federation.classes))
-    task = training.Task(model, material.train, material.validation, seen, options, device)
-    trained = training.train(task, folder / CHECKPOINT, log)
-    model.load_state_dict(trained.state)
-    outputs = network.logits(model, material.validation, device)
-    outputs[:, ~seen.to(outputs.device)] = -torch.inf
-    figures = scores.bootstrap_intervals(
-        material.validation.labels().numpy(),
-        outputs.softmax(dim=1).double().numpy(),
-        {"balanced_accuracy": scores.balanced_accuracy, "macro_auroc": scores.macro_auroc},
-        groups=_groups(material.validation),
-        seed=options.seed,
-    )
-    write_tensors(folder / MODEL / "model.safetensors", trained.state, ("format", "pt"))
-    write_atomic(folder / MODEL / "config.json", (site.base_folder / "config.json").read_bytes())
-    norm = _write_vector(site, trained.state, folder / VECTOR)
-    draft = _draft(site, folder / VECTOR, norm, task, trained, figures)
-    write_atomic(folder / DRAFT, draft.model_dump_json(indent=2))
-    write_atomic(folder / CASES, _case_table(material.cases, site.federation.classes))
-    write_atomic(folder / CURVES, curves.draw(log.lines()))
-    summary = _summary(site, draft, material, trained, figures)
-    write_atomic(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False))
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    return Run(folder, summary, False)
 
 
 def _record(site: Site, options: TrainingOptions, device: torch.device) -> dict[str, Any]:

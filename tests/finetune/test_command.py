@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import Result
 from PIL import Image
 
@@ -20,15 +19,6 @@ from tests.finetune.pictures import draw, write_csv, write_table
 
 QUICK = ("--steps", 2, "--head-steps", 10, "--validations", 1, "--batch-size", 8, "--device", "cpu")
 COUNTS = {"round": 8, "lobed": 6, "granular": 6}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

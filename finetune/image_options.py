@@ -1,0 +1,35 @@
+"""Options of every command that reads labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_OPTIONS = (
+    click.option(
+        "--data",
+        required=True,
+        type=click.Path(path_type=Path),
+        help="CSV with file,label[,site,patient,split]; folder of class folders; MedMNIST .npz.",
+    ),
+    click.option(
+        "--images", type=click.Path(path_type=Path), help="Image root [the CSV's folder]."
+    ),
+    click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Rename a label."),
+    click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only these rows."),
+    click.option(
+        "--skip-unreadable", is_flag=True, help="Leave unreadable images out, and say so."
+    ),
+    click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
+    ),
+)
+
+
+def image_options(command: Any) -> Any:
+    """Add --data, --images, --map, --where, --skip-unreadable and --device to a command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
