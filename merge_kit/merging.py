@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import resources
@@ -22,7 +22,7 @@ from merge_kit.files import new_folder, write_atomic
 from merge_kit.manifest import count_of
 from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.recipe import Recipe
-from merge_kit.tensorfile import TensorFile, TensorWriter, fingerprint_file
+from merge_kit.tensorfile import Fingerprint, TensorFile, TensorWriter
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -135,18 +135,28 @@ def merge(
             if not contribution.checked:
                 check_payload(contribution, federation, expected, roles)
         sources = [_source(c, federation, stack) for c in ordered]
-        weights = engine.site_weights(sources, recipe)
+        engine.check_sites(sources, recipe)
+        weights = engine.weigh(sources, recipe).shares
         with new_folder(out, replace=replace) as folder:
             specs = engine.merged_specs(base_file.specs, recipe)
             with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
-                for name, tensor in engine.merge(base_file, sources, roles, recipe):
-                    writer.write(name, tensor)
-            fingerprint = fingerprint_file(folder / WEIGHTS)
+                fingerprint = write_parts(writer, engine.merge(base_file, sources, roles, recipe))
             write_atomic(folder / CONFIG, federation.model_config_json)
             record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
             write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
             write_atomic(folder / "README.md", model_card(federation, ordered, record))
     return Merged(out, fingerprint, tuple(ordered), tuple(weights))
+
+
+def write_parts(writer: TensorWriter, parts: Iterable[engine.Part]) -> str:
+    """Write a merged model as it comes; gives its fingerprint."""
+    found = Fingerprint()
+    for part in parts:
+        if part.begin == 0:
+            found.begin(part.name, writer.specs[part.name])
+        found.values(part.values)
+        writer.write_part(part.name, part.begin, part.values)
+    return str(found)
 
 
 def _source(contribution: Contribution, federation: Federation, stack: ExitStack) -> engine.Source:

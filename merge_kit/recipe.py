@@ -11,6 +11,7 @@ from pydantic import Field
 
 from merge_kit.errors import RecipeError
 from merge_kit.methods import METHODS, Method, WeightScheme
+from merge_kit.methods.base import Sparsify
 from merge_kit.schema import Document, SiteName, dump_yaml, parse, read_yaml, suggestion
 
 DTYPES = {
@@ -50,6 +51,15 @@ class Recipe(Document):
         """The options as the method reads them."""
         return self.rule.options.model_validate(self.options)
 
+    @property
+    def merging_rule(self) -> tuple[Method, Document]:
+        """The method that combines the values, with its options: behind DARE and its like."""
+        options = self.checked_options
+        if not isinstance(self.rule.rule, Sparsify):
+            return self.rule, options
+        then = METHODS[getattr(options, "rule")]  # noqa: B009
+        return then, then.options.model_validate(getattr(options, "rule_options"))  # noqa: B009
+
     def to_yaml(self) -> str:
         """The recipe as a YAML file."""
         return dump_yaml(self)
@@ -66,22 +76,31 @@ def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     name = data.get("method")
     if name is None:
         raise RecipeError(f"{where}: the key 'method' is missing; known are {', '.join(METHODS)}.")
-    if not isinstance(name, str) or name not in METHODS:
-        raise RecipeError(f"{where}: unknown method '{name}'{suggestion(str(name), list(METHODS))}")
-    method = METHODS[name]
+    method = _method(name, list(METHODS), where)
     given = data.get("options") or {}
     if not isinstance(given, Mapping):
         raise RecipeError(f"{where}: 'options' must hold keys and values.")
     weights = data.get("weights", method.weights)
     if isinstance(weights, str) and weights not in (known := list(get_args(WeightScheme))):
         raise RecipeError(f"{where}: unknown weights '{weights}'{suggestion(weights, known)}")
-    options = parse(method.options, given, f"{where}, options of {name}", RecipeError)
-    filled = {
-        "weights": method.weights,
-        **data,
-        "options": options.model_dump(mode="json"),
-    }
+    options = _options(method, given, where)
+    if isinstance(method.rule, Sparsify):
+        plain = [n for n, m in METHODS.items() if not isinstance(m.rule, Sparsify)]
+        then = _method(options["rule"], plain, f"{where}, options of {name}")
+        options["rule_options"] = _options(then, options["rule_options"], where)
+    filled = {"weights": method.weights, **data, "options": options}
     return parse(Recipe, filled, where, RecipeError)
+
+
+def _method(name: object, known: list[str], where: str) -> Method:
+    if not isinstance(name, str) or name not in known:
+        raise RecipeError(f"{where}: unknown method '{name}'{suggestion(str(name), known)}")
+    return METHODS[name]
+
+
+def _options(method: Method, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    checked = parse(method.options, given, f"{where}, options of {method.name}", RecipeError)
+    return checked.model_dump(mode="json")
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -111,8 +111,13 @@ class TensorFile:
         """Read one tensor into fresh memory, in the dtype and shape of the file."""
         spec = self.specs[name]
         tensor = torch.empty(spec.elements, dtype=spec.dtype)
-        view = memoryview(tensor.view(torch.uint8).numpy().data)
-        position = self._offsets[name]
+        self.read_into(name, 0, tensor)
+        return tensor.reshape(spec.shape)
+
+    def read_into(self, name: str, begin: int, out: torch.Tensor) -> None:
+        """Fill `out`, flat and of the tensor's dtype, with its values from index `begin` on."""
+        view = memoryview(out.view(torch.uint8).numpy().data)
+        position = self._offsets[name] + begin * out.dtype.itemsize
         while len(view):
             count = os.preadv(self._handle, [view], position)
             if count == 0:
@@ -121,7 +126,11 @@ class TensorFile:
                     "copy it again."
                 )
             view, position = view[count:], position + count
-        return tensor.reshape(spec.shape)
+
+    def identity(self) -> tuple[int, ...]:
+        """Device, inode, size, and times of the open file: they change when its bytes do."""
+        found = os.fstat(self._handle)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _read_header(
@@ -236,7 +245,7 @@ def _is_whole_numbers(value: Any) -> bool:
 
 
 class TensorWriter:
-    """Write a safetensors file tensor by tensor, in any order, in one tensor's memory.
+    """Write a safetensors file stretch by stretch, in any order, in one stretch's memory.
 
     The bytes depend only on `specs`, `metadata` and the values. The file grows beside `path` and is
     renamed when the block ends with every tensor written; otherwise nothing is left. `metadata` is
@@ -248,7 +257,7 @@ class TensorWriter:
     ) -> None:
         self.path = path
         self.specs = dict(specs)
-        self._missing = set(specs)
+        self._missing = {name: spec.elements for name, spec in specs.items()}
         # Widest dtype first keeps every tensor aligned, as the reference writer does.
         order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
         header: dict[str, Any] = {"__metadata__": dict([metadata])} if metadata else {}
@@ -269,12 +278,12 @@ class TensorWriter:
     def __enter__(self) -> TensorWriter:
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._partial.open("wb")
-            try:
-                self._file.write(self._header)
-            except BaseException:
-                self._discard()
-                raise
+            self._file = self._partial.open("wb", buffering=0)
+        try:
+            self._put(memoryview(self._header), 0)
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -285,11 +294,19 @@ class TensorWriter:
                 f"{self.path}: tensor '{name}' should be {spec} and is "
                 f"{DTYPE_NAMES.get(tensor.dtype, tensor.dtype)} {list(tensor.shape)}."
             )
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        self.write_part(name, 0, tensor.detach().cpu().contiguous().reshape(-1))
+
+    def write_part(self, name: str, begin: int, values: torch.Tensor) -> None:
+        """Write a stretch of a tensor: flat, of its dtype, from index `begin` on; each once."""
+        view = memoryview(values.view(torch.uint8).numpy().data)
+        self._put(view, len(self._header) + self._offsets[name] + begin * values.dtype.itemsize)
+        self._missing[name] -= values.numel()
+
+    def _put(self, view: memoryview, position: int) -> None:
         with storage_errors(self.path):
-            self._file.seek(len(self._header) + self._offsets[name])
-            self._file.write(flat.view(torch.uint8).numpy().data)
-        self._missing.discard(name)
+            while len(view):
+                count = os.pwrite(self._file.fileno(), view, position)
+                view, position = view[count:], position + count
 
     def __exit__(
         self,
@@ -304,18 +321,16 @@ class TensorWriter:
             self._discard()
 
     def _discard(self) -> None:
-        # On a full disk closing tries to write the buffer once more; the first error is told.
         with suppress(OSError):
             self._file.close()
         self._partial.unlink(missing_ok=True)
 
     def _finish(self) -> None:
-        if self._missing:
+        if missing := [name for name, left in self._missing.items() if left]:
             raise TensorFileError(
-                f"{self.path}: tensor '{min(self._missing)}' was never written; nothing is kept."
+                f"{self.path}: tensor '{min(missing)}' was never written; nothing is kept."
             )
         with storage_errors(self.path):
-            self._file.flush()
             os.fsync(self._file.fileno())
             self._partial.replace(self.path)
 
@@ -337,18 +352,36 @@ def write_tensors(
             writer.write(name, tensor)
 
 
-def fingerprint(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+class Fingerprint:
     """Hash of names, dtypes, shapes and bytes, as ``sha256:<64 hex digits>``.
 
     It speaks of the tensors and not of the file: two files with other layouts or metadata and the
-    same tensors have one fingerprint. Names must come sorted.
+    same tensors have one fingerprint. Names must come sorted, values in their order.
     """
-    digest = hashlib.sha256(b"merge-kit-tensors-v1\n")
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256(b"merge-kit-tensors-v1\n")
+
+    def begin(self, name: str, spec: TensorSpec) -> None:
+        """The next tensor."""
+        entry = [name, DTYPE_NAMES[spec.dtype], list(spec.shape)]
+        self._digest.update(canonical_json(entry) + b"\n")
+
+    def values(self, flat: torch.Tensor) -> None:
+        """The next of its values: flat, contiguous, in memory."""
+        self._digest.update(flat.view(torch.uint8).numpy().data)
+
+    def __str__(self) -> str:
+        return "sha256:" + self._digest.hexdigest()
+
+
+def fingerprint(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The `Fingerprint` of tensors in memory; names must come sorted."""
+    found = Fingerprint()
     for name, tensor in named_tensors:
-        digest.update(canonical_json([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)]) + b"\n")
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return "sha256:" + digest.hexdigest()
+        found.begin(name, TensorSpec(tensor.dtype, tuple(tensor.shape)))
+        found.values(tensor.detach().cpu().contiguous().reshape(-1))
+    return str(found)
 
 
 def fingerprint_file(path: Path) -> str:

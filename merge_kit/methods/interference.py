@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from merge_kit.methods.base import Block, ByValue, Method, Scope, Vectors
+from merge_kit.schema import Document
+
 Reduction = Literal["mean", "sum", "max"]
+Vote = Literal["values", "weighted", "counts"]
+_TINY = torch.finfo(torch.float64).tiny
 
 
-def trim_threshold(values: Tensor, density: float) -> float:
-    """Magnitude from which a value is kept: the k-th smallest with k = d - int(density d).
-
-    TIES, arXiv 2306.01708, section 4.1; like the authors' code, values equal to the threshold are
-    all kept.
-
-    Parameters
-    ----------
-    values
-        (d,) the task vector, or one of its tensors.
-    density
-        Fraction to keep, in (0, 1].
-    """
-    size = values.numel()
-    kth = size - int(density * size)
-    if kth <= 0:
-        return 0.0
-    return float(values.abs().kthvalue(kth).values)
+def weighted_sum(vectors: Tensor, weights: Tensor) -> Tensor:
+    """sum_i w_i tau_i, row after row in float64: (N, n) and (N,) give (n,)."""
+    total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
+    for tau, weight in zip(vectors, weights.tolist(), strict=True):
+        total.add_(tau, alpha=weight)
+    return total
 
 
 def trim(vectors: Tensor, thresholds: Tensor) -> Tensor:
-    """Set values below each vector's threshold to zero: (N, n) and (N,) give (N, n)."""
-    return torch.where(vectors.abs() >= thresholds[:, None], vectors, 0.0)
+    """Set values below each vector's threshold to zero: (N, n) and (N,) give (N, n).
+
+    TIES, arXiv 2306.01708, section 4.1. As in the authors' code the threshold is the k-th smallest
+    magnitude with k = d - int(density d), and values equal to it are all kept.
+    """
+    # A product with zeros and ones: torch.where takes several times as long.
+    return vectors.abs().ge_(thresholds[:, None]).mul_(vectors)
 
 
-def elect_signs(trimmed: Tensor, majority: float) -> Tensor:
-    """gamma = sign(sum_i tau_i), with `majority` where the sum is zero: (N, n) gives (n,)."""
-    signs = trimmed.double().sum(dim=0).sign()
-    return torch.where(signs == 0, majority, signs)
+def elect(trimmed: Tensor, weights: Tensor, vote: Vote = "values") -> Tensor:
+    """What the sign is elected by, (n,) float64: its sign is gamma, 0 is a tie.
 
-
-def sign_balance(trimmed: Tensor) -> float:
-    """Sum over the coordinates of sign(sum_i tau_i); its sign is the majority of all signs."""
-    return float(trimmed.double().sum(dim=0).sign().sum())
+    ``values`` is sum_i tau_i (the paper), ``weighted`` is sum_i w_i tau_i (mergekit), ``counts`` is
+    sum_i sign tau_i (sd-mecha; the method "frequency" of peft).
+    """
+    if vote == "weighted":
+        return weighted_sum(trimmed, weights)
+    voices = trimmed if vote == "values" else trimmed.sign()
+    return weighted_sum(voices, torch.ones_like(weights))
 
 
 def disjoint_merge(
@@ -57,43 +60,41 @@ def disjoint_merge(
     Parameters
     ----------
     trimmed
-        (N, n); `weights` (N,) float64, not negative; `signs` (n,).
+        (N, n); `weights` (N,) float64, not negative; `signs` (n,) of -1, 0 and 1.
 
     Returns
     -------
     Tensor
         (n,) float64.
     """
-    agrees = (trimmed.sign() == signs) & (trimmed != 0)
+    # tau * gamma is |tau| where they agree, and not positive elsewhere.
+    aligned = (trimmed * signs.to(trimmed.dtype)).relu_()
     if reduction == "max":
-        return torch.where(agrees, trimmed.abs(), 0.0).amax(dim=0).double() * signs
-    total = torch.zeros(trimmed.shape[1], dtype=torch.float64)
-    votes = torch.zeros_like(total)
-    for tau, agree, weight in zip(trimmed, agrees, weights.tolist(), strict=True):
-        total += torch.where(agree, tau.double(), 0.0) * weight
-        votes += agree.double() * weight
-    if reduction == "sum":
-        return total
-    return torch.where(votes > 0, total / votes.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+        return aligned.amax(dim=0).double() * signs
+    total = weighted_sum(aligned, weights)
+    if reduction == "mean":
+        total /= weighted_sum(aligned.sign_(), weights).clamp_(min=_TINY)
+    return total * signs
 
 
 def ties(
     vectors: Tensor,
     weights: Tensor,
     thresholds: Tensor,
-    majority: float,
+    majority: Callable[[Tensor], float],
     reduction: Reduction = "mean",
+    vote: Vote = "values",
 ) -> Tensor:
     """TIES: trim, elect signs, disjoint merge (arXiv 2306.01708, algorithm 1).
 
-    Defaults of the paper: density 0.2 over the whole vector, mean, scale 1. The signs are elected
-    by the sum of the values without weights; published implementations differ in this.
+    Defaults of the paper: density 0.2 over the whole vector, mean, scale 1, and a vote by the sum
+    of the values without weights; published implementations differ in all of these.
 
     Parameters
     ----------
     vectors
-        (N, n); `weights` (N,); `thresholds` (N,) of `trim_threshold`; `majority` the sign for
-        coordinates whose sum is zero.
+        (N, n); `weights` (N,); `thresholds` (N,) of magnitudes; `majority` maps the weights to the
+        sign for coordinates that are not all zero and whose vote is a tie.
 
     Returns
     -------
@@ -101,4 +102,195 @@ def ties(
         (n,) float64.
     """
     trimmed = trim(vectors, thresholds)
-    return disjoint_merge(trimmed, weights, elect_signs(trimmed, majority), reduction)
+    signs = elect(trimmed, weights, vote).sign_()
+    tied = signs == 0
+    if bool(tied.any()):
+        # Where a tie is not all zeros some value is positive, or has no weight.
+        tied &= trimmed.amax(dim=0) > 0
+        if bool(tied.any()):
+            signs[tied] = majority(weights)
+    return disjoint_merge(trimmed, weights, signs, reduction)
+
+
+def magmax(vectors: Tensor) -> Tensor:
+    """The value of the largest magnitude at each coordinate (arXiv 2407.06322, equation 2).
+
+    (N, n) gives (n,) float64. Of two values of equal magnitude the later one counts, as in the
+    authors' code. Weights have no say.
+    """
+    high, low = vectors.amax(dim=0), vectors.amin(dim=0)
+    largest = torch.where(high > -low, high, low)
+    tied = torch.nonzero((high == -low) & (high > 0)).squeeze(1)
+    if len(tied):
+        fought = vectors[:, tied]
+        last = len(vectors) - 1 - fought.abs().flip(0).argmax(dim=0)
+        largest[tied] = fought.gather(0, last[None]).squeeze(0)
+    return largest.double()
+
+
+def fedgma(
+    vectors: Tensor,
+    weights: Tensor,
+    threshold: float,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """The weighted mean, damped where signs disagree (arXiv 2201.11986, section 3).
+
+    a = |sum_i sign tau_i| / N, weights aside; the mean is multiplied by 1 where a >= threshold and
+    by a elsewhere. arXiv 2411.18607 does the same to the sum. (N, n), (N,) give (n,) float64.
+    """
+    size = len(vectors)
+    agreement = weighted_sum(vectors.sign(), torch.ones_like(weights)).abs_() / size
+    mask = agreement.masked_fill_(agreement >= threshold, 1.0)
+    return mask * weighted_sum(vectors, weights / size if reduction == "mean" else weights)
+
+
+def tall_masks(vectors: Tensor, merged: Tensor, strictness: float) -> Tensor:
+    """m_i = 1 where |tau_i| > lambda |tau_M - tau_i| (TALL masks, arXiv 2405.07813, section 4.1).
+
+    (N, n) and (n,) float64 give (N, n) of True and False; theta_0 + m_i * tau_M is close to site
+    i's own model. fusion_bench puts theta_0 where tau_i stands on the left; this is the paper's.
+    """
+    return torch.stack([tau.abs() > strictness * (merged - tau).abs_() for tau in vectors])
+
+
+def consensus(vectors: Tensor, weights: Tensor, strictness: float, agree: int) -> Tensor:
+    """tau_M where at least k of the masks are 1, else 0 (arXiv 2405.07813, section 4.2).
+
+    tau_M = sum_i w_i tau_i. k = 2 removes what matters to one site only (the paper's selfish
+    weights) or to none (catastrophic ones). (N, n), (N,) give (n,) float64.
+    """
+    merged = weighted_sum(vectors, weights)
+    votes = tall_masks(vectors, merged, strictness).sum(dim=0)
+    return merged * (votes >= agree)
+
+
+class TiesOptions(Document):
+    """Options of TIES."""
+
+    density: float = Field(default=0.2, gt=0, le=1)
+    """Fraction of values that is kept of each vector."""
+    scope: Scope = "vector"
+    """Trim over the whole vector (the paper) or each tensor by itself (mergekit, peft)."""
+    reduction: Reduction = "mean"
+    """How agreeing values are combined; the paper takes the mean."""
+    vote: Vote = "values"
+    """Signs by the sum of the values (the paper), by weighted values, or by counting."""
+
+
+@dataclass(frozen=True, slots=True)
+class TiesState:
+    """What the first pass of TIES finds."""
+
+    thresholds: Mapping[str, Tensor]
+    majority: Callable[[Tensor], float]
+
+
+def _survey_ties(vectors: Vectors, options: TiesOptions) -> TiesState:
+    thresholds: Mapping[str, Tensor] = {}
+    if options.density < 1:
+        thresholds = vectors.kth_largest(
+            lambda block: block.values.abs(), options.density, options.scope
+        )
+    # Ties of trained values are rare: the pass that settles them is made when the first one turns
+    # up, once, whichever thread meets it.
+    lock, known = threading.Lock(), list[float]()
+
+    def majority(weights: Tensor) -> float:
+        def balance(block: Block) -> Tensor:
+            trimmed = trim(block.values, _thresholds(thresholds, block))
+            return elect(trimmed, weights, options.vote).sign_().sum()
+
+        with lock:
+            if not known:
+                known.append(float(vectors.total(balance).sign()))
+            return known[0]
+
+    return TiesState(thresholds, majority)
+
+
+def _thresholds(found: Mapping[str, Tensor], block: Block) -> Tensor:
+    if block.tensor in found:
+        return found[block.tensor].to(block.values.device)
+    return block.values.new_zeros(len(block.values))
+
+
+def _ties(block: Block, weights: Tensor, options: TiesOptions, state: TiesState) -> Tensor:
+    return ties(
+        block.values,
+        weights,
+        _thresholds(state.thresholds, block),
+        state.majority,
+        options.reduction,
+        options.vote,
+    )
+
+
+class FedGmaOptions(Document):
+    """Options of FedGMA."""
+
+    threshold: float = Field(default=0.8, ge=0, le=1)
+    """Agreement of signs from which a coordinate counts in full; 0 is the plain mean. There is no
+    published value: the code of arXiv 2411.18607 searches 0.1 to 0.9 on validation images."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Damp the mean (arXiv 2201.11986) or the sum (arXiv 2411.18607)."""
+
+
+class ConsensusOptions(Document):
+    """Options of consensus task arithmetic."""
+
+    strictness: float = Field(default=0.4, ge=0)
+    """lambda of the masks; the paper chooses it from 0.2 to 0.6 on validation images."""
+    agree: int = Field(default=2, ge=1)
+    """k: number of sites to which a coordinate must matter."""
+
+
+def _too_few(size: int, options: Any) -> str | None:
+    if options.agree > size:
+        return f"'agree' is {options.agree} and the number of vectors {size}: lower it"
+    return None
+
+
+def _fedgma(block: Block, weights: Tensor, options: FedGmaOptions, state: Any) -> Tensor:
+    return fedgma(block.values, weights, options.threshold, options.reduction)
+
+
+def _consensus(block: Block, weights: Tensor, options: ConsensusOptions, state: Any) -> Tensor:
+    return consensus(block.values, weights, options.strictness, options.agree)
+
+
+METHODS: tuple[Method, ...] = (
+    Method(
+        name="ties",
+        family="interference",
+        summary="keep the largest values, elect a sign, take the mean of those that agree",
+        paper="arXiv 2306.01708",
+        rule=ByValue(combine=_ties, survey=_survey_ties),
+        options=TiesOptions,
+    ),
+    Method(
+        name="magmax",
+        family="interference",
+        summary="at each coordinate the value of the largest magnitude",
+        paper="arXiv 2407.06322",
+        rule=ByValue(combine=lambda block, weights, options, state: magmax(block.values)),
+    ),
+    Method(
+        name="fedgma",
+        family="interference",
+        summary="the mean, damped where the signs of the sites disagree",
+        paper="arXiv 2201.11986, 2411.18607",
+        rule=ByValue(combine=_fedgma),
+        options=FedGmaOptions,
+    ),
+    Method(
+        name="consensus",
+        family="interference",
+        summary="the sum, where it matters to at least two sites (TALL masks)",
+        paper="arXiv 2405.07813",
+        rule=ByValue(combine=_consensus),
+        options=ConsensusOptions,
+        normalises=False,
+        refusal=_too_few,
+    ),
+)

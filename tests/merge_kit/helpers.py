@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from merge_kit.engine import Part
 from merge_kit.errors import MergeKitError
-from merge_kit.tensorfile import TensorFile, read_all
+from merge_kit.tensorfile import TensorFile, TensorSpec, read_all
 
 quick = settings(
     deadline=None,
@@ -41,6 +42,17 @@ def entry(start: int, end: int, dtype: object = "U8", shape: object = None) -> d
     """A header entry; by default bytes."""
     shape = [end - start] if shape is None else shape
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def assemble(parts: Iterable[Part], specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
+    """Whole tensors from the stretches of a merge, which must come in order."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for part in parts:
+        known = found.setdefault(part.name, [])
+        assert part.begin == sum(values.numel() for values in known)
+        known.append(part.values)
+    assert list(found) == sorted(found)
+    return {name: torch.cat(values).reshape(specs[name].shape) for name, values in found.items()}
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:

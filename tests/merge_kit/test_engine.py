@@ -10,10 +10,11 @@ import torch
 
 from merge_kit import engine
 from merge_kit.errors import NonFiniteError, RecipeError, VectorError
+from merge_kit.methods import METHODS
 from merge_kit.parameters import roles_of
 from merge_kit.recipe import make_recipe
 from merge_kit.tensorfile import TensorFile, TensorSpec, specs_of, write_tensors
-from tests.merge_kit.helpers import says
+from tests.merge_kit.helpers import assemble, says
 
 BASE = {
     "body.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
@@ -72,7 +73,9 @@ def merge(open_file):
 
     def run(sources, method="mean", **recipe):
         complete = make_recipe({"method": method, **recipe}, "test")
-        return dict(engine.merge(base, sources, ROLES, complete))
+        return assemble(
+            engine.merge(base, sources, ROLES, complete), engine.merged_specs(base.specs, complete)
+        )
 
     return run
 
@@ -166,6 +169,11 @@ def test_merging_equals_gives_the_same(merge, sources, method):
         torch.testing.assert_close(tensor, BASE[name] + NORTH.get(name, 0), rtol=1e-6, atol=0)
 
 
+def run(base, sources, recipe):
+    parts = engine.merge(base, sources, ROLES, recipe)
+    return assemble(parts, engine.merged_specs(base.specs, recipe))
+
+
 RECIPES = [
     {"method": "mean"},
     {"method": "mean", "weights": "steps"},
@@ -173,31 +181,35 @@ RECIPES = [
     {"method": "sum", "scale": 0.3, "head": "method"},
     {"method": "ties"},
     {"method": "ties", "options": {"scope": "tensor", "reduction": "max"}},
+    {"method": "krum", "head": "method"},
+    {"method": "geometric-median", "options": {"scope": "tensor"}},
+    {"method": "slerp", "options": {"space": "vectors"}},
+    *({"method": name} for name in METHODS if name not in ("mean", "ties", "krum")),
 ]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: " ".join(map(str, r.values())))
 def test_the_order_of_the_sources_never_matters(open_file, recipe):
     """Bit for bit."""
-    base, made = many(open_file)
+    base, made = many(open_file, count=METHODS[recipe["method"]].maximum or 9)
     complete = make_recipe(recipe, "test")
-    first = dict(engine.merge(base, made, ROLES, complete))
+    first = run(base, made, complete)
     for seed in range(2):
         shuffled = random.Random(seed).sample(made, len(made))
-        again = dict(engine.merge(base, shuffled, ROLES, complete))
+        again = run(base, shuffled, complete)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: " ".join(map(str, r.values())))
 def test_the_number_of_threads_never_matters(open_file, recipe):
     """Bit for bit."""
-    base, made = many(open_file, count=5)
+    base, made = many(open_file, count=METHODS[recipe["method"]].maximum or 5)
     complete, before = make_recipe(recipe, "test"), torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(dict(engine.merge(base, made, ROLES, complete)))
+            found.append(run(base, made, complete))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -220,14 +232,14 @@ def test_weights_by_a_rule(sources, scheme, weights):
     north = replace(sources[0], class_counts=(4.0, 0.0, 0.0), steps=10)
     south = replace(sources[1], class_counts=(6.0, 10.0, 0.0), steps=40)
     recipe = make_recipe({"method": "mean", "weights": scheme}, "test")
-    assert engine.site_weights([north, south], recipe) == pytest.approx(weights, rel=1e-15)
+    assert engine.weigh([north, south], recipe).shares == pytest.approx(weights, rel=2e-9)
 
 
 def test_more_steps_for_the_same_images_weigh_less(sources):
     """FedNova: p = .5, .5; steps 10, 30; mean 20; .5 * 20 / 10 = 1 and .5 * 20 / 30 = 1/3."""
     alike = [replace(source, class_counts=(4.0, 0.0, 0.0)) for source in sources]
     recipe = make_recipe({"method": "mean", "weights": "steps"}, "test")
-    assert engine.site_weights(alike, recipe) == pytest.approx([2.0, 2 / 3], rel=1e-15)
+    assert engine.weigh(alike, recipe).shares == pytest.approx([2.0, 2 / 3], rel=2e-9)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +247,7 @@ def test_more_steps_for_the_same_images_weigh_less(sources):
 )
 def test_explicit_weights_average_1_except_for_the_sum(sources, method, weights):
     recipe = make_recipe({"method": method, "weights": {"north": 2, "south": 6}}, "test")
-    assert engine.site_weights(sources, recipe) == weights
+    assert engine.weigh(sources, recipe).shares == weights
 
 
 def test_a_sum_may_take_negative_weights(merge, sources):
@@ -272,11 +284,11 @@ def test_rules_that_need_figures_say_which_are_missing(sources):
     recipe = make_recipe({"method": "mean"}, "test")
     sentence = "no site reports an example: weigh them with 'weights: uniform'."
     with says(RecipeError, sentence):
-        engine.site_weights(empty, recipe)
+        engine.weigh(empty, recipe)
     idle = [sources[0], replace(sources[1], steps=0)]
     recipe = make_recipe({"method": "mean", "weights": "steps"}, "test")
     with says(RecipeError, "a site reports 0 steps: weigh them with 'weights: examples'."):
-        engine.site_weights(idle, recipe)
+        engine.weigh(idle, recipe)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
@@ -298,8 +310,8 @@ def test_sums_run_in_float64_and_are_rounded_once(open_file):
     ]
     roles = roles_of({"w": TensorSpec(torch.float32, (1,))}, ())
     recipe = make_recipe({"method": "sum"}, "test")
-    merged = dict(engine.merge(open_file({"w": torch.zeros(1)}), made, roles, recipe))
-    assert merged["w"].item() == 1.0
+    (merged,) = engine.merge(open_file({"w": torch.zeros(1)}), made, roles, recipe)
+    assert merged.values.item() == 1.0
 
 
 def test_weights_are_applied_in_float64(merge, sources):
@@ -326,3 +338,63 @@ def test_a_vector_that_makes_a_variance_negative_is_refused_by_name(merge, open_
         "training can: leave it out with --exclude north.",
     ):
         merge([source])
+
+
+def test_a_method_that_needs_more_or_fewer_vectors_says_so(merge, sources):
+    third = replace(sources[0], id="c", site="west")
+    sentence = (
+        "'slerp' merges at most 2 vectors, there are 3: choose with --site, or take another method."
+    )
+    with says(RecipeError, sentence):
+        merge([*sources, third], "slerp")
+    sentence = (
+        "'model-stock' needs at least 2 vectors, there is 1: wait for more sites, or take another "
+        "method."
+    )
+    with says(RecipeError, sentence):
+        merge(sources[:1], "model-stock")
+
+
+def test_more_attackers_than_krum_can_tell_apart_are_refused(merge, sources):
+    sentence = (
+        "'krum' cannot be used: 1 attacker(s) among 2 cannot be told apart, at least 5 vectors are "
+        "needed: lower 'attackers' or wait for more sites."
+    )
+    with says(RecipeError, sentence):
+        merge(sources, "krum")
+
+
+def test_a_vector_of_zeros_has_no_direction(merge, sources, open_file):
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in NORTH.items()}
+    idle = engine.Source("z", "idle", open_file(nothing), (1.0, 1.0, 1.0), 10)
+    sentence = (
+        "site 'idle': its vector is all zeros and 'multislerp' needs a direction: leave it out "
+        "with --exclude idle."
+    )
+    with says(VectorError, sentence):
+        merge([*sources, idle], "multislerp")
+    # Elsewhere it only pulls towards the base.
+    assert merge([*sources, idle], "median")["body.weight"].tolist() == [[2.0, 2.0], [3.0, 4.0]]
+
+
+def test_a_site_that_krum_refuses_has_no_say_in_heads_and_statistics(merge, sources, open_file):
+    wild = {n: t + 1000 if t.is_floating_point() else t for n, t in NORTH.items()}
+    made = [replace(sources[0], id=f"{i}", site=f"s{i}") for i in range(4)]
+    hostile = engine.Source("9", "wild", open_file(wild), (50.0, 50.0, 50.0), 10)
+    merged = merge([*made, hostile], "multi-krum")
+    assert merged["head.weight"][0].item() == 11.0
+    assert merged["bn.running_mean"].item() == 0.0
+
+
+def test_a_tensor_of_several_blocks_is_merged_whole(open_file):
+    """Three blocks; the mean of 0, 1, 2 ... and its double is 1.5 times it."""
+    ramp = torch.arange(80_000, dtype=torch.float32)
+    made = [
+        engine.Source(f"{i}", f"s{i}", open_file({"w": ramp * (i + 1)}), (1.0,), 1)
+        for i in range(2)
+    ]
+    roles = roles_of({"w": TensorSpec(torch.float32, (80_000,))}, ())
+    recipe = make_recipe({"method": "mean"}, "test")
+    parts = list(engine.merge(open_file({"w": torch.ones(80_000)}), made, roles, recipe))
+    assert [part.begin for part in parts] == [0, 32768, 65536]
+    assert torch.equal(torch.cat([part.values for part in parts]), 1 + 1.5 * ramp)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from merge_kit.errors import RecipeError
+from merge_kit.methods import METHODS
 from merge_kit.recipe import make_recipe, read_recipe
 from tests.merge_kit.helpers import says
 
@@ -15,7 +16,7 @@ def test_every_default_is_spelled_out():
     assert make_recipe({"method": "ties"}, "here").model_dump(mode="json") == {
         "format": 1,
         "method": "ties",
-        "options": {"density": 0.2, "scope": "vector", "reduction": "mean"},
+        "options": {"density": 0.2, "scope": "vector", "reduction": "mean", "vote": "values"},
         "weights": "uniform",
         "scale": 1.0,
         "norm": "pooled",
@@ -52,9 +53,9 @@ def test_a_recipe_comes_back_from_yaml(tmp_path, data):
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        ({}, "the key 'method' is missing; known are mean, sum, ties."),
+        ({}, f"the key 'method' is missing; known are {', '.join(METHODS)}."),
         ({"method": "tise"}, "unknown method 'tise'; did you mean 'ties'?"),
-        ({"method": "zzz"}, "unknown method 'zzz'; known are mean, sum, ties."),
+        ({"method": "tiess"}, "unknown method 'tiess'; did you mean 'ties'?"),
         ({"method": ["mean"]}, "unknown method '['mean']'; did you mean 'mean'?"),
         ({"method": "mean", "weights": "exampels"}, "unknown weights 'exampels'; "
          "did you mean 'examples'?"),

@@ -1,4 +1,4 @@
-"""TIES."""
+"""TIES, MagMax, FedGMA, consensus."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_kit.methods.interference import (
+    consensus,
     disjoint_merge,
-    elect_signs,
-    sign_balance,
+    elect,
+    fedgma,
+    magmax,
     ties,
     trim,
-    trim_threshold,
 )
 from tests.merge_kit.helpers import quick
 
@@ -55,45 +56,41 @@ def paper(vectors, density, weights, reduction):
     return merged
 
 
+def threshold(values, density):
+    """The (int(density d) + 1)-th largest magnitude, or 0."""
+    ordered = values.abs().sort(descending=True).values.tolist()
+    return [*ordered, 0.0][int(density * len(ordered))]
+
+
 def ours(vectors, density, weights, reduction):
-    thresholds = torch.tensor([trim_threshold(tau, density) for tau in vectors])
-    majority = float(np.sign(sign_balance(trim(vectors, thresholds))))
-    return ties(vectors, weights, thresholds, majority, reduction)
+    thresholds = torch.tensor([threshold(tau, density) for tau in vectors])
+    balance = elect(trim(vectors, thresholds), weights).sign().sum().sign().item()
+    return ties(vectors, weights, thresholds, lambda weights: balance, reduction)
 
 
-def test_the_threshold_is_the_smallest_value_that_is_kept():
-    """d = 5 and density 0.4 keep 2 of 5: k = 5 - 2 = 3, the third smallest of 1 2 3 4 5."""
-    values = torch.tensor([4.0, -1.0, 5.0, -3.0, 2.0])
-    assert trim_threshold(values, 0.4) == 3.0
-    # The authors' mask is |tau| >= kthvalue, so that the k-th value itself stays too.
-    kept = trim(values[None], torch.tensor([3.0]))
+def signs_of(majority):
+    signs = elect(TRIMMED, ONES).sign()
+    return torch.where(signs == 0, majority, signs)
+
+
+def test_values_below_the_threshold_are_dropped_and_equal_ones_kept():
+    kept = trim(torch.tensor([[4.0, -1.0, 5.0, -3.0, 2.0]]), torch.tensor([3.0]))
     assert kept.tolist() == [[4.0, 0.0, 5.0, -3.0, 0.0]]
 
 
-def test_values_equal_to_the_threshold_are_all_kept():
-    values = torch.tensor([2.0, -2.0, 2.0, 1.0, 9.0])
-    assert trim_threshold(values, 0.4) == 2.0
-    assert trim(values[None], torch.tensor([2.0])).tolist() == [[2.0, -2.0, 2.0, 0.0, 9.0]]
-
-
-def test_density_1_keeps_all():
-    values = torch.tensor([0.0, -1e-30, 3.0])
-    assert trim_threshold(values, 1.0) == 0.0
-    assert torch.equal(trim(values[None], torch.tensor([0.0]))[0], values)
-
-
-def test_a_density_below_one_value_keeps_the_largest():
-    values = torch.tensor([1.0, -3.0, 2.0])
-    assert trim(values[None], torch.tensor([trim_threshold(values, 0.01)])).tolist() == [
-        [0.0, -3.0, 0.0]
-    ]
-
-
-def test_signs_are_elected_by_the_sum_of_the_values():
-    """Sums 9, 3, -3, 0, 0: the fourth and fifth take the majority of +, +, -."""
-    assert sign_balance(TRIMMED) == 1.0
-    assert elect_signs(TRIMMED, 1.0).tolist() == [1, 1, -1, 1, 1]
-    assert elect_signs(TRIMMED, -1.0).tolist() == [1, 1, -1, -1, -1]
+@pytest.mark.parametrize(
+    ("vote", "elected"),
+    [
+        ("values", [9.0, 3.0, -3.0, 0.0, 0.0]),
+        # weights 1, 2, 3: 1 + 4 + 18, 5 - 2 - 3, -9, 2 - 4
+        ("weighted", [23.0, 0.0, -9.0, -2.0, 0.0]),
+        # + + +, + - -, -, + -
+        ("counts", [3.0, -1.0, -1.0, 0.0, 0.0]),
+    ],
+)
+def test_signs_are_elected(vote, elected):
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    assert elect(TRIMMED, weights, vote).tolist() == elected
 
 
 @pytest.mark.parametrize(
@@ -105,25 +102,25 @@ def test_signs_are_elected_by_the_sum_of_the_values():
     ],
 )
 def test_worked_example(reduction, merged):
-    assert disjoint_merge(TRIMMED, ONES, elect_signs(TRIMMED, 1.0), reduction).tolist() == merged
+    assert disjoint_merge(TRIMMED, ONES, signs_of(1.0), reduction).tolist() == merged
 
 
 def test_a_zero_sum_takes_the_majority():
     """Fourth coordinate: 2 and -2; with a negative majority the -2 speaks."""
-    signs = elect_signs(TRIMMED, -1.0)
+    signs = signs_of(-1.0)
     assert disjoint_merge(TRIMMED, ONES, signs).tolist() == [3.0, 5.0, -3.0, -2.0, 0.0]
 
 
 def test_weights_count_among_those_that_agree():
     """First coordinate: (1 * 1 + 2 * 2 + 6 * 5) / 8 = 4.375; the fight is won by its one value."""
     weights = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
-    merged = disjoint_merge(TRIMMED, weights, elect_signs(TRIMMED, 1.0))
+    merged = disjoint_merge(TRIMMED, weights, signs_of(1.0))
     assert merged.tolist() == [4.375, 5.0, -3.0, 2.0, 0.0]
 
 
 def test_a_weight_of_zero_has_no_say_in_the_mean():
     weights = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
-    merged = disjoint_merge(TRIMMED, weights, elect_signs(TRIMMED, 1.0))
+    merged = disjoint_merge(TRIMMED, weights, signs_of(1.0))
     assert merged.tolist() == [4.0, 0.0, -3.0, 0.0, 0.0]
 
 
@@ -151,7 +148,7 @@ def test_the_algorithm_of_the_paper(seed, sites, size, density, reduction):
 def test_merging_equals_gives_the_trimmed_vector(seed, sites):
     tau = torch.randn(20, generator=torch.Generator().manual_seed(seed))
     vectors, weights = tau.expand(sites, 20), torch.ones(sites, dtype=torch.float64)
-    expected = trim(tau[None], torch.tensor([trim_threshold(tau, 0.5)]))[0].double()
+    expected = trim(tau[None], torch.tensor([threshold(tau, 0.5)]))[0].double()
     torch.testing.assert_close(ours(vectors, 0.5, weights, "mean"), expected, rtol=1e-15, atol=0)
 
 
@@ -163,3 +160,55 @@ def test_it_scales_with_the_vectors(seed, factor):
     weights = torch.ones(4, dtype=torch.float64)
     left = ours(vectors * factor, 0.5, weights, "mean")
     assert torch.equal(left, ours(vectors, 0.5, weights, "mean") * factor)
+
+
+def test_the_majority_is_asked_for_only_where_a_vote_is_tied():
+    def never(weights):
+        raise AssertionError("no vote is tied")
+
+    vectors, even = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.ones(2, dtype=torch.float64)
+    assert ties(vectors, even, torch.zeros(2), never).tolist() == [1.5, 0.0]
+    tied = torch.tensor([[1.0, 3.0], [-1.0, 2.0]])
+    assert ties(tied, even, torch.zeros(2), lambda weights: -1.0).tolist() == [-1.0, 2.5]
+
+
+def test_magmax_takes_the_largest_magnitude_and_the_later_of_equals():
+    """|1| < |-5|; |2| = |-2|: the later; |0.5| > 0."""
+    vectors = torch.tensor([[1.0, 2.0, 0.5], [-5.0, -2.0, 0.0]])
+    assert magmax(vectors).tolist() == [-5.0, -2.0, 0.5]
+
+
+def test_fedgma_damps_what_is_disputed():
+    """Signs ++- agree by 1/3, +++ by 1: means 1 * 1/3, 2; at threshold 1/4 both count in full."""
+    vectors = torch.tensor([[2.0, 1.0], [3.0, 2.0], [-2.0, 3.0]])
+    torch.testing.assert_close(
+        fedgma(vectors, ONES, 0.8), torch.tensor([1 / 3, 2.0], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        fedgma(vectors, ONES, 0.25), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    )
+
+
+def test_consensus_keeps_what_matters_to_two():
+    """tau_M = 3, 6; |tau| > 0.4 |tau_M - tau|: 1 > .8, 2 > .4, 0 > 1.2 no; 6 > 0, 0, 0."""
+    vectors = torch.tensor([[1.0, 6.0], [2.0, 0.0], [0.0, 0.0]])
+    assert consensus(vectors, ONES, 0.4, 2).tolist() == [3.0, 0.0]
+    assert consensus(vectors, ONES, 0.4, 1).tolist() == [3.0, 6.0]
+
+
+@quick
+@given(st.integers(0, 999), st.integers(1, 6))
+def test_element_by_element(seed, sites):
+    vectors = torch.randn(sites, 12, generator=torch.Generator().manual_seed(seed))
+    even = torch.ones(sites, dtype=torch.float64)
+    tau = vectors.double().numpy()
+    for p in range(12):
+        column = [float(v) for v in tau[:, p]]
+        assert magmax(vectors)[p] == max(column, key=abs)
+        agreement = abs(sum(np.sign(column))) / sites
+        mask = 1.0 if agreement >= 0.5 else agreement
+        assert fedgma(vectors, even, 0.5)[p] == pytest.approx(mask * sum(column) / sites)
+        total = sum(column)
+        votes = sum(abs(v) > 0.4 * abs(total - v) for v in column)
+        wanted = total if votes >= 2 else 0.0
+        assert consensus(vectors, even, 0.4, 2)[p] == pytest.approx(wanted, abs=1e-12)

@@ -1,0 +1,257 @@
+"""Blocks: stretches of the tensors of many vectors, read by several threads in a fixed order."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_kit.methods.base import Block, Scope
+from merge_kit.tensorfile import TensorFile, TensorSpec
+
+BLOCK = 32768
+"""Values of each vector in one block: with its float64 temporaries it stays in the cache."""
+_AHEAD = 4
+_LOWER = 16
+_BINS = 1 << _LOWER
+Histogram = np.ndarray[Any, np.dtype[np.int64]]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Values(Protocol):
+    """One task vector, read stretch by stretch."""
+
+    def read_into(self, name: str, begin: int, out: Tensor) -> None:
+        """Fill `out`, flat float32, with values from index `begin` on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Where a block lies."""
+
+    tensor: str
+    begin: int
+    size: int
+
+
+def stretches(
+    specs: Mapping[str, TensorSpec], names: Iterable[str], *, whole: bool = False
+) -> list[Stretch]:
+    """Cut tensors into blocks, or leave them whole; the cuts depend on the shapes alone."""
+    found = []
+    for name in names:
+        size = specs[name].elements
+        step = max(size, 1) if whole else BLOCK
+        found += [Stretch(name, at, min(step, size - at)) for at in range(0, size, step)]
+    return found
+
+
+@contextmanager
+def one_thread_each() -> Iterator[int]:
+    """Torch works with one thread in every worker; yields how many workers may run.
+
+    Reductions and linear algebra depend on torch's number of threads; blocks do not.
+    """
+    workers = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield workers
+    finally:
+        torch.set_num_threads(workers)
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """Results in the order of the items, at most a few ahead of the reader."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > _AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class BlockReader:
+    """The weights of all vectors, block by block; see `merge_kit.methods.base.Vectors`."""
+
+    def __init__(
+        self,
+        base: TensorFile,
+        vectors: Sequence[Values],
+        names: Sequence[str],
+        workers: int,
+        *,
+        ids: tuple[str, ...] = (),
+        sites: tuple[str, ...] = (),
+        seed: int = 0,
+        whole: bool = False,
+        change: Callable[[Block], Tensor] | None = None,
+    ) -> None:
+        self._base, self._vectors, self._names = base, vectors, names
+        self._workers, self._ids, self._sites = workers, ids, sites
+        self._seed, self._change = seed, change
+        self.stretches = stretches(base.specs, names, whole=whole)
+        self._local = threading.local()
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The site of each vector."""
+        return self._sites
+
+    def block(self, stretch: Stretch) -> Block:
+        """Read one block; its values are overwritten by the same thread's next one."""
+        values = self._buffer(stretch.size)
+        for row, vector in zip(values, self._vectors, strict=True):
+            vector.read_into(stretch.tensor, stretch.begin, row)
+        spec = self._base.specs[stretch.tensor]
+        start = torch.empty(stretch.size, dtype=spec.dtype)
+        self._base.read_into(stretch.tensor, stretch.begin, start)
+        block = Block(
+            tensor=stretch.tensor,
+            shape=spec.shape,
+            begin=stretch.begin,
+            values=values,
+            start=start.double(),
+            ids=self._ids,
+            sites=self._sites,
+            seed=self._seed,
+        )
+        return block if self._change is None else replace(block, values=self._change(block))
+
+    def _buffer(self, size: int) -> Tensor:
+        # A first pass that starts inside a block of another must not overwrite it.
+        if size > BLOCK or getattr(self._local, "depth", 0) > 1:
+            return torch.empty(len(self._vectors), size)
+        if not hasattr(self._local, "values"):
+            self._local.values = torch.empty(len(self._vectors) * BLOCK)
+        kept: Tensor = self._local.values[: len(self._vectors) * size]
+        return kept.view(len(self._vectors), size)
+
+    def each(
+        self, function: Callable[[Block], R], parts: Sequence[Stretch] | None = None
+    ) -> Iterator[tuple[Stretch, R]]:
+        """A function's result for every block, or for some, in order."""
+
+        def work(stretch: Stretch) -> tuple[Stretch, R]:
+            self._local.depth = getattr(self._local, "depth", 0) + 1
+            try:
+                return stretch, function(self.block(stretch))
+            finally:
+                self._local.depth -= 1
+
+        inside = getattr(self._local, "depth", 0) > 0
+        chosen = self.stretches if parts is None else parts
+        return in_order(work, chosen, 1 if inside else self._workers)
+
+    def total(self, measure: Callable[[Block], Tensor]) -> Tensor:
+        """Sum of a measure over all blocks, added in their order."""
+        return sum_in_order(self.totals(measure))
+
+    def totals(self, measure: Callable[[Block], Tensor]) -> dict[str, Tensor]:
+        """Sum of a measure over the blocks of each tensor."""
+        found: dict[str, Tensor] = {}
+        for stretch, part in self.each(measure):
+            before = found.get(stretch.tensor)
+            found[stretch.tensor] = part if before is None else before + part
+        return found
+
+    def extremes(self, measure: Callable[[Block], Tensor]) -> Tensor:
+        """(2, N): smallest and largest value of each row of a measure (N, n), over all blocks."""
+        low = high = None
+        for _, part in self.each(lambda block: torch.stack(measure(block).aminmax(dim=1))):
+            low = part[0] if low is None else torch.minimum(low, part[0])
+            high = part[1] if high is None else torch.maximum(high, part[1])
+        if low is None or high is None:
+            return torch.zeros(2, len(self))
+        return torch.stack([low, high])
+
+    def kth_largest(
+        self, measure: Callable[[Block], Tensor], fraction: float, scope: Scope
+    ) -> dict[str, Tensor]:
+        """The exact k-th largest of each row, k = int(fraction d) + 1, or 0 where k exceeds d.
+
+        Non-negative floats sort like their bits: a histogram of the upper 16 bits finds where the
+        value lies, a second one of the lower bits finds it. No sampling, no sorting.
+        """
+        groups: dict[str, list[Stretch]] = {}
+        for stretch in self.stretches:
+            groups.setdefault(stretch.tensor if scope == "tensor" else "", []).append(stretch)
+        found = {}
+        for group, parts in groups.items():
+            rank = int(fraction * sum(part.size for part in parts)) + 1
+            upper = self._histograms(measure, parts, None)
+            cells = [_descend(row, rank) for row in upper]
+            lower = self._histograms(measure, parts, [cell for cell, _ in cells])
+            bits = [
+                (cell << _LOWER) + _descend(row, left)[0] if cell >= 0 else 0
+                for row, (cell, left) in zip(lower, cells, strict=True)
+            ]
+            exact = np.array(bits, dtype=np.uint32).view(np.float32)
+            found[group] = torch.from_numpy(exact.copy())
+        return {name: found[name if scope == "tensor" else ""] for name in self._names}
+
+    def _histograms(
+        self,
+        measure: Callable[[Block], Tensor],
+        parts: Sequence[Stretch],
+        cells: Sequence[int] | None,
+    ) -> Histogram:
+        # Counts are whole numbers: workers may add them up in any order.
+        kept: list[Histogram] = []
+        mine = threading.local()
+
+        def count(block: Block) -> None:
+            if not hasattr(mine, "counts"):
+                mine.counts = np.zeros((len(self), _BINS), dtype=np.int64)
+                kept.append(mine.counts)
+            bits = measure(block).contiguous().numpy().view(np.uint32)
+            for index, row in enumerate(bits):
+                upper = row >> _LOWER
+                if cells is None:
+                    mine.counts[index] += np.bincount(upper, minlength=_BINS)
+                else:
+                    inside = row[np.flatnonzero(upper == cells[index])] & (_BINS - 1)
+                    np.add.at(mine.counts[index], inside, 1)
+
+        for _ in self.each(count, parts):
+            pass
+        total: Histogram = np.sum(kept, axis=0)
+        return total
+
+
+def _descend(histogram: np.ndarray[Any, np.dtype[np.int64]], rank: int) -> tuple[int, int]:
+    """The cell of the rank-th largest value and its rank within the cell; (-1, 0) when too few."""
+    above = np.cumsum(histogram[::-1])
+    if rank > above[-1]:
+        return -1, 0
+    at = int(np.searchsorted(above, rank))
+    cell = len(histogram) - 1 - at
+    return cell, rank - int(above[at] - histogram[cell])
+
+
+def sum_in_order(parts: Mapping[str, Tensor]) -> Tensor:
+    """Sum of tensors, in the order of the mapping."""
+    values = iter(parts.values())
+    result = next(values)
+    for value in values:
+        result = result + value
+    return result

@@ -1,0 +1,138 @@
+"""What a merge method is: its defaults, its needs, and the pure functions of tensors that do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from merge_kit.schema import Document
+
+WeightScheme = Literal["uniform", "examples", "sqrt-examples", "steps"]
+Scope = Literal["vector", "tensor"]
+
+
+class NoOptions(Document):
+    """A method without options."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The same values of every task vector: a stretch of one tensor, or all of it."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    begin: int
+    """Index of the first value within the flattened tensor."""
+    values: Tensor
+    """(N, n) float32; n is the size of the tensor for methods that ask for whole tensors."""
+    start: Tensor
+    """(n,) float64: the base's values."""
+    ids: tuple[str, ...]
+    """What each vector is known by, in the order of `values`; seeds random numbers."""
+    sites: tuple[str, ...]
+    seed: int
+
+
+class Vectors(Protocol):
+    """All weights that a method merges, as its first pass sees them: blocks, never all at once.
+
+    Blocks are cut the same way whatever the number of sites and threads, and partial results are
+    added in the order of the blocks, so every figure is the same on every run.
+    """
+
+    def __len__(self) -> int:
+        """Number of vectors."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The site of each vector."""
+
+    def total(self, measure: Callable[[Block], Tensor]) -> Tensor:
+        """Sum of a measure over all blocks."""
+
+    def totals(self, measure: Callable[[Block], Tensor]) -> dict[str, Tensor]:
+        """Sum of a measure over the blocks of each tensor."""
+
+    def extremes(self, measure: Callable[[Block], Tensor]) -> Tensor:
+        """(2, N): smallest and largest value of each row of a measure (N, n), over all blocks."""
+
+    def kth_largest(
+        self, measure: Callable[[Block], Tensor], fraction: float, scope: Scope
+    ) -> dict[str, Tensor]:
+        """The exact k-th largest value of each row of a measure (N, n) >= 0.
+
+        k = int(fraction d) + 1, of the d values of the whole vector or of each tensor; 0 when there
+        are not so many. (N,) float32 by tensor name.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """merged = factor * sum_i w_i tau_i, exactly rounded and kept up to date exactly."""
+
+    factor: Callable[[Any], float]
+    """Of the options."""
+    average: bool
+    """Divide by the sum of the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class FromGram:
+    """A combination sum_i c_i v_i whose coefficients follow from the inner products <v_i, v_j>."""
+
+    coefficients: Callable[[Tensor, Tensor, Any], Tensor]
+    """(N, N) float64 inner products, (N,) weights that average 1, options: (N,) float64."""
+    scope: Callable[[Any], Scope]
+    """Whether the inner products are those of each tensor or of the whole vector."""
+    on_weights: Callable[[Any], bool] = lambda options: False
+    """Whether v_i is theta_i rather than tau_i."""
+    selects: bool = False
+    """Whether a coefficient of 0 means that the site is refused, its head and statistics too."""
+
+
+@dataclass(frozen=True, slots=True)
+class ByValue:
+    """Each merged value follows from the sites' values of one block and a first pass over all."""
+
+    combine: Callable[[Block, Tensor, Any, Any], Tensor]
+    """Block, (N,) weights that average 1, options, what `survey` found: (n,) float64."""
+    survey: Callable[[Vectors, Any], Any] | None = None
+    whole: Callable[[Any], bool] = lambda options: False
+    """Whether blocks must be whole tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsify:
+    """Change every vector first, then merge by another rule, named in the options as `rule`."""
+
+    change: Callable[[Block, Any], Tensor]
+    """Block and options: (N, n) float32."""
+    whole: Callable[[Any], bool]
+    """Whether blocks must be whole tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One merge rule."""
+
+    name: str
+    family: str
+    summary: str
+    paper: str
+    rule: Linear | FromGram | ByValue | Sparsify
+    options: type[Document] = NoOptions
+    weights: WeightScheme = "uniform"
+    normalises: bool = True
+    """Whether explicit weights are scaled to average 1; task arithmetic takes them as they are."""
+    minimum: int = 1
+    """Fewest vectors."""
+    maximum: int | None = None
+    """Most vectors."""
+    directions: bool = False
+    """Whether a vector of zeros has no meaning, because angles are measured."""
+    refusal: Callable[[int, Any], str | None] = lambda size, options: None
+    """Number of vectors and options: why they cannot be merged, or None."""

@@ -1,0 +1,114 @@
+"""Exact weighted sums."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_kit.exact import affine, affine_in_pairs, round_weight
+from tests.merge_kit.helpers import quick
+
+numbers = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6)
+
+
+def test_worked_example():
+    """2 + 1/2 (3 * 1 + 1 * 5) = 6 and 0 + 1/2 (3 * -2 + 1 * 0) = -3."""
+    start = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    values = torch.tensor([[1.0, -2.0], [5.0, 0.0]])
+    assert affine(start, values, (3.0, 1.0), Fraction(1, 2)).tolist() == [6.0, -3.0]
+
+
+@quick
+@given(
+    st.lists(st.tuples(numbers, st.floats(0.01, 1e6)), min_size=1, max_size=7),
+    numbers,
+    st.fractions(-3, 3, max_denominator=97),
+    st.randoms(use_true_random=False),
+)
+def test_the_result_rounds_as_the_exact_number_does_in_any_order(terms, start, factor, random):
+    terms = [(value, round_weight(weight)) for value, weight in terms]
+    exact = Fraction(start) + factor * sum(Fraction(v) * Fraction(w) for v, w in terms)
+    wanted = torch.tensor(float(exact), dtype=torch.float64).float()
+    random.shuffle(terms)
+    values = torch.tensor([[v] for v, _ in terms])
+    weights = [w for _, w in terms]
+    found = affine(torch.tensor([start], dtype=torch.float64), values, weights, factor)
+    assert torch.equal(found.float()[0], wanted)
+
+
+def test_what_float64_leaves_open_is_found_exactly():
+    """1 + 2^-24 is half way between two float32; 2^-77 decides, and float64 cannot see it."""
+    start = torch.tensor([1.0], dtype=torch.float64)
+    up = torch.tensor([[2.0**-24], [2.0**-50], [2.0**-77], [-(2.0**-50)]])
+    # Through float64 the exact number is 1 + 2^-24 again, and half goes to even.
+    assert affine(start, up, (1.0,) * 4, Fraction(1)).float().item() == 1.0
+    up[2] = 2.0**-52
+    assert affine(start, up, (1.0,) * 4, Fraction(1)).float().item() == 1.0 + 2.0**-23
+
+
+def test_cancelling_values_leave_what_is_small():
+    """1e30 - 1e30 + 1e-3 is 1e-3: a float64 sum in this order would lose it."""
+    values = torch.tensor([[1e30], [1e-3], [-1e30]])
+    found = affine(torch.zeros(1, dtype=torch.float64), values, (1.0,) * 3, Fraction(1))
+    assert found.float().item() == torch.tensor(1e-3).item()
+
+
+@given(st.floats(1e-30, 1e30))
+def test_a_weight_keeps_29_bits(weight):
+    rounded = round_weight(weight)
+    assert abs(rounded - weight) <= weight * 2.0**-29
+    numerator = Fraction(rounded).numerator
+    while numerator % 2 == 0:
+        numerator //= 2
+    assert numerator < 2**29
+    assert round_weight(rounded) == rounded
+
+
+def test_small_whole_numbers_are_weights_as_they_are():
+    assert [round_weight(n) for n in (0, 1, 3, 12345678, -7)] == [0, 1, 3, 12345678, -7]
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(-(2**24), 2**24), st.integers(-30, 30)), min_size=1, max_size=6),
+    st.integers(-(2**24), 2**24),
+    st.sampled_from([Fraction(1), Fraction(1, 3), Fraction(2, 7), Fraction(-5, 4)]),
+)
+def test_pairs_of_float64_round_once(terms, start, factor):
+    """What is rounded to float64 is the exact number itself."""
+    numbers = [float(m) * 2.0**e for m, e in terms]
+    weights = [float(i + 1) for i in range(len(numbers))]
+    exact = Fraction(start) + factor * sum(
+        (Fraction(w) * Fraction(n) for w, n in zip(weights, numbers, strict=True)), Fraction()
+    )
+    found = affine_in_pairs(
+        torch.tensor([float(start)], dtype=torch.float64),
+        torch.tensor([[n] for n in numbers]),
+        weights,
+        factor,
+    )
+    assert found.item() == float(exact)
+
+
+def test_values_between_two_float32_are_settled_without_fractions(monkeypatch):
+    """Half of these sums lie exactly between two float32 values; pairs decide them all."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(8, 5000, generator=generator)
+    start = torch.randn(5000, generator=generator).double()
+    weights = (1.0,) * 8
+    exact = [
+        float(Fraction(s) + sum(map(Fraction, column), Fraction()))
+        for s, column in zip(start.tolist(), values.T.tolist(), strict=True)
+    ]
+    wanted = torch.tensor(exact, dtype=torch.float64).float()
+
+    class Never:
+        def __init__(self, *_):
+            raise AssertionError("a fraction was needed")
+
+    factor = Fraction(1)
+    monkeypatch.setattr("merge_kit.exact.Fraction", lambda x: factor if x == 1.0 else Never())
+    assert torch.equal(affine(start, values, weights, factor).float(), wanted)
