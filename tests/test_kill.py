@@ -189,10 +189,12 @@ def test_a_killed_publish_leaves_a_whole_contribution_or_none(big, run_cli):
     seconds = window(start("publish", root), begun)
     expected = contents(place)
     killed = 0
-    for _ in range(KILLS):
+    for _ in range(3 * KILLS):  # some come too late
+        if killed == KILLS:
+            break
         shutil.rmtree(place)
         note.unlink()
-        killed += kill(start("publish", root), begun, rng.uniform(0, seconds))
+        killed += kill(start("publish", root), begun, rng.uniform(0, 0.8 * seconds))
         assert_hub_is_whole(big)
         result = run_cli("publish", root)
         assert result.exit_code == 0, result.output
@@ -216,9 +218,11 @@ def test_a_killed_merge_leaves_a_whole_model_or_none(big, tmp_path):
     expected = contents(out)
     assert expected.keys() == {"model.safetensors", "config.json", "README.md", "provenance.json"}
     killed = 0
-    for _ in range(KILLS):
+    for _ in range(3 * KILLS):  # some come too late
+        if killed == KILLS:
+            break
         shutil.rmtree(out, ignore_errors=True)
-        killed += kill(start(*command), begun, rng.uniform(0, seconds))
+        killed += kill(start(*command), begun, rng.uniform(0, 0.8 * seconds))
         assert not out.exists() or contents(out) == expected
     assert killed > KILLS // 2
     shutil.rmtree(out, ignore_errors=True)
