@@ -12,6 +12,7 @@ from merge_kit.schema import Document
 
 WeightScheme = Literal["uniform", "examples", "sqrt-examples", "steps"]
 Scope = Literal["vector", "tensor"]
+Statistics = Literal["fisher", "gram"]
 
 
 class NoOptions(Document):
@@ -35,6 +36,10 @@ class Block:
     """What each vector is known by, in the order of `values`; seeds random numbers."""
     sites: tuple[str, ...]
     seed: int
+    statistics: Tensor | None = None
+    """What the sites published beside their vectors, for methods that ask for it: ``fisher`` is
+    (N, n) float32, the diagonal for these very values; ``gram`` is (N, d, d) float32, X^T X / rows
+    of the inputs X (rows, d) of this tensor's linear layer. None where this tensor has none."""
 
 
 class Vectors(Protocol):
@@ -103,6 +108,11 @@ class ByValue:
     survey: Callable[[Vectors, Any], Any] | None = None
     whole: Callable[[Any], bool] = lambda options: False
     """Whether blocks must be whole tensors."""
+    masks: Callable[[Block, Any, Any], Tensor] | None = None
+    """For methods that keep something of each site: block, options, what `survey` found give
+    (N, n) of True and False, the values of the merged vector that are this site's too."""
+    rescalers: Callable[[Any], Tensor] | None = None
+    """With `masks`: what `survey` found gives (N,) float64, the factor of each site's values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +142,10 @@ class Method:
     """Fewest vectors."""
     maximum: int | None = None
     """Most vectors."""
+    statistics: Statistics | None = None
+    """What each site must have published beside its vector."""
+    random: bool = False
+    """Whether it draws random numbers, from the recipe's seed."""
     directions: bool = False
     """Whether a vector of zeros has no meaning, because angles are measured."""
     refusal: Callable[[int, Any], str | None] = lambda size, options: None

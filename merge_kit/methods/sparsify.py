@@ -233,6 +233,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="dare",
         family="sparsify",
+        random=True,
         summary="drop most values at random and scale the rest up, then merge by another rule",
         paper="arXiv 2311.03099",
         rule=Sparsify(change=_dare, whole=lambda options: bool(options.rescale == "l1")),
@@ -241,6 +242,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="della",
         family="sparsify",
+        random=True,
         summary="as DARE, but large values stay more often",
         paper="arXiv 2406.11617",
         rule=Sparsify(change=_della, whole=lambda options: True),
