@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_kit.methods.base import Block, Scope
+from merge_kit.methods.base import Block, Scope, Statistics
 from merge_kit.tensorfile import TensorFile, TensorSpec
 
 BLOCK = 32768
@@ -102,10 +102,13 @@ class BlockReader:
         seed: int = 0,
         whole: bool = False,
         change: Callable[[Block], Tensor] | None = None,
+        statistics: Sequence[TensorFile] = (),
+        kind: Statistics | None = None,
     ) -> None:
         self._base, self._vectors, self._names = base, vectors, names
         self._workers, self._ids, self._sites = workers, ids, sites
         self._seed, self._change = seed, change
+        self._statistics, self._kind = statistics, kind
         self.stretches = stretches(base.specs, names, whole=whole)
         self._local = threading.local()
 
@@ -134,8 +137,20 @@ class BlockReader:
             ids=self._ids,
             sites=self._sites,
             seed=self._seed,
+            statistics=self._statistics_of(stretch),
         )
         return block if self._change is None else replace(block, values=self._change(block))
+
+    def _statistics_of(self, stretch: Stretch) -> Tensor | None:
+        files = self._statistics
+        if not files or any(stretch.tensor not in file.specs for file in files):
+            return None
+        if self._kind == "gram":
+            return torch.stack([file.read(stretch.tensor) for file in files])
+        found = torch.empty(len(files), stretch.size)
+        for row, file in zip(found, files, strict=True):
+            file.read_into(stretch.tensor, stretch.begin, row)
+        return found
 
     def _buffer(self, size: int) -> Tensor:
         # A first pass that starts inside a block of another must not overwrite it.
