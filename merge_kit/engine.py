@@ -137,7 +137,9 @@ def merge_scales(
     specs = merged_specs(base.specs, recipe)
     with one_thread_each() as workers:
         planned = [
-            jobs.plan(base, ordered, names, rule, workers, recipe.seed)
+            jobs.plan(
+                base, ordered, names, rule, workers, seed=recipe.seed, dtype=DTYPES[recipe.dtype]
+            )
             for rule, names in zip(recipe.rules, groups, strict=True)
         ]
         layers = _layer_factors(planned, groups, recipe.lines, len(ordered))

@@ -81,7 +81,9 @@ def plan(
     names: Sequence[str],
     rule: Rule,
     workers: int,
-    seed: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Job:
     """Make a rule ready for the tensors `names`; sources must be sorted by id.
 
@@ -101,7 +103,7 @@ def plan(
 
         def exactly(block: Block) -> Scaled:
             return lambda scale: affine(
-                block.start, block.values, weighing.raw, factor * Fraction(scale)
+                block.start, block.values, weighing.raw, factor * Fraction(scale), dtype
             )
 
         return Job(reader, rule.scale, exactly, everyone)
