@@ -7,22 +7,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from merge_kit.methods.base import Block, Scope, Statistics
+from merge_kit.selection import Stretch, keys_of, kth_largest
 from merge_kit.tensorfile import TensorFile, TensorSpec
 
 BLOCK = 32768
 """Values of each vector in one block: with its float64 temporaries it stays in the cache."""
 _AHEAD = 4
-_LOWER = 16
-_BINS = 1 << _LOWER
-Histogram = np.ndarray[Any, np.dtype[np.int64]]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -32,15 +30,6 @@ class Values(Protocol):
 
     def read_into(self, name: str, begin: int, out: Tensor) -> None:
         """Fill `out`, flat float32, with values from index `begin` on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Where a block lies."""
-
-    tensor: str
-    begin: int
-    size: int
 
 
 def stretches(
@@ -107,7 +96,7 @@ class BlockReader:
     ) -> None:
         self._base, self._vectors, self._names = base, vectors, names
         self._workers, self._ids, self._sites = workers, ids, sites
-        self._seed, self._change = seed, change
+        self._seed, self._change, self._whole = seed, change, whole
         self._statistics, self._kind = statistics, kind
         self.stretches = stretches(base.specs, names, whole=whole)
         self._local = threading.local()
@@ -202,65 +191,22 @@ class BlockReader:
     def kth_largest(
         self, measure: Callable[[Block], Tensor], fraction: float, scope: Scope
     ) -> dict[str, Tensor]:
-        """The exact k-th largest of each row, k = int(fraction d) + 1, or 0 where k exceeds d.
-
-        Non-negative floats sort like their bits: a histogram of the upper 16 bits finds where the
-        value lies, a second one of the lower bits finds it. No sampling, no sorting.
-        """
+        """The exact k-th largest of each row, k = int(fraction d) + 1, or 0 where k exceeds d."""
         groups: dict[str, list[Stretch]] = {}
         for stretch in self.stretches:
             groups.setdefault(stretch.tensor if scope == "tensor" else "", []).append(stretch)
         found = {}
         for group, parts in groups.items():
             rank = int(fraction * sum(part.size for part in parts)) + 1
-            upper = self._histograms(measure, parts, None)
-            cells = [_descend(row, rank) for row in upper]
-            lower = self._histograms(measure, parts, [cell for cell, _ in cells])
-            bits = [
-                (cell << _LOWER) + _descend(row, left)[0] if cell >= 0 else 0
-                for row, (cell, left) in zip(lower, cells, strict=True)
-            ]
-            exact = np.array(bits, dtype=np.uint32).view(np.float32)
-            found[group] = torch.from_numpy(exact.copy())
+            keys = kth_largest(
+                self,
+                lambda block: keys_of(measure(block)),
+                parts,
+                [rank],
+                divisible=not self._whole,
+            )
+            found[group] = torch.from_numpy(keys[0].view(np.float32))
         return {name: found[name if scope == "tensor" else ""] for name in self._names}
-
-    def _histograms(
-        self,
-        measure: Callable[[Block], Tensor],
-        parts: Sequence[Stretch],
-        cells: Sequence[int] | None,
-    ) -> Histogram:
-        # Counts are whole numbers: workers may add them up in any order.
-        kept: list[Histogram] = []
-        mine = threading.local()
-
-        def count(block: Block) -> None:
-            if not hasattr(mine, "counts"):
-                mine.counts = np.zeros((len(self), _BINS), dtype=np.int64)
-                kept.append(mine.counts)
-            bits = measure(block).contiguous().numpy().view(np.uint32)
-            for index, row in enumerate(bits):
-                upper = row >> _LOWER
-                if cells is None:
-                    mine.counts[index] += np.bincount(upper, minlength=_BINS)
-                else:
-                    inside = row[np.flatnonzero(upper == cells[index])] & (_BINS - 1)
-                    np.add.at(mine.counts[index], inside, 1)
-
-        for _ in self.each(count, parts):
-            pass
-        total: Histogram = np.sum(kept, axis=0)
-        return total
-
-
-def _descend(histogram: np.ndarray[Any, np.dtype[np.int64]], rank: int) -> tuple[int, int]:
-    """The cell of the rank-th largest value and its rank within the cell; (-1, 0) when too few."""
-    above = np.cumsum(histogram[::-1])
-    if rank > above[-1]:
-        return -1, 0
-    at = int(np.searchsorted(above, rank))
-    cell = len(histogram) - 1 - at
-    return cell, rank - int(above[at] - histogram[cell])
 
 
 def sum_in_order(parts: Mapping[str, Tensor]) -> Tensor:
