@@ -17,6 +17,7 @@ from merge_kit.errors import RecipeError
 from merge_kit.exact import Pair
 from merge_kit.jobs import Job
 from merge_kit.methods.base import Block
+from merge_kit.notes import Notes
 from merge_kit.parameters import Role
 from merge_kit.pooling import Pooling
 from merge_kit.recipe import DTYPES, Group, Lines, Recipe
@@ -108,6 +109,7 @@ def merge(
     roles: Mapping[str, Role],
     recipe: Recipe,
     sums: Sequence[Sums] = (),
+    notes: Notes | None = None,
 ) -> Iterator[Part]:
     """The merged model, stretch by stretch, sorted by name, in the dtypes of `merged_specs`.
 
@@ -117,7 +119,8 @@ def merge(
     that are worked on at once.
 
     `sums`, one for each of the recipe's `rules`, keep the exact sums of linear rules, and say which
-    vectors have come or gone since the sums were made.
+    vectors have come or gone since the sums were made. `notes` save first passes over vectors that
+    were merged before. Neither changes a byte.
 
     Raises
     ------
@@ -128,7 +131,7 @@ def merge(
     NonFiniteError
         A merged value overflows.
     """
-    for parts in merge_scales(base, sources, roles, recipe, (1.0,), sums):
+    for parts in merge_scales(base, sources, roles, recipe, (1.0,), sums, notes):
         yield parts[0]
 
 
@@ -139,6 +142,7 @@ def merge_scales(
     recipe: Recipe,
     factors: Sequence[float],
     sums: Sequence[Sums] = (),
+    notes: Notes | None = None,
 ) -> Iterator[tuple[Part, ...]]:
     """As `merge`, one part for each factor of the recipe's scales; the files are read once."""
     ordered = sorted(sources, key=lambda source: source.id)
@@ -156,6 +160,7 @@ def merge_scales(
                 seed=recipe.seed,
                 dtype=DTYPES[recipe.dtype],
                 sums=kept_sum,
+                notes=notes,
             )
             for rule, names, kept_sum in zip_longest(recipe.rules, groups, sums)
         ]
