@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_kit.methods.base import Block, Scope, Statistics
 from merge_kit.notes import Notes
-from merge_kit.selection import Stretch, keys_of, kth_largest
+from merge_kit.order_statistics import Stretch, keys_of, kth_largest
 from merge_kit.tensorfile import TensorFile, TensorSpec
 
 BLOCK = 32768
@@ -101,7 +101,7 @@ class BlockReader:
     ) -> None:
         self._base, self._vectors, self._names = base, vectors, names
         self._workers, self._ids, self._sites = workers, ids, sites
-        self._seed, self._change, self._whole = seed, change, whole
+        self._seed, self._change, self.whole = seed, change, whole
         self._changed_by, self._notes = changed_by, notes
         self._statistics, self._kind = statistics, kind
         self.stretches = stretches(base.specs, names, whole=whole)
@@ -125,7 +125,7 @@ class BlockReader:
             ids=tuple(self._ids[i] for i in chosen),
             sites=tuple(self._sites[i] for i in chosen),
             seed=self._seed,
-            whole=self._whole,
+            whole=self.whole,
             change=self._change,
             statistics=[self._statistics[i] for i in chosen] if self._statistics else (),
             kind=self._kind,
@@ -257,7 +257,7 @@ class BlockReader:
                 lambda block: keys_of(measure(block)),
                 parts,
                 [rank],
-                divisible=not self._whole,
+                divisible=not self.whole,
             )
             found[group] = torch.from_numpy(keys[0].view(np.float32))
         return found

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_kit import selection
+from merge_kit import order_statistics
 from merge_kit.methods.base import Block
-from merge_kit.selection import Stretch, keys_of, kth_largest
+from merge_kit.order_statistics import Stretch, keys_of, kth_largest
 from tests.merge_kit.helpers import quick
 
 
@@ -109,6 +109,6 @@ def test_hard_distributions(seed, kind, share):
 
 
 def test_the_width_of_the_search_bounds_the_memory(monkeypatch):
-    monkeypatch.setattr(selection, "_WIDTH", 16)
+    monkeypatch.setattr(order_statistics, "_WIDTH", 16)
     rows = Rows(normal(4, 2, 300_000))
     np.testing.assert_array_equal(select(rows, [60_000]), by_sorting(rows, [60_000]))
