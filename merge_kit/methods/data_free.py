@@ -140,7 +140,7 @@ def ace(
     """
     energies = torch.stack([_energy(tau.double()) for tau in vectors])
     traces = torch.stack([_energy(_centred(tau)) for tau in vectors])
-    kept = (traces > _EPSILON * energies) & (weights > 0)
+    kept = (traces > 0) & (weights > 0)
     if int(kept.sum()) < 2:
         return weighted_mean(vectors, weights * kept if bool(kept.any()) else weights)
     logs = energies[kept].log()

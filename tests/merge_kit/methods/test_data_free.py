@@ -121,6 +121,15 @@ def test_vectors_of_zeros_have_no_say():
     close(ace(tau, three), ace(tau[1:], EVEN))
 
 
+def test_a_weight_of_zero_has_no_say():
+    """Nor whether the sites differ: the third is much larger."""
+    tau = randoms(0)(3, 4, 5) * torch.tensor([1.0, 1.0, 1e3])[:, None, None]
+    weights = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    close(wudi(tau, weights), wudi(tau[:2], EVEN))
+    close(wudi(tau, weights, "closed"), wudi(tau[:2], EVEN, "closed"), 1e-9)
+    close(ace(tau, weights), ace(tau[:2], EVEN), 1e-9)
+
+
 @quick
 @given(seeds, st.integers(2, 5))
 def test_the_order_of_the_sites_never_matters(seed, sites):
@@ -192,6 +201,16 @@ def test_ace_by_hand():
     close(plain, [[1.0, 2.0], [-1.0, -2.0]], 1e-9)
     top = np.array([[2.0, 16.0], [-2.0, -16.0]])
     close(ace(vectors, EVEN, 1e-12, 1e9), top @ np.linalg.inv([[3.0, 4.0], [1.0, 12.0]]), 1e-9)
+
+
+def test_sites_differ_by_the_variance_over_one_less_than_their_number():
+    """Logarithms 2 and 4: mean 3, variance 2 and not 1, so the limit is 2 / 9."""
+    tau = randoms(0)(2, 5, 4)
+    wanted = torch.tensor([2.0, 4.0], dtype=torch.float64).exp()
+    tau *= (wanted / tau.square().sum(dim=(1, 2))).sqrt()[:, None, None]
+    for threshold, differ in ((0.22, 0.0), (0.23, 1e9)):
+        torch.testing.assert_close(ace(tau, EVEN, 0.1, threshold), ace(tau, EVEN, 0.1, differ))
+    assert not torch.allclose(ace(tau, EVEN, 0.1, 0.0), ace(tau, EVEN, 0.1, 1e9))
 
 
 def test_equal_vectors_give_themselves_only_without_prior_and_centring():
