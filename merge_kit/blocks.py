@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_kit.methods.base import Block, Scope
-from merge_kit.tensorfile import TensorFile, TensorSpec
+from merge_kit.tensorfile import Tensors, TensorSpec
 
 BLOCK = 32768
 """Values of each vector in one block: with its float64 temporaries it stays in the cache."""
@@ -92,7 +92,7 @@ class BlockReader:
 
     def __init__(
         self,
-        base: TensorFile,
+        base: Tensors,
         vectors: Sequence[Values],
         names: Sequence[str],
         workers: int,

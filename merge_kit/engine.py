@@ -21,7 +21,7 @@ from merge_kit.methods.statistics import largest, pool_moments
 from merge_kit.parameters import Role, variance_of
 from merge_kit.recipe import DTYPES, Recipe
 from merge_kit.schema import Document
-from merge_kit.tensorfile import TensorFile, TensorSpec
+from merge_kit.tensorfile import Tensors, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Source:
 
     id: str
     site: str
-    file: TensorFile
+    file: Tensors
     class_counts: tuple[float, ...]
     """Training images of each class, in the order of the head's rows."""
     steps: int
@@ -159,7 +159,7 @@ class Part:
 
 
 def merge(
-    base: TensorFile,
+    base: Tensors,
     sources: Sequence[Source],
     roles: Mapping[str, Role],
     recipe: Recipe,
@@ -219,7 +219,7 @@ def _names_by_method(roles: Mapping[str, Role], recipe: Recipe) -> dict[str, Non
 
 
 def _reader(
-    base: TensorFile,
+    base: Tensors,
     sources: Sequence[Source],
     names: Sequence[str],
     recipe: Recipe,
@@ -323,7 +323,7 @@ def _coefficients(
 class _Others:
     """Everything that is not merged by the method: heads, norm statistics, counters, tables."""
 
-    def __init__(self, base: TensorFile, sources: Sequence[Source], recipe: Recipe) -> None:
+    def __init__(self, base: Tensors, sources: Sequence[Source], recipe: Recipe) -> None:
         self._base, self._sources, self._recipe = base, sources, recipe
         self._variances: dict[str, Tensor] = {}
 
@@ -347,7 +347,7 @@ class _Others:
 
 
 def _norm(
-    base: TensorFile, sources: Sequence[Source], mean: str, variance: str, recipe: Recipe
+    base: Tensors, sources: Sequence[Source], mean: str, variance: str, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
     start_mean, start_variance = base.read(mean).double(), base.read(variance).double()
     if recipe.norm == "base":
