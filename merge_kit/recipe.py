@@ -65,8 +65,10 @@ class Recipe(Document):
         return dump_yaml(self)
 
 
-def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
-    """Check a recipe and fill in the defaults of its method.
+def make_recipe(
+    data: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Check a recipe and fill in `defaults`, then those of its method.
 
     Raises
     ------
@@ -88,7 +90,7 @@ def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
         plain = [n for n, m in METHODS.items() if not isinstance(m.rule, Sparsify)]
         then = _method(options["rule"], plain, f"{where}, options of {name}")
         options["rule_options"] = _options(then, options["rule_options"], where)
-    filled = {"weights": method.weights, **data, "options": options}
+    filled = {"weights": method.weights, **(defaults or {}), **data, "options": options}
     return parse(Recipe, filled, where, RecipeError)
 
 
@@ -111,7 +113,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, defaults: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe file, or one that comes with merge-kit by its name alone.
 
     Raises
@@ -121,4 +123,4 @@ def read_recipe(path: Path) -> Recipe:
     """
     if not path.exists():
         path = shipped_recipes().get(str(path), path)
-    return make_recipe(read_yaml(path, RecipeError), str(path))
+    return make_recipe(read_yaml(path, RecipeError), str(path), defaults)
