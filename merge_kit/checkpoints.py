@@ -351,6 +351,6 @@ def fingerprint_checked(file: StoredTensors) -> str:
             file.read_into(name, begin, values)
             found.values(values)
             if values.is_floating_point() and not bool(values.sum(dtype=torch.float64).isfinite()):
-                where, remedy = str(file.path), "leave it out, or train it again."
+                where, remedy = str(file.path), "give a sound checkpoint."
                 vector.check_finite(file.read(name), name, where, remedy)
     return str(found)

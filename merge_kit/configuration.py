@@ -12,6 +12,7 @@ from merge_kit.checkpoints import WEIGHTS
 from merge_kit.errors import VectorError
 
 CONFIG = "config.json"
+_IMAGES = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,11 @@ class ModelConfig:
     def text(self) -> str:
         """The file's content, in our layout."""
         return json.dumps(self.data, indent=2, ensure_ascii=False) + "\n"
+
+    def other_images(self, other: ModelConfig) -> str | None:
+        """The first entry on how images become inputs in which the other one differs."""
+        ours, theirs = (c.data.get("pretrained_cfg") or c.data for c in (self, other))
+        return next((key for key in _IMAGES if ours.get(key) != theirs.get(key)), None)
 
     def with_classes(self, count: int) -> ModelConfig:
         """The configuration of a model with so many classes, whose names are not known."""

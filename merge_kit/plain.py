@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,41 +22,15 @@ from merge_kit.checkpoints import (
     fingerprint_checked,
 )
 from merge_kit.configuration import CONFIG, ModelConfig, read_config
-from merge_kit.errors import BaseMismatchError, RecipeError, UsageError, VectorError
+from merge_kit.errors import BaseMismatchError, RecipeError, VectorError
+from merge_kit.inputs import Input, choose, each_once, named_apart, open_input
 from merge_kit.merging import CARD, PROVENANCE, render, software, write_folder
 from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.recipe import Recipe
-from merge_kit.schema import Document, SiteName, parse
 from merge_kit.tensorfile import Tensors, TensorSpec
 
 DEFAULTS = {"weights": "uniform", "head": "method"}
 """What a recipe that does not say it means: checkpoints do not tell how many images they saw."""
-_NAMELESS = ("model", "payload", "vector")
-
-
-class _Name(Document):
-    name: SiteName
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """A checkpoint, or a task vector, that is merged."""
-
-    name: str
-    path: Path
-    file: Checkpoint
-    header: vector.VectorHeader | None
-    """Of a task vector."""
-    config: ModelConfig | None
-    given: bool
-    """Whether the user chose the name."""
-    fingerprint: str = ""
-    """Of the tensors and not of the files: shards and metadata make no other checkpoint."""
-
-    @property
-    def id(self) -> str:
-        """What the engine sorts by: the order of the arguments never matters."""
-        return self.fingerprint.removeprefix("sha256:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +101,7 @@ def gather(
         )
     with ExitStack() as stack:
         file, own = stack.enter_context(Checkpoint(base)), read_config(base)
-        found = [_open(text, stack) for text in inputs]
+        found = [open_input(text, stack) for text in inputs]
         known = [config for config in (own, *(one.config for one in found)) if config]
         classifier = next((config.classifier for config in known if config.classifier), ())
         start = _with_their_head(file, found, classifier)
@@ -143,47 +114,51 @@ def gather(
                 vector.check_specs(one.file, vector_specs(start.specs, roles))
             else:
                 check_fit(one.file, start, roles)
-        with one_thread_each() as workers:
-            files = [file, *(one.file for one in found)]
-            fingerprint, *theirs = in_order(fingerprint_checked, files, workers)
-        for one in found:
-            _check_base(one, fingerprint)
-        once, notes = _once([replace(o, fingerprint=f) for o, f in zip(found, theirs, strict=True)])
-        chosen = _choose(_named_apart(once), sites, exclude)
+        fingerprint, found = _read_all(file, found)
+        once, notes = each_once(found)
+        chosen = choose(named_apart(once), sites, exclude)
         job = Job(start, fingerprint, roles, tuple(chosen), recipe, None, tuple(notes))
-        job = replace(job, config=_config(job, own, renewed=renewed))
         if renewed:
-            had = next((file.specs[n].shape[0] for n in _head(file, classifier)), "none")
-            note = (
-                f"The head is new ({job.rows} classes, the base has {had}): it is the weighted "
-                "mean of the checkpoints' heads, whatever the method."
+            job = _with_new_head(job, _head(file, classifier))
+            own = own.with_classes(job.rows) if own else None
+        yield _with_config(job, own)
+
+
+def _read_all(base: Checkpoint, found: Sequence[Input]) -> tuple[str, list[Input]]:
+    """The base's fingerprint, and the inputs with theirs: every value is read, and is finite."""
+    with one_thread_each() as workers:
+        files = [base, *(one.file for one in found)]
+        fingerprint, *theirs = in_order(fingerprint_checked, files, workers)
+    for one in found:
+        if one.header and one.header.base != fingerprint:
+            raise BaseMismatchError(
+                f"{one.path} was taken from the base {one.header.base}, the given base is "
+                f"{fingerprint}: give the base that it was taken from."
             )
-            recipe = recipe.model_copy(update={"head": "seen"})
-            job = replace(job, recipe=recipe, notes=(*notes, note))
-        yield job
+    return fingerprint, [replace(one, fingerprint=f) for one, f in zip(found, theirs, strict=True)]
 
 
-def _open(text: Path, stack: ExitStack) -> Input:
-    name, separator, rest = str(text).partition("=")
-    given = bool(separator) and not text.exists()
-    path = Path(rest) if given else text
-    if given:
-        parse(_Name, {"name": name}, str(text), UsageError)
-    file = stack.enter_context(Checkpoint(path))
-    header = vector.read_header(file) if vector.METADATA_KEY in file.metadata else None
-    if not given:
-        name = header.site if header else _name_from(path)
-    return Input(name, path, file, header, None if header else read_config(path), given)
+def _with_new_head(job: Job, old: Mapping[str, TensorSpec]) -> Job:
+    had = next((spec.shape[0] for spec in old.values()), "none")
+    note = (
+        f"The head is new ({job.rows} classes, the base has {had}): it is the weighted mean of the "
+        "checkpoints' heads, whatever the method."
+    )
+    recipe = job.recipe.model_copy(update={"head": "seen"})
+    return replace(job, recipe=recipe, notes=(*job.notes, note))
 
 
-def _name_from(path: Path) -> str:
-    """A legal name for what lies at a path; of the path, only its last telling part."""
-    place = Path(os.path.abspath(path))
-    stem = place.name if place.is_dir() else place.stem
-    if not place.is_dir() and stem in _NAMELESS:
-        stem = place.parent.name
-    ascii_only = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")[:63].strip("-") or "checkpoint"
+def _with_config(job: Job, own: ModelConfig | None) -> Job:
+    """The first config.json that names the classes, or the first: by id, and the base's last."""
+    theirs = [one.config for one in job.inputs if one.config]
+    configs = [*theirs, own] if own else theirs
+    config = next((c for c in configs if c.label_names), configs[0] if configs else None)
+    notes = [
+        f"{other.path} has another {odd} than {config.path}, which the merged model has."
+        for other in theirs
+        if config in theirs and (odd := config.other_images(other))
+    ]
+    return replace(job, config=config, notes=(*job.notes, *notes))
 
 
 def _head(file: Tensors, classifier: Sequence[str]) -> dict[str, TensorSpec]:
@@ -201,8 +176,8 @@ def _with_their_head(
     """The base, or its body with a head of zeros where all checkpoints have another head."""
     head, first = _head(found[0].file, classifier), found[0]
     for one in found[1:]:
-        if odd := sorted(head.items() ^ _head(one.file, classifier).items()):
-            name = odd[0][0]
+        if odd := head.items() ^ _head(one.file, classifier).items():
+            name = min(name for name, _ in odd)
             specs = [f.file.specs.get(name, "missing") for f in (first, one)]
             raise VectorError(
                 f"the heads differ, '{name}' is {specs[0]} in {first.path} and {specs[1]} in "
@@ -242,74 +217,6 @@ def _check_labels(configs: Sequence[ModelConfig]) -> None:
                     f"{named[0].path}: only checkpoints with the same classes in the same order "
                     "can be merged."
                 )
-
-
-def _check_base(one: Input, fingerprint: str) -> None:
-    if one.header and one.header.base != fingerprint:
-        raise BaseMismatchError(
-            f"{one.path} was taken from the base {one.header.base}, the given base is "
-            f"{fingerprint}: give the base that it was taken from."
-        )
-
-
-def _once(found: Sequence[Input]) -> tuple[list[Input], list[str]]:
-    """Each content once, sorted by it, and a sentence on every one that was there already."""
-    kept: dict[str, Input] = {}
-    notes = []
-    for one in sorted(found, key=_rank):
-        first = kept.setdefault(one.id, one)
-        if first is one:
-            continue
-        if first.path == one.path:
-            notes.append(f"{one.path} is given twice: it counts once.")
-        else:
-            notes.append(f"{first.path} and {one.path} hold the same tensors: they count once.")
-    return list(kept.values()), notes
-
-
-def _rank(one: Input) -> tuple[object, ...]:
-    """By content; of equal ones the first tells most."""
-    return one.id, not one.given, one.config is None, one.name, str(one.path)
-
-
-def _named_apart(found: Sequence[Input]) -> list[Input]:
-    """Numbers behind names that several have, in the order of their content."""
-    taken: set[str] = set()
-    for one in found:
-        if one.given and one.name in taken:
-            raise UsageError(
-                f"two checkpoints are called '{one.name}': tell them apart with NAME=PATH."
-            )
-        if one.given:
-            taken.add(one.name)
-    named = []
-    for one in found:
-        name, number = one.name, 2
-        while not one.given and name in taken:
-            name, number = f"{one.name[:60]}-{number}", number + 1
-        taken.add(name)
-        named.append(replace(one, name=name))
-    return named
-
-
-def _choose(found: Sequence[Input], sites: Sequence[str], exclude: Sequence[str]) -> list[Input]:
-    names = [one.name for one in found]
-    if unknown := sorted({*sites, *exclude} - set(names)):
-        raise UsageError(
-            f"no checkpoint is called '{unknown[0]}'; there are {', '.join(sorted(names))}."
-        )
-    chosen = [o for o in found if (not sites or o.name in sites) and o.name not in exclude]
-    if not chosen:
-        raise UsageError("--site and --exclude leave nothing to merge: name one checkpoint fewer.")
-    return chosen
-
-
-def _config(job: Job, own: ModelConfig | None, *, renewed: bool) -> ModelConfig | None:
-    """The first that names the classes, or the first: checkpoints by id, then the base."""
-    if own and renewed:
-        own = own.with_classes(job.rows)
-    configs = [config for config in (*(one.config for one in job.inputs), own) if config]
-    return next((c for c in configs if c.label_names), configs[0] if configs else None)
 
 
 def merge(job: Job, out: Path, *, give_way: bool = False) -> Merged:
