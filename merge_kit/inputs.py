@@ -83,10 +83,10 @@ def each_once(found: Sequence[Input]) -> tuple[list[Input], list[str]]:
     kept: dict[str, Input] = {}
     notes = []
     for one in sorted(found, key=_rank):
-        first = kept.setdefault(one.id, one)
-        if first is one:
-            continue
-        if first.path == one.path:
+        first = kept.get(one.id)
+        if first is None:
+            kept[one.id] = one
+        elif first.path == one.path:
             notes.append(f"{one.path} is given twice: it counts once.")
         else:
             notes.append(f"{first.path} and {one.path} hold the same tensors: they count once.")
