@@ -184,7 +184,7 @@ def _with_their_head(
                 f"{one.path}: only checkpoints of the same classes can be merged."
             )
     old = _head(base, classifier)
-    if not head or {n: s.shape for n, s in old.items()} == {n: s.shape for n, s in head.items()}:
+    if not head or old == head or (old and old.keys() != head.keys()):
         return base
     body = {name: spec for name, spec in base.specs.items() if name not in old}
     return WithHead(base, dict(sorted((body | head).items())), frozenset(head))

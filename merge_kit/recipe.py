@@ -22,6 +22,12 @@ DTYPES = {
 }
 
 
+class _Weights(Document):
+    """Checked by itself: of two alternatives, a fault would speak of the wrong one."""
+
+    weights: dict[SiteName, float]
+
+
 class Recipe(Document):
     """A complete recipe: nothing in it is left to a default."""
 
@@ -85,6 +91,8 @@ def make_recipe(
     weights = data.get("weights", method.weights)
     if isinstance(weights, str) and weights not in (known := list(get_args(WeightScheme))):
         raise RecipeError(f"{where}: unknown weights '{weights}'{suggestion(weights, known)}")
+    if isinstance(weights, Mapping):
+        parse(_Weights, {"weights": weights}, where, RecipeError)
     options = _options(method, given, where)
     if isinstance(method.rule, Sparsify):
         plain = [n for n, m in METHODS.items() if not isinstance(m.rule, Sparsify)]
