@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,16 @@ class Merged:
     fingerprint: str
     contributions: tuple[Contribution, ...]
     weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a merge reads: open files that have been checked."""
+
+    base: Tensors
+    sources: tuple[engine.Source, ...]
+    """Sorted by id."""
+    roles: Mapping[str, Role]
 
 
 def choose(
@@ -121,19 +131,11 @@ def merge(
     MergeKitError
         The base is not the federation's, a contribution is unsound, or `out` exists.
     """
-    check_out(out, replace=replace)
+    check_target(out, replace=replace)
     ordered = sorted(contributions, key=lambda c: c.id)
-    with ExitStack() as stack:
-        base_file = stack.enter_context(TensorFile(base_weights))
-        check_base(federation, base_weights, str(base_weights))
-        roles = roles_of(base_file.specs, federation.classifier)
-        expected = vector_specs(base_file.specs, roles)
-        for contribution in ordered:
-            if not contribution.checked:
-                check_payload(contribution, federation, expected, roles)
-        sources = [_source(c, federation, stack) for c in ordered]
-        engine.check_sites(sources, recipe)
-        weights = engine.weigh(sources, recipe).shares
+    with opened(federation, base_weights, ordered) as material:
+        engine.check_sites(material.sources, recipe)
+        weights = engine.weigh(material.sources, recipe).shares
 
         def texts(fingerprint: str) -> dict[str, str]:
             record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
@@ -143,17 +145,17 @@ def merge(
                 CARD: model_card(federation, ordered, record),
             }
 
-        fingerprint = write_folder(out, base_file, sources, roles, recipe, texts, replace=replace)
+        fingerprint = write_folder(out, material, recipe, texts, replace=replace)
     return Merged(out, fingerprint, tuple(ordered), tuple(weights))
 
 
-def check_out(out: Path, *, replace: bool) -> None:
-    """Refuse to write where something is already, before any work starts.
+def check_target(out: Path, *, replace: bool) -> None:
+    """Refuse a folder that a merged model may not be written to.
 
     Raises
     ------
     UsageError
-        `out` exists and `replace` is false, or it is no merged model.
+        `out` exists, and is no merged model that may be replaced.
     """
     if out.exists() and not replace:
         raise UsageError(f"{out} exists already: choose another --out, or pass --replace.")
@@ -161,11 +163,33 @@ def check_out(out: Path, *, replace: bool) -> None:
         raise UsageError(f"{out} is no merged model: --replace does not remove it.")
 
 
+@contextmanager
+def opened(
+    federation: Federation, base_weights: Path, contributions: Sequence[Contribution]
+) -> Iterator[Material]:
+    """Open the base and the vectors, and check what has not been checked yet.
+
+    Raises
+    ------
+    MergeKitError
+        The base is not the federation's, or a contribution is unsound.
+    """
+    ordered = sorted(contributions, key=lambda c: c.id)
+    with ExitStack() as stack:
+        base = stack.enter_context(TensorFile(base_weights))
+        check_base(federation, base_weights, str(base_weights))
+        roles = roles_of(base.specs, federation.classifier)
+        expected = vector_specs(base.specs, roles)
+        for contribution in ordered:
+            if not contribution.checked:
+                check_payload(contribution, federation, expected, roles)
+        sources = tuple(_source(c, federation, stack) for c in ordered)
+        yield Material(base, sources, roles)
+
+
 def write_folder(
     out: Path,
-    base: Tensors,
-    sources: Sequence[engine.Source],
-    roles: Mapping[str, Role],
+    material: Material,
     recipe: Recipe,
     texts: Callable[[str], Mapping[str, str]],
     *,
@@ -175,6 +199,7 @@ def write_folder(
 
     `texts` maps the fingerprint to the files that lie beside the weights, by name.
     """
+    base, sources, roles = material.base, material.sources, material.roles
     with new_folder(out, replace=replace) as folder:
         specs = engine.merged_specs(base.specs, recipe)
         with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:

@@ -24,13 +24,14 @@ from merge_kit.checkpoints import (
 from merge_kit.configuration import CONFIG, ModelConfig, read_config
 from merge_kit.errors import BaseMismatchError, RecipeError, VectorError
 from merge_kit.inputs import Input, choose, each_once, named_apart, open_input
-from merge_kit.merging import CARD, PROVENANCE, render, software, write_folder
+from merge_kit.merging import CARD, PROVENANCE, Material, render, software, write_folder
 from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.recipe import Recipe
 from merge_kit.tensorfile import Tensors, TensorSpec
 
 DEFAULTS = {"weights": "uniform", "head": "method"}
 """What a recipe that does not say it means: checkpoints do not tell how many images they saw."""
+_BY_IMAGES = ("examples", "sqrt-examples", "steps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +95,10 @@ def gather(
     VectorError
         Something does not fit the base, or the others.
     """
-    if isinstance(recipe.weights, str) and recipe.weights != "uniform":
+    odd = next((r.weights for r in recipe.rules if r.weights in _BY_IMAGES), None)
+    if odd:
         raise RecipeError(
-            f"'weights: {recipe.weights}' needs numbers of images and steps, which only "
+            f"'weights: {odd}' needs numbers of images and steps, which only "
             "contributions tell: use 'uniform', or a number for each name."
         )
     with ExitStack() as stack:
@@ -243,9 +245,8 @@ def merge(job: Job, out: Path, *, give_way: bool = False) -> Merged:
             CARD: render("plain_card.md.j2", record=record, config=job.config),
         }
 
-    fingerprint = write_folder(
-        out, job.base, sources, job.roles, job.recipe, texts, replace=give_way
-    )
+    material = Material(job.base, tuple(sources), job.roles)
+    fingerprint = write_folder(out, material, job.recipe, texts, replace=give_way)
     return Merged(fingerprint, tuple(weights))
 
 

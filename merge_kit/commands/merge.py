@@ -141,7 +141,7 @@ def _merge_plain(
     exclude: tuple[str, ...],
     replace: bool,
 ) -> None:
-    merging.check_out(target, replace=replace)
+    merging.check_target(target, replace=replace)
     with ExitStack() as stack:
         with Console(stderr=True).status(f"checking {len(folders)} checkpoints"):
             job = stack.enter_context(

@@ -1,0 +1,232 @@
+"""One merge rule made ready to run over blocks: weights, coefficients and first passes settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_kit.blocks import BlockReader, sum_in_order
+from merge_kit.errors import RecipeError, VectorError
+from merge_kit.exact import Pair, affine, affine_of_sum
+from merge_kit.methods.base import Block, ByValue, FromGram, Linear, Method, Sparsify
+from merge_kit.methods.linear import weighted_sum
+from merge_kit.notes import Notes
+from merge_kit.recipe import Rule
+from merge_kit.running import Sums
+from merge_kit.schema import Document
+from merge_kit.tensorfile import Tensors
+from merge_kit.weighing import Source, weigh
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """One block, merged but for the scale."""
+
+    at: Callable[[float], Tensor]
+    """A scale gives the merged weights, (n,) float64."""
+    masks: Tensor | None = None
+    """(N, n): which values of the merged vector are each site's too."""
+    pair: Pair | None = None
+    """The exact sum of the weighted vectors, where it is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A rule over some of the tensors."""
+
+    reader: BlockReader
+    scale: float
+    combine: Callable[[Block], Combined]
+    """What the scales share is done once, when the block is given."""
+    keeps: tuple[bool, ...]
+    """Which vectors the method accepts; heads and statistics of the others are left out too."""
+    rescalers: Tensor | None = None
+    """For methods with masks, (N,) float64: the factor of each site's values."""
+
+
+def check_sites(sources: Sequence[Source], rule: Rule) -> None:
+    """Refuse a method that needs more vectors, fewer, or statistics that a site did not publish.
+
+    Raises
+    ------
+    RecipeError
+        Names the method and what it needs.
+    """
+    for method, options in ((rule.entry, rule.checked_options), rule.merging_rule):
+        _check_method(method, options, sources)
+
+
+def _check_method(method: Method, options: Document, sources: Sequence[Source]) -> None:
+    size = len(sources)
+    if size < method.minimum:
+        raise RecipeError(
+            f"'{method.name}' needs at least {method.minimum} vectors, there is {size}: "
+            "wait for more sites, or take another method."
+        )
+    if method.maximum is not None and size > method.maximum:
+        raise RecipeError(
+            f"'{method.name}' merges at most {method.maximum} vectors, there are {size}: "
+            "choose with --site, or take another method."
+        )
+    if reason := method.refusal(size, options):
+        raise RecipeError(f"'{method.name}' cannot be used: {reason}.")
+    if method.statistics:
+        for source in sources:
+            if source.statistics is None:
+                raise RecipeError(
+                    f"site '{source.site}' has published no {method.statistics} statistics for "
+                    "its vector: ask it to run 'merge-kit statistics', or take another method."
+                )
+
+
+def plan(
+    base: Tensors,
+    sources: Sequence[Source],
+    names: Sequence[str],
+    rule: Rule,
+    workers: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    sums: Sums | None = None,
+    notes: Notes | None = None,
+) -> Job:
+    """Make a rule ready for the tensors `names`; sources must be sorted by id.
+
+    With `sums` a linear rule keeps its exact sum, and reads only what `sums` says has changed; what
+    `notes` knows of the vectors is not measured again.
+
+    Raises
+    ------
+    RecipeError, VectorError
+        As `weigh`; or a vector has no direction and the method measures angles.
+    """
+    read = sources if sums is None else [source for source, _ in sums.changes]
+    reader = _reader(base, read, names, rule, workers, seed, notes)
+    (method, options), weighing = rule.merging_rule, weigh(sources, rule)
+    weights = torch.tensor(weighing.shares, dtype=torch.float64)
+    everyone = (True,) * len(sources)
+    if isinstance(method.rule, Linear):
+        factor = Fraction(method.rule.factor(options)) * weighing.unit
+        if method.rule.average:
+            factor /= len(sources)
+
+        def exactly(block: Block) -> Combined:
+            start, values = block.start, block.values
+            if sums is not None:
+                pair = sums.updated(block)
+                return Combined(
+                    lambda scale: affine_of_sum(start, *pair, factor * Fraction(scale), dtype),
+                    pair=pair,
+                )
+            return Combined(
+                lambda scale: affine(start, values, weighing.raw, factor * Fraction(scale), dtype)
+            )
+
+        return Job(reader, rule.scale, exactly, everyone)
+    if isinstance(method.rule, FromGram):
+        return _from_gram(reader, sources, rule, weights)
+    assert isinstance(method.rule, ByValue)
+    return _by_value(reader, method.rule, rule.scale, weights, options)
+
+
+def _by_value(
+    reader: BlockReader, rule: ByValue, scale: float, weights: Tensor, options: Document
+) -> Job:
+    state: Any = rule.survey(reader, options) if rule.survey else None
+
+    def combine(block: Block) -> Combined:
+        tau = rule.combine(block, weights, options, state)
+        return Combined(
+            lambda scale: block.start + scale * tau,
+            masks=rule.masks(block, options, state) if rule.masks else None,
+        )
+
+    rescalers = rule.rescalers(state) if rule.rescalers else None
+    return Job(reader, scale, combine, (True,) * len(reader), rescalers)
+
+
+def _from_gram(reader: BlockReader, sources: Sequence[Source], rule: Rule, weights: Tensor) -> Job:
+    method, options = rule.merging_rule
+    assert isinstance(method.rule, FromGram)
+    chosen = _coefficients(reader, sources, method, weights, options)
+    on_weights = method.rule.on_weights(options)
+
+    def combine(block: Block) -> Combined:
+        shares = chosen[block.tensor]
+        tau = weighted_sum(block.values, shares)
+        if on_weights:
+            tau += (shares.sum() - 1) * block.start
+        return Combined(lambda scale: block.start + scale * tau)
+
+    keeps = (True,) * len(sources)
+    if method.rule.selects and chosen:
+        keeps = tuple((next(iter(chosen.values())) > 0).tolist())
+    return Job(reader, rule.scale, combine, keeps)
+
+
+def _coefficients(
+    reader: BlockReader,
+    sources: Sequence[Source],
+    method: Method,
+    weights: Tensor,
+    options: Document,
+) -> dict[str, Tensor]:
+    assert isinstance(method.rule, FromGram)
+    grams = reader.inner_products(on_weights=method.rule.on_weights(options))
+    whole = sum_in_order(grams) if grams else torch.zeros(len(sources), len(sources))
+    for source, square in zip(sources, whole.diagonal().tolist(), strict=True):
+        if method.directions and square == 0:
+            raise VectorError(
+                f"site '{source.site}': its vector is all zeros and '{method.name}' needs a "
+                f"direction: leave it out with --exclude {source.site}."
+            )
+    if method.rule.scope(options) == "vector":
+        shares = method.rule.coefficients(whole, weights, options)
+        return dict.fromkeys(grams, shares)
+    return {name: method.rule.coefficients(gram, weights, options) for name, gram in grams.items()}
+
+
+def _reader(
+    base: Tensors,
+    sources: Sequence[Source],
+    names: Sequence[str],
+    rule: Rule,
+    workers: int,
+    seed: int,
+    notes: Notes | None,
+) -> BlockReader:
+    first, options = rule.entry.rule, rule.checked_options
+    method, then = rule.merging_rule
+    whole = isinstance(method.rule, ByValue) and method.rule.whole(then)
+    change: Callable[[Block], Tensor] | None = None
+    changed_by: Sequence[object] = ()
+    if isinstance(first, Sparsify):
+        changed_by = (rule.method, options.model_dump(mode="json"), seed)
+        whole = whole or first.whole(options)
+        sparse = first
+
+        def change(block: Block) -> Tensor:
+            return sparse.change(block, options)
+
+    statistics = [s.statistics for s in sources if s.statistics] if method.statistics else []
+    return BlockReader(
+        base,
+        [source.file for source in sources],
+        names,
+        workers,
+        ids=tuple(source.id for source in sources),
+        sites=tuple(source.site for source in sources),
+        seed=seed,
+        whole=whole,
+        change=change,
+        changed_by=changed_by,
+        notes=notes,
+        statistics=statistics,
+        kind=method.statistics,
+    )
