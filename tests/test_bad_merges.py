@@ -164,6 +164,16 @@ def weights_by_images(b, scheme):
 
 
 @row()
+def weights_by_images_in_a_group(b):
+    recipe = b.tmp / "recipe.yaml"
+    recipe.write_text("method: sum\ngroups:\n- match: fc.*\n  method: mean\n  weights: examples\n")
+    return merge_both(b, False, "--recipe", recipe), (
+        "'weights: examples' needs numbers of images and steps, which only contributions tell: use "
+        "'uniform', or a number for each name."
+    )
+
+
+@row()
 def checkpoint_missing(b):
     return b.plain(b.tmp / "nowhere"), f"{b.tmp}/nowhere does not exist: check the path."
 

@@ -305,7 +305,7 @@ def test_provenance_and_card_say_what_was_merged_and_no_path(folders, run_cli, t
     out = tmp_path / "out"
     record = json.loads((out / "provenance.json").read_text())
     given = {"method": "mean", "weights": {"first": 1.0, "second": 3.0}}
-    assert record["recipe"] == make_recipe(given, "x", plain.DEFAULTS).model_dump()
+    assert record["recipe"] == make_recipe(given, "x", plain.DEFAULTS).model_dump(mode="json")
     assert record["base"] == fingerprint_file(tmp_path / "base" / "model.safetensors")
     assert record["merged"] == fingerprint_file(out / "model.safetensors")
     assert {i["name"]: i["weight"] for i in record["inputs"]} == {"first": 0.5, "second": 1.5}
@@ -329,6 +329,18 @@ def test_a_recipe_that_says_nothing_of_images_needs_none(folders, run_cli, tmp_p
         result = run_cli("merge", tmp_path / "base", tmp_path / "a", *more, "--print-recipe")
         shown = yaml.safe_load(result.stdout)
         assert (shown["weights"], shown["head"], shown["scale"]) == ("uniform", "method", 0.5)
+
+
+def test_groups_need_no_numbers_of_images_either(folders, run_cli, tmp_path):
+    states = folders()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: sum\ngroups:\n- match: fc.*\n  method: mean\n")
+    inputs = [tmp_path / name for name in "abc"]
+    more = ("--recipe", recipe, "--out", tmp_path / "out")
+    assert run_cli("merge", tmp_path / "base", *inputs, *more).exit_code == 0
+    merged = load(tmp_path / "out" / "model.safetensors")["fc.weight"]
+    expected = literal_mean(states, "abc", {"fc.weight": Role.HEAD})["fc.weight"]
+    torch.testing.assert_close(merged, expected.float(), rtol=1e-6, atol=1e-8)
 
 
 def test_heads_by_their_mean_when_the_recipe_says_so(folders, merge):
