@@ -184,7 +184,11 @@ RECIPES = [
     {"method": "krum", "head": "method"},
     {"method": "geometric-median", "options": {"scope": "tensor"}},
     {"method": "slerp", "options": {"space": "vectors"}},
-    *({"method": name} for name in METHODS if name not in ("mean", "ties", "krum")),
+    *(
+        {"method": name}
+        for name, method in METHODS.items()
+        if name not in ("mean", "ties", "krum") and method.statistics is None
+    ),
 ]
 
 
