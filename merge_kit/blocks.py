@@ -17,7 +17,7 @@ from torch import Tensor
 from merge_kit.methods.base import Block, Scope, Statistics
 from merge_kit.notes import Notes
 from merge_kit.order_statistics import Stretch, keys_of, kth_largest
-from merge_kit.tensorfile import TensorFile, TensorSpec
+from merge_kit.tensorfile import Tensors, TensorSpec
 
 BLOCK = 32768
 """Values of each vector in one block: with its float64 temporaries it stays in the cache."""
@@ -84,7 +84,7 @@ class BlockReader:
 
     def __init__(
         self,
-        base: TensorFile,
+        base: Tensors,
         vectors: Sequence[Values],
         names: Sequence[str],
         workers: int,
@@ -96,7 +96,7 @@ class BlockReader:
         change: Callable[[Block], Tensor] | None = None,
         changed_by: Sequence[object] = (),
         notes: Notes | None = None,
-        statistics: Sequence[TensorFile] = (),
+        statistics: Sequence[Tensors] = (),
         kind: Statistics | None = None,
     ) -> None:
         self._base, self._vectors, self._names = base, vectors, names
