@@ -136,7 +136,7 @@ def iso_c(vectors: Tensor, weights: Tensor) -> Tensor:
     (N, m, n) and (N,) weights give (m, n) float64.
     """
     common = leading(weighted_sum(vectors, weights), min(vectors.shape[1:]))
-    return _mean(common.values) * common.left @ common.right.T
+    return common.values.mean() * common.left @ common.right.T
 
 
 def iso_cts(vectors: Tensor, weights: Tensor, fraction: float) -> Tensor:
@@ -159,11 +159,7 @@ def iso_cts(vectors: Tensor, weights: Tensor, fraction: float) -> Tensor:
         rest = tau - basis @ (basis.T @ tau)
         parts.append(leading(rest, own, float(tau.norm())).times(weight))
     values = torch.cat([part.values for part in parts])
-    return orthogonal_sum(parts, _mean(values).expand_as(values))
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.sum() / max(len(values), 1)
+    return orthogonal_sum(parts, values.mean().expand_as(values))
 
 
 def svc(vectors: Tensor, weights: Tensor, alpha: float | None = None) -> Tensor:

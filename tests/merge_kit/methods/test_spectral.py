@@ -307,8 +307,13 @@ def test_energy_by_hand():
     near(low_rank(tau, 0.75), np.diag([0.0, 0.0, 4.0]))
     near(low_rank(tau, 0.95), np.diag([2.0, 0.0, 4.0]))
     near(low_rank(tau, 0.96), np.diag([2.0, 1.0, 4.0]), rtol=1e-6)
-    assert torch.equal(low_rank(tau, 1.0), tau)
     assert not low_rank(tau * 0, 0.5).any()
+    assert torch.linalg.matrix_rank(low_rank(torch.eye(4), 0.5)) == 2
+
+
+def test_all_energy_changes_nothing():
+    tau = draw(0, 5, 8) * 1e-12 ** torch.rand(5, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(low_rank(tau, 1.0), tau)
 
 
 @quick
