@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -267,9 +268,13 @@ def raised(call: Callable[[], object]) -> str:
         with quiet():
             call()
     except Exception as error:
-        said = " ".join(str(error).split())
-        return f"raises {type(error).__name__}: {said[:120]}"
+        return f"raises {named(error)}"
     return "raises nothing"
+
+
+def named(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 100, placeholder=' …')}"
 
 
 @contextlib.contextmanager

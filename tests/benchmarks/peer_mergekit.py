@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from comparison import (
     turns,
 )
 from mergekit.merge_methods.api import merge_state_dicts
+from safetensors.torch import load_file, save_file
 
 NAME, DISTRIBUTION = "mergekit", "mergekit"
 SHARES = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 5.0}
@@ -183,7 +189,14 @@ ROWS = [
         recipe=_sparse("ties", _WEIGHTED, rescale="l1"),
         names=("stem.weight",),
         why="it ranks a convolution's values along the input channels, we among all weights of an "
-        "output channel",
+        "output channel; where ranks do not count, as in the next row, there is no difference",
+    ),
+    Row(
+        method="della",
+        call="della of a convolution, density 0.5, epsilon 1e-9, our mask",
+        theirs=with_base("della", density=0.5, epsilon=1e-9, weight=1.0),
+        recipe=_sparse("ties", _WEIGHTED, rescale="l1", window=2e-9),
+        names=("stem.weight",),
     ),
     Row(
         method="della",
@@ -285,6 +298,38 @@ def _counters(inputs: Inputs) -> str:
     return raised(lambda: merge_state_dicts(models, "linear", parameters={"weight": 1.0}))
 
 
+def _program(inputs: Inputs, parameters: dict[str, Any]) -> StateDict:
+    """The merged model of its program for plain files."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for site, model in zip(("base", *inputs.sites), (inputs.base, *inputs.tuned), strict=True):
+            save_file(model, folder / f"{site}.safetensors")
+        config = {
+            "merge_method": "dare_linear",
+            "base_model": str(folder / "base.safetensors"),
+            "models": [{"model": str(folder / f"{site}.safetensors")} for site in inputs.sites],
+            "parameters": {"weight": 1.0, **parameters},
+        }
+        (folder / "config.yaml").write_text(json.dumps(config))
+        tool = Path(sys.executable).with_name("mergekit-pytorch")
+        command = [tool, folder / "config.yaml", folder, "--random-seed", "1"]
+        subprocess.run(command, check=True, capture_output=True)
+        return load_file(folder / "model.safetensors")
+
+
+def _seeded(inputs: Inputs) -> str:
+    found = [_program(inputs, {"density": 0.1}) for _ in range(3)]
+    stems = {merged["stem.weight"].numpy().tobytes() for merged in found}
+    return f"{len(stems)} different models"
+
+
+def _misspelt(inputs: Inputs) -> str:
+    merged, wanted = _program(inputs, {"densty": 0.1}), with_base("task_arithmetic", weight=1.0)
+    plain = wanted(inputs)
+    apart = max(float((merged[name] - plain[name]).abs().max()) for name in plain)
+    return f"exit status 0; largest difference to task_arithmetic {apart:.0e}"
+
+
 def _apart(inputs: Inputs) -> str:
     base = {"w": torch.zeros(3)}
     angle = 0.7 * math.pi
@@ -306,6 +351,8 @@ FAULTS = [
         "two models with batch norm that were trained for different numbers of steps",
         _counters,
     ),
+    Fault("three runs of `mergekit-pytorch`, dare_linear, with --random-seed 1", _seeded),
+    Fault("`densty: 0.1` in the configuration of `mergekit-pytorch`", _misspelt),
     Fault("one value of one model is NaN", _poisoned),
     Fault(
         "`model_stock` on vectors 126 degrees apart: its ratio has no lower bound, so it walks "

@@ -18,6 +18,7 @@ from comparison import (
     StateDict,
     each_tensor,
     our_numbers,
+    ours,
     raised,
     swapped,
     turns,
@@ -25,9 +26,10 @@ from comparison import (
 from sd_mecha.extensions.builtin.merge_methods import linear, ties
 from torch import Tensor
 
-from merge_kit.methods.sparsify import uniform_bits
+from merge_kit.methods.sparsify import drawn, uniform_bits
 
 NAME, DISTRIBUTION = "sd-mecha", "sd-mecha"
+RANK = 8
 SHARES = {"a": 0.7, "b": 0.3}
 
 
@@ -100,6 +102,32 @@ def decided(inputs: Inputs, name: str) -> Tensor:
     return torch.stack(kept).sum(dim=0) != 0
 
 
+def shared_out(inputs: Inputs) -> StateDict:
+    """What is left of the vectors by the engine's masks, over its number and the density."""
+    found = {}
+    for name in inputs.base:
+        kept = []
+        for site, tau in zip(inputs.sites, inputs.stacked(name), strict=True):
+            bits = uniform_bits(0, name, site, 0, tau.numel())
+            kept.append(drawn(bits, 0.1).reshape(tau.shape))
+        masks = torch.stack(kept)
+        total = (masks * torch.stack(inputs.stacked(name))).sum(dim=0)
+        found[name] = total / masks.sum(dim=0).clamp(min=1) / 0.1
+    return inputs.plus(found)
+
+
+def low_rank_of_rank(inputs: Inputs) -> StateDict:
+    """Our low-rank change with the energy that the 8 largest singular values have."""
+    found: StateDict = {}
+    for name, tau in inputs.vectors[0].items():
+        part, energy = inputs.part(1, (name,)), 1.0
+        if tau.dim() > 1 and min((matrix := tau.flatten(start_dim=1).double()).shape) > RANK:
+            reached = torch.linalg.svdvals(matrix).square().cumsum(dim=0)
+            energy = float((reached[RANK - 2] + reached[RANK - 1]) / 2 / reached[-1])
+        found |= ours(part, {"method": "low-rank", "options": {"energy": energy}})
+    return found
+
+
 def _sum_of(base: object, *models: object) -> object:
     total = base
     for model in models:
@@ -132,11 +160,17 @@ ROWS = [
     ),
     Row(
         method="ties",
+        call="ties_sum",
+        theirs=on_deltas(sd_mecha.ties_sum),
+        recipe={"options": {"density": 1.0, "vote": "counts"}},
+    ),
+    Row(
+        method="ties",
         call="ties_sum, k 0.2, vote_sgn",
         theirs=on_deltas(sd_mecha.ties_sum, k=0.2, vote_sgn=True),
         recipe={"options": {"scope": "tensor"}},
-        why="it trims int(0.8 n) values of a tensor and we n - int(0.2 n): one value differs where "
-        "0.2 n is no whole number",
+        why="its threshold is the int(0.8 n)-th smallest magnitude of a tensor, the authors' and "
+        "ours the (n - int(0.2 n))-th: one value differs where 0.2 n is no whole number",
     ),
     Row(
         method="ties",
@@ -170,6 +204,13 @@ ROWS = [
     ),
     Row(
         method="dare",
+        call="dropout, probability 0.9, our mask",
+        theirs=on_deltas(ties.dropout),
+        by=shared_out,
+        note="that formula, written out",
+    ),
+    Row(
+        method="dare",
         call="ties_sum_with_dropout, k 1, vote_sgn, our mask",
         theirs=on_deltas(sd_mecha.ties_sum_with_dropout, k=1.0, vote_sgn=True),
         recipe={"options": {"rule": "ties"}},
@@ -193,8 +234,29 @@ ROWS = [
             probability=0.5,
             della_eps=0.14,
         ),
-        why="it ranks within the tensor instead of a row, and divides all values by the mean "
-        "probability instead of each by its own",
+        why="it ranks within the tensor instead of a row, in steps of 1 / n instead of "
+        "1 / (n - 1), and divides all values by the mean probability instead of each by its own",
+    ),
+    Row(
+        method="della",
+        call="the same, tensors of one row",
+        theirs=on_deltas(
+            sd_mecha.ties_sum_with_dropout,
+            k=1.0,
+            vote_sgn=True,
+            apply_stock=True,
+            probability=0.5,
+            della_eps=0.14,
+        ),
+        by=each_tensor(
+            lambda size: {
+                "method": "della",
+                "options": {"window": 0.14 * (size - 1) / size, "rescale": "none"},
+                "scale": 2.0,
+            }
+        ),
+        note="rescale: none, scale: 2, window for its steps",
+        names=VECTORS,
     ),
     Row(
         method="slerp",
@@ -226,6 +288,27 @@ ROWS = [
         theirs=on_deltas(sd_mecha.model_stock),
         sites=2,
         names=VECTORS,
+    ),
+    Row(
+        method="low-rank",
+        call="truncate_rank, 8",
+        theirs=on_deltas(
+            lambda delta: sd_mecha.truncate_rank(delta, rank=RANK, approximate_basis_seed=0)
+        ),
+        by=low_rank_of_rank,
+        note="energy of rank 8",
+        sites=1,
+        why="its default finds the singular vectors in a random sketch",
+    ),
+    Row(
+        method="low-rank",
+        call="truncate_rank, 8, exact basis",
+        theirs=on_deltas(
+            lambda delta: sd_mecha.truncate_rank(delta, rank=RANK, use_approximate_basis=False)
+        ),
+        by=low_rank_of_rank,
+        note="energy of rank 8",
+        sites=1,
     ),
     Row(
         method="geometric-median",
@@ -273,7 +356,7 @@ def _stock(inputs: Inputs) -> str:
 
 FAULTS = [
     Fault(
-        "`add_difference_ties` of models in memory, the example of its documentation",
+        "`add_difference_ties` of models whose architecture it infers from their keys",
         lambda inputs: raised(
             lambda: on_models(lambda b, *m: sd_mecha.add_difference_ties(b, *m, k=0.2))(inputs)
         ),

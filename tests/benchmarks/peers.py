@@ -19,7 +19,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from comparison import Inputs, Row, compare, known, made_inputs, quiet
+from comparison import Inputs, Row, compare, known, made_inputs, named, quiet
 
 PEERS = ("peer_mergekit", "peer_fusion_bench", "peer_sd_mecha", "peer_peft")
 EQUAL = 1e-5
@@ -33,8 +33,6 @@ def load(names: list[str]) -> list[ModuleType]:
         try:
             found.append(importlib.import_module(name))
         except ModuleNotFoundError as error:
-            if error.name and error.name.startswith("peer_"):
-                raise
             print(f"left out: {name.removeprefix('peer_')}, no module named {error.name}")
     return found
 
@@ -45,9 +43,8 @@ def line(row: Row, label: str, inputs: Inputs) -> tuple[str, str, bool]:
     try:
         found = compare(row, inputs)
     except Exception as error:
-        said = " ".join(str(error).split())[:160]
         why = row.why and f": {row.why}"
-        return row.method, f"{head} – | – | {type(error).__name__}: {said}{why} |", bool(row.why)
+        return row.method, f"{head} – | – | {named(error)}{why} |", bool(row.why)
     apart = found.relative > EQUAL
     why = row.why if apart else ""
     body = f"{head} {found.absolute:.1e} | {found.relative:.1e} | {why} |"
