@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,7 +20,7 @@ from merge_kit.errors import ContributionError, UsageError
 from merge_kit.federation import Federation, check_base
 from merge_kit.files import new_folder, write_atomic
 from merge_kit.manifest import count_of
-from merge_kit.parameters import roles_of, vector_specs
+from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.recipe import Recipe
 from merge_kit.tensorfile import Fingerprint, TensorFile, TensorWriter
 
@@ -37,6 +37,16 @@ class Merged:
     fingerprint: str
     contributions: tuple[Contribution, ...]
     weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a merge reads: open files that have been checked."""
+
+    base: TensorFile
+    sources: tuple[engine.Source, ...]
+    """Sorted by id."""
+    roles: Mapping[str, Role]
 
 
 def choose(
@@ -121,31 +131,60 @@ def merge(
     MergeKitError
         The base is not the federation's, a contribution is unsound, or `out` exists.
     """
-    if out.exists() and not replace:
-        raise UsageError(f"{out} exists already: choose another --out, or pass --replace.")
-    if replace and out.exists() and not (out / PROVENANCE).is_file():
-        raise UsageError(f"{out} is no merged model: --replace does not remove it.")
+    check_target(out, replace=replace)
     ordered = sorted(contributions, key=lambda c: c.id)
-    with ExitStack() as stack:
-        base_file = stack.enter_context(TensorFile(base_weights))
-        check_base(federation, base_weights, str(base_weights))
-        roles = roles_of(base_file.specs, federation.classifier)
-        expected = vector_specs(base_file.specs, roles)
-        for contribution in ordered:
-            if not contribution.checked:
-                check_payload(contribution, federation, expected, roles)
-        sources = [_source(c, federation, stack) for c in ordered]
+    with opened(federation, base_weights, ordered) as material:
+        base, sources = material.base, material.sources
         engine.check_sites(sources, recipe)
         weights = engine.weigh(sources, recipe).shares
         with new_folder(out, replace=replace) as folder:
-            specs = engine.merged_specs(base_file.specs, recipe)
+            specs = engine.merged_specs(base.specs, recipe)
+            parts = engine.merge(base, sources, material.roles, recipe)
             with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
-                fingerprint = write_parts(writer, engine.merge(base_file, sources, roles, recipe))
+                fingerprint = write_parts(writer, parts)
             write_atomic(folder / CONFIG, federation.model_config_json)
             record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
             write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
             write_atomic(folder / "README.md", model_card(federation, ordered, record))
     return Merged(out, fingerprint, tuple(ordered), tuple(weights))
+
+
+def check_target(out: Path, *, replace: bool) -> None:
+    """Refuse a folder that a merged model may not be written to.
+
+    Raises
+    ------
+    UsageError
+        `out` exists, and is no merged model that may be replaced.
+    """
+    if out.exists() and not replace:
+        raise UsageError(f"{out} exists already: choose another --out, or pass --replace.")
+    if replace and out.exists() and not (out / PROVENANCE).is_file():
+        raise UsageError(f"{out} is no merged model: --replace does not remove it.")
+
+
+@contextmanager
+def opened(
+    federation: Federation, base_weights: Path, contributions: Sequence[Contribution]
+) -> Iterator[Material]:
+    """Open the base and the vectors, and check what has not been checked yet.
+
+    Raises
+    ------
+    MergeKitError
+        The base is not the federation's, or a contribution is unsound.
+    """
+    ordered = sorted(contributions, key=lambda c: c.id)
+    with ExitStack() as stack:
+        base = stack.enter_context(TensorFile(base_weights))
+        check_base(federation, base_weights, str(base_weights))
+        roles = roles_of(base.specs, federation.classifier)
+        expected = vector_specs(base.specs, roles)
+        for contribution in ordered:
+            if not contribution.checked:
+                check_payload(contribution, federation, expected, roles)
+        sources = tuple(_source(c, federation, stack) for c in ordered)
+        yield Material(base, sources, roles)
 
 
 def write_parts(writer: TensorWriter, parts: Iterable[engine.Part]) -> str:

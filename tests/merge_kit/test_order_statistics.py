@@ -1,0 +1,114 @@
+"""The exact k-th largest, whatever the sample says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_kit import order_statistics
+from merge_kit.methods.base import Block
+from merge_kit.order_statistics import Stretch, keys_of, kth_largest
+from tests.merge_kit.helpers import quick
+
+
+class Rows:
+    """Vectors in memory, which remember what was read of them."""
+
+    def __init__(self, values):
+        self.values = torch.as_tensor(values, dtype=torch.float32)
+        self.read = 0
+
+    def __len__(self):
+        return len(self.values)
+
+    def each(self, function, parts=None):
+        for part in parts:
+            self.read += part.size
+            values = self.values[:, part.begin : part.begin + part.size]
+            yield part, function(Block("w", (), part.begin, values, values[0], (), (), 0))
+
+
+def parts_of(size, step=4096):
+    return [Stretch("w", at, min(step, size - at)) for at in range(0, size, step)]
+
+
+def select(rows, ranks, **options):
+    size = rows.values.shape[1]
+    found = kth_largest(rows, lambda b: keys_of(b.values), parts_of(size), ranks, **options)
+    return found.view(np.float32)
+
+
+def by_sorting(rows, ranks):
+    ordered = np.sort(rows.values.numpy(), axis=1)[:, ::-1]
+    return np.array([ordered[:, rank - 1] for rank in ranks])
+
+
+def normal(seed, sites, size):
+    return np.abs(np.random.default_rng(seed).normal(size=(sites, size))).astype(np.float32)
+
+
+@pytest.mark.parametrize("divisible", [True, False])
+@pytest.mark.parametrize("rank", [1, 2, 20_000, 399_999, 400_000])
+def test_it_is_what_sorting_finds(rank, divisible):
+    rows = Rows(normal(0, 3, 400_000))
+    ranks = [rank, 50_000]
+    found = select(rows, ranks, divisible=divisible)
+    np.testing.assert_array_equal(found, by_sorting(rows, ranks))
+
+
+def test_the_values_are_read_once_and_the_sample_besides():
+    rows = Rows(normal(1, 2, 2_000_000))
+    found = select(rows, [400_000])
+    np.testing.assert_array_equal(found, by_sorting(rows, [400_000]))
+    assert rows.read < 1.2 * 2_000_000
+
+
+def test_a_sample_that_misleads_costs_two_more_readings_and_no_exactness():
+    """What is sampled, the beginning of every block, is much smaller than the rest."""
+    values = normal(2, 2, 2_000_000) + 10
+    for part in parts_of(2_000_000):
+        values[:, part.begin : part.begin + 600] *= 1e-3
+    rows = Rows(values)
+    found = select(rows, [400_000])
+    np.testing.assert_array_equal(found, by_sorting(rows, [400_000]))
+    assert rows.read > 3 * 2_000_000
+
+
+def test_a_rank_beyond_the_values_gives_zero():
+    for size in (50_000, 300_000):
+        rows = Rows(normal(3, 2, size))
+        found = select(rows, [size + 1, 1])
+        assert found[0].tolist() == [0.0, 0.0]
+        np.testing.assert_array_equal(found[1], rows.values.max(dim=1).values.numpy())
+        assert select(rows, [size + 1]).tolist() == [[0.0, 0.0]]
+
+
+@quick
+@given(
+    st.integers(0, 999),
+    st.sampled_from(["zeros", "equal", "few", "wide", "tiny"]),
+    st.floats(0.0001, 0.9999),
+)
+def test_hard_distributions(seed, kind, share):
+    values = normal(seed, 2, 300_000)
+    if kind == "zeros":
+        values[values < 1.5] = 0
+    elif kind == "equal":
+        values[:] = 3
+    elif kind == "few":
+        values = np.round(values * 3)
+    elif kind == "wide":
+        values = np.exp(15 * values, dtype=np.float32)
+    else:
+        values = (values * np.float32(1e-44)).astype(np.float32)
+    rows, rank = Rows(values), int(share * 300_000) + 1
+    np.testing.assert_array_equal(select(rows, [rank]), by_sorting(rows, [rank]))
+
+
+def test_the_width_of_the_search_bounds_the_memory(monkeypatch):
+    monkeypatch.setattr(order_statistics, "_WIDTH", 16)
+    rows = Rows(normal(4, 2, 300_000))
+    np.testing.assert_array_equal(select(rows, [60_000]), by_sorting(rows, [60_000]))
