@@ -79,7 +79,11 @@ def make(folder: Path, sites: int, width: int, depth: int, kinds: list[str]) -> 
             config = {
                 "architecture": "vit_base_patch16_224",
                 "num_classes": 0,
-                "model_args": {"embed_dim": width, "depth": depth, "num_heads": width // 32},
+                "model_args": {
+                    "embed_dim": width,
+                    "depth": depth,
+                    "num_heads": max(1, width // 64),
+                },
             }
             (path.parent / "config.json").write_text(json.dumps(config))
 
