@@ -17,7 +17,7 @@ from torch import Tensor
 from merge_kit.methods.base import Block, Scope, Statistics
 from merge_kit.notes import Notes
 from merge_kit.order_statistics import Stretch, keys_of, kth_largest
-from merge_kit.tensorfile import TensorFile, TensorSpec
+from merge_kit.tensorfile import Tensors, TensorSpec
 
 BLOCK = 32768
 """Values of each vector in one block: with its float64 temporaries it stays in the cache."""
@@ -61,8 +61,10 @@ def one_thread_each() -> Iterator[int]:
         torch.set_num_threads(workers)
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Results in the order of the items, at most a few ahead of the reader."""
+def in_order(
+    function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int = _AHEAD
+) -> Iterator[R]:
+    """Results in the order of the items, at most a few for each worker ahead of the reader."""
     if workers == 1:
         yield from map(function, items)
         return
@@ -71,7 +73,7 @@ def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> It
         waiting: deque[Future[R]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > _AHEAD * workers:
+            if len(waiting) > ahead * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -84,7 +86,7 @@ class BlockReader:
 
     def __init__(
         self,
-        base: TensorFile,
+        base: Tensors,
         vectors: Sequence[Values],
         names: Sequence[str],
         workers: int,
@@ -96,7 +98,7 @@ class BlockReader:
         change: Callable[[Block], Tensor] | None = None,
         changed_by: Sequence[object] = (),
         notes: Notes | None = None,
-        statistics: Sequence[TensorFile] = (),
+        statistics: Sequence[Tensors] = (),
         kind: Statistics | None = None,
     ) -> None:
         self._base, self._vectors, self._names = base, vectors, names
@@ -186,7 +188,8 @@ class BlockReader:
 
         inside = getattr(self._local, "depth", 0) > 0
         chosen = self.stretches if parts is None else parts
-        return in_order(work, chosen, 1 if inside else self._workers)
+        ahead = 1 if self.whole else _AHEAD
+        return in_order(work, chosen, 1 if inside else self._workers, ahead)
 
     def total(self, measure: Callable[[Block], Tensor]) -> Tensor:
         """Sum of a measure over all blocks, added in their order."""

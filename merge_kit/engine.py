@@ -22,7 +22,7 @@ from merge_kit.parameters import Role
 from merge_kit.pooling import Pooling
 from merge_kit.recipe import DTYPES, Group, Lines, Recipe
 from merge_kit.running import Sums
-from merge_kit.tensorfile import TensorFile, TensorSpec
+from merge_kit.tensorfile import Tensors, TensorSpec
 from merge_kit.weighing import Source, Weighing, weigh
 
 __all__ = [
@@ -104,7 +104,7 @@ def _takes(group: Group, name: str, depth: float | None) -> bool:
 
 
 def merge(
-    base: TensorFile,
+    base: Tensors,
     sources: Sequence[Source],
     roles: Mapping[str, Role],
     recipe: Recipe,
@@ -136,7 +136,7 @@ def merge(
 
 
 def merge_scales(
-    base: TensorFile,
+    base: Tensors,
     sources: Sequence[Source],
     roles: Mapping[str, Role],
     recipe: Recipe,

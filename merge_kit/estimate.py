@@ -14,7 +14,7 @@ from merge_kit import engine, jobs
 from merge_kit.blocks import BLOCK, one_thread_each
 from merge_kit.parameters import Role
 from merge_kit.recipe import Recipe, Rule
-from merge_kit.tensorfile import TensorFile, TensorSpec
+from merge_kit.tensorfile import Tensors, TensorSpec
 from merge_kit.weighing import Source
 
 _SHARE = 0.02
@@ -48,8 +48,14 @@ class Estimate:
 class _Counted:
     """A vector that counts the values read from it."""
 
-    def __init__(self, file: TensorFile) -> None:
+    def __init__(self, file: Tensors) -> None:
         self._file, self._lock, self.values = file, threading.Lock(), 0
+        self.specs = file.specs
+
+    def read(self, name: str) -> Tensor:
+        with self._lock:
+            self.values += self.specs[name].elements
+        return self._file.read(name)
 
     def read_into(self, name: str, begin: int, out: Tensor) -> None:
         with self._lock:
@@ -58,7 +64,7 @@ class _Counted:
 
 
 def estimate(
-    base: TensorFile, sources: Sequence[Source], roles: Mapping[str, Role], recipe: Recipe
+    base: Tensors, sources: Sequence[Source], roles: Mapping[str, Role], recipe: Recipe
 ) -> Estimate:
     """Merge a fiftieth of the values for trial, and say what the whole would be.
 
@@ -100,7 +106,7 @@ class _Trial:
 
 
 def _trial(
-    base: TensorFile,
+    base: Tensors,
     sources: Sequence[Source],
     names: Sequence[str],
     rule: Rule,

@@ -19,7 +19,7 @@ from merge_kit.notes import Notes
 from merge_kit.recipe import Rule
 from merge_kit.running import Sums
 from merge_kit.schema import Document
-from merge_kit.tensorfile import TensorFile
+from merge_kit.tensorfile import Tensors
 from merge_kit.weighing import Source, weigh
 
 
@@ -85,7 +85,7 @@ def _check_method(method: Method, options: Document, sources: Sequence[Source]) 
 
 
 def plan(
-    base: TensorFile,
+    base: Tensors,
     sources: Sequence[Source],
     names: Sequence[str],
     rule: Rule,
@@ -193,7 +193,7 @@ def _coefficients(
 
 
 def _reader(
-    base: TensorFile,
+    base: Tensors,
     sources: Sequence[Source],
     names: Sequence[str],
     rule: Rule,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,17 @@ import jinja2
 import torch
 
 from merge_kit import engine
+from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution, Entry, Trust, check_payload, current
-from merge_kit.errors import ContributionError, UsageError
+from merge_kit.errors import ContributionError
 from merge_kit.federation import Federation, check_base
-from merge_kit.files import new_folder, write_atomic
 from merge_kit.manifest import count_of
-from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.recipe import Recipe
-from merge_kit.tensorfile import Fingerprint, TensorFile, TensorWriter
+from merge_kit.tensorfile import TensorFile
+from merge_kit.writing import PROVENANCE, Material, Written, check_target, write_folder
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-PROVENANCE = "provenance.json"
+CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +32,14 @@ class Merged:
     """What a merge made."""
 
     folder: Path
-    fingerprint: str
+    written: Written
     contributions: tuple[Contribution, ...]
     weights: tuple[float, ...]
 
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What a merge reads: open files that have been checked."""
-
-    base: TensorFile
-    sources: tuple[engine.Source, ...]
-    """Sorted by id."""
-    roles: Mapping[str, Role]
+    @property
+    def fingerprint(self) -> str:
+        """Of the merged model."""
+        return self.written.fingerprint
 
 
 def choose(
@@ -116,12 +109,16 @@ def merge(
     out: Path,
     *,
     refused: Sequence[Entry] = (),
+    gone: Sequence[Contribution] = (),
     replace: bool = False,
+    keep_sum: bool = False,
 ) -> Merged:
     """Merge contributions into a folder that timm loads, with provenance and model card.
 
     `refused` is what was left out, for the provenance. With `replace` an existing merged model
-    gives way; any other folder is never touched.
+    gives way; any other folder is never touched. With `keep_sum`, or where the model that gives way
+    has one, an exact running sum is kept beside the model; `gone` are contributions that may be in
+    it and are not merged now.
 
     Everything is checked before any work starts. The folder appears whole or not at all, and its
     bytes depend only on the base, the set of contributions and the recipe.
@@ -133,39 +130,28 @@ def merge(
     """
     check_target(out, replace=replace)
     ordered = sorted(contributions, key=lambda c: c.id)
-    with opened(federation, base_weights, ordered) as material:
-        base, sources = material.base, material.sources
-        engine.check_sites(sources, recipe)
-        weights = engine.weigh(sources, recipe).shares
-        with new_folder(out, replace=replace) as folder:
-            specs = engine.merged_specs(base.specs, recipe)
-            parts = engine.merge(base, sources, material.roles, recipe)
-            with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
-                fingerprint = write_parts(writer, parts)
-            write_atomic(folder / CONFIG, federation.model_config_json)
+    with opened(federation, base_weights, ordered, gone) as material:
+        engine.check_sites(material.sources, recipe)
+        weights = engine.weigh(material.sources, recipe).shares
+
+        def texts(fingerprint: str) -> dict[str, str]:
             record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
-            write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
-            write_atomic(folder / "README.md", model_card(federation, ordered, record))
-    return Merged(out, fingerprint, tuple(ordered), tuple(weights))
+            return {
+                CONFIG: federation.model_config_json,
+                PROVENANCE: json.dumps(record, indent=2, ensure_ascii=False),
+                CARD: model_card(federation, ordered, record),
+            }
 
-
-def check_target(out: Path, *, replace: bool) -> None:
-    """Refuse a folder that a merged model may not be written to.
-
-    Raises
-    ------
-    UsageError
-        `out` exists, and is no merged model that may be replaced.
-    """
-    if out.exists() and not replace:
-        raise UsageError(f"{out} exists already: choose another --out, or pass --replace.")
-    if replace and out.exists() and not (out / PROVENANCE).is_file():
-        raise UsageError(f"{out} is no merged model: --replace does not remove it.")
+        written = write_folder(out, material, recipe, texts, replace=replace, keep_sum=keep_sum)
+    return Merged(out, written, tuple(ordered), tuple(weights))
 
 
 @contextmanager
 def opened(
-    federation: Federation, base_weights: Path, contributions: Sequence[Contribution]
+    federation: Federation,
+    base_weights: Path,
+    contributions: Sequence[Contribution],
+    gone: Sequence[Contribution] = (),
 ) -> Iterator[Material]:
     """Open the base and the vectors, and check what has not been checked yet.
 
@@ -180,22 +166,16 @@ def opened(
         check_base(federation, base_weights, str(base_weights))
         roles = roles_of(base.specs, federation.classifier)
         expected = vector_specs(base.specs, roles)
-        for contribution in ordered:
+        for contribution in (*ordered, *gone):
             if not contribution.checked:
                 check_payload(contribution, federation, expected, roles)
-        sources = tuple(_source(c, federation, stack) for c in ordered)
-        yield Material(base, sources, roles)
-
-
-def write_parts(writer: TensorWriter, parts: Iterable[engine.Part]) -> str:
-    """Write a merged model as it comes; gives its fingerprint."""
-    found = Fingerprint()
-    for part in parts:
-        if part.begin == 0:
-            found.begin(part.name, writer.specs[part.name])
-        found.values(part.values)
-        writer.write_part(part.name, part.begin, part.values)
-    return str(found)
+        yield Material(
+            base,
+            federation.base_fingerprint,
+            tuple(_source(c, federation, stack) for c in ordered),
+            roles,
+            tuple(_source(c, federation, stack) for c in gone),
+        )
 
 
 def _source(contribution: Contribution, federation: Federation, stack: ExitStack) -> engine.Source:
@@ -237,19 +217,26 @@ def provenance(
             for c, weight in zip(contributions, weights, strict=True)
         ],
         "refused": [{"site": entry.site, "id": entry.id} for entry in refused],
-        "software": {
-            "merge_kit": importlib.metadata.version("merge-kit"),
-            "torch": torch.__version__,
-        },
+        "software": software(),
     }
+
+
+def software() -> dict[str, str]:
+    """The versions that a merged model's bytes may depend on."""
+    return {"merge_kit": importlib.metadata.version("merge-kit"), "torch": torch.__version__}
 
 
 def model_card(
     federation: Federation, contributions: Sequence[Contribution], record: dict[str, Any]
 ) -> str:
     """The merged model's README.md, a Hugging Face model card."""
-    source = resources.files("merge_kit").joinpath("templates/model_card.md.j2")
-    template = jinja2.Template(
-        source.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True
+    return render(
+        "model_card.md.j2", federation=federation, contributions=contributions, record=record
     )
-    return str(template.render(federation=federation, contributions=contributions, record=record))
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in one of our templates."""
+    loader = jinja2.PackageLoader("merge_kit")
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(values)

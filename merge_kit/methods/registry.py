@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from merge_kit.methods import geometry, interference, linear, robust, sparsify
+from merge_kit.methods import (
+    data_free,
+    geometry,
+    interference,
+    linear,
+    regression,
+    robust,
+    sparsify,
+    spectral,
+)
 from merge_kit.methods.base import Method
 
+_FAMILIES = (
+    *(linear, interference, sparsify, geometry),
+    *(spectral, robust, regression, data_free),
+)
 METHODS: dict[str, Method] = {
-    method.name: method
-    for family in (linear, interference, sparsify, geometry, robust)
-    for method in family.METHODS
+    method.name: method for family in _FAMILIES for method in family.METHODS
 }

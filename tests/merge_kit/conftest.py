@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from merge_kit import merging
 from merge_kit.contributions import Entry, check_payloads, list_entries
 from merge_kit.federation import read_federation
 from merge_kit.hub import FolderHub
 from merge_kit.recipe import make_recipe
+from merge_kit.tensorfile import TensorFile, write_tensors
 
 
 def _mount(folder: Path, options: str) -> None:
@@ -72,3 +74,19 @@ def merge(hub: FolderHub, tmp_path: Path) -> Callable[..., merging.Merged]:
         )
 
     return run
+
+
+@pytest.fixture
+def open_file(tmp_path: Path) -> Iterator[Callable[[Mapping[str, Tensor]], TensorFile]]:
+    """Write tensors and open them until the test ends."""
+    opened: list[TensorFile] = []
+
+    def make(tensors: Mapping[str, Tensor]) -> TensorFile:
+        path = tmp_path / f"{len(opened)}.safetensors"
+        write_tensors(path, tensors)
+        opened.append(TensorFile(path))
+        return opened[-1]
+
+    yield make
+    for file in opened:
+        file.close()
