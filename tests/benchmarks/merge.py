@@ -1,172 +1,237 @@
-"""How long a merge takes, and how much memory, beside programs that do nothing but read and add.
+"""How long a merge takes, and how much memory, beside other programs that do the same.
 
-    python tests/benchmarks/merge.py --folder /tmp/vectors
+    python tests/benchmarks/merge.py --folder /tmp/vits --peers-python /tmp/peers/bin/python
+    python tests/benchmarks/merge.py --folder /tmp/vits --only 'engine *' numpy cat
+    python tests/benchmarks/merge.py --folder /tmp/sites --mode sites
+    python tests/benchmarks/merge.py --folder /tmp/sizes --mode size
 
-Writes a base and task vectors of the size of ViT-B/16 (86 million float32 values each), then runs,
-interleaved and each in a process of its own: reading every file once, importing torch, a bare
-numpy program that reads, sums and writes, and the engine with several methods. Prints medians,
-ranges and ratios; memory is the peak of the process, and the part of it above `import torch`.
+Writes a base, task vectors and fine-tuned models of the size of ViT-B/16, then runs whole processes
+in turn: reading all files, importing torch, a bare numpy program that reads, adds and writes,
+literal programs in torch, the peers, our engine on vectors (``engine``) and the whole of
+``merge-kit merge`` on checkpoints (``command``). What cannot run is named and left out. The modes
+``sites`` and ``size`` run the engine on more and more sites of a model of 22 million values, and on
+a model and one of ten times its depth. Files stay in the folder for the next run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-WIDTH, DEPTH = 768, 12
+from process import Failed, Run, measure
+from programs import HERE, PROGRAMS, ROOT, Program, Setting
 
-
-def shapes(width: int = WIDTH) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a vision transformer."""
-    found: dict[str, tuple[int, ...]] = {
-        "patch_embed.proj.weight": (width, 3, 16, 16),
-        "patch_embed.proj.bias": (width,),
-        "pos_embed": (1, 197, width),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-    }
-    for block in range(DEPTH):
-        for name, rows, columns in (
-            ("attn.qkv", 3 * width, width),
-            ("attn.proj", width, width),
-            ("mlp.fc1", 4 * width, width),
-            ("mlp.fc2", width, 4 * width),
-        ):
-            found[f"blocks.{block}.{name}.weight"] = (rows, columns)
-            found[f"blocks.{block}.{name}.bias"] = (rows,)
-    return found
-
-
-def make(folder: Path, sites: int, width: int) -> None:
-    """A base and one vector a site."""
-    import torch
-
-    from merge_kit.tensorfile import TensorSpec, TensorWriter
-
-    specs = {name: TensorSpec(torch.float32, shape) for name, shape in shapes(width).items()}
-    for index in range(sites + 1):
-        path = folder / ("base" if index == 0 else f"vector{index}")
-        if path.exists():
-            continue
-        generator = torch.Generator().manual_seed(index)
-        with TensorWriter(path, specs) as writer:
-            for name, spec in specs.items():
-                writer.write(name, torch.randn(spec.shape, generator=generator) * 0.01)
-
-
-def read_all(folder: Path, sites: int) -> None:
-    """Read every file once into one buffer."""
-    buffer = bytearray(1 << 20)
-    for path in [folder / "base", *(folder / f"vector{i + 1}" for i in range(sites))]:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-
-def import_torch(folder: Path, sites: int) -> None:
-    """Nothing but the import."""
-    import torch  # noqa: F401
-
-
-def bare_numpy(folder: Path, sites: int) -> None:
-    """Read every file once, add in float32, write."""
-    import numpy as np
-
-    total = np.fromfile(folder / "base", dtype=np.float32)
-    for index in range(sites):
-        total += np.fromfile(folder / f"vector{index + 1}", dtype=np.float32)
-    total.tofile(folder / "numpy.out")
-
-
-def ours(method: str) -> Callable[[Path, int], None]:
-    """The engine, from open files to a written one."""
-
-    def run(folder: Path, sites: int) -> None:
-        from contextlib import ExitStack
-
-        from merge_kit import engine
-        from merge_kit.parameters import roles_of
-        from merge_kit.recipe import make_recipe
-        from merge_kit.tensorfile import TensorFile, TensorWriter
-        from merge_kit.writing import write_parts
-
-        with ExitStack() as stack:
-            base = stack.enter_context(TensorFile(folder / "base"))
-            sources = [
-                engine.Source(
-                    f"{i}",
-                    f"s{i}",
-                    stack.enter_context(TensorFile(folder / f"vector{i + 1}")),
-                    (float(i + 1),),
-                    1,
-                )
-                for i in range(sites)
-            ]
-            recipe = make_recipe({"method": method}, "benchmark")
-            specs = engine.merged_specs(base.specs, recipe)
-            started = time.perf_counter()
-            with TensorWriter(folder / "ours.out", specs) as writer:
-                write_parts(writer, engine.merge(base, sources, roles_of(base.specs, ()), recipe))
-            print(json.dumps({"inside": time.perf_counter() - started}))
-
-    return run
-
-
-METHODS = ("mean", "sum", "ties", "median", "multislerp", "model-stock", "geometric-median")
-PROGRAMS: dict[str, Callable[[Path, int], None]] = {
-    "read": read_all,
-    "import torch": import_torch,
-    "bare numpy": bare_numpy,
-    **{method: ours(method) for method in METHODS},
-}
+SCALED = ("mean", "ties", "median", "multislerp")
+Runs = dict[tuple[str, int], list[Run]]
+"""Of each program on each setting, by its place among them."""
 
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--sites", type=int, default=8)
-    parser.add_argument("--width", type=int, default=WIDTH)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="where the files are made")
+    parser.add_argument("--mode", choices=["table", "sites", "size"], default="table")
+    parser.add_argument("--sites", type=int, help="8, or 200 in the mode 'sites'")
+    parser.add_argument("--width", type=int, help="768, or 384 in the other modes")
+    parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", choices=list(PROGRAMS), help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of every program")
+    parser.add_argument("--peers-python", type=Path, help="interpreter that has the peers")
+    parser.add_argument("--only", nargs="+", help="programs to run, by name or pattern")
+    parser.add_argument("--json", type=Path, help="write every figure here")
     chosen = parser.parse_args()
-    if chosen.one:
-        PROGRAMS[chosen.one](chosen.folder, chosen.sites)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"peak": peak}))
-        return
-    chosen.folder.mkdir(parents=True, exist_ok=True)
-    make(chosen.folder, chosen.sites, chosen.width)
-    times: dict[str, list[float]] = {name: [] for name in PROGRAMS}
-    inside: dict[str, list[float]] = {name: [] for name in PROGRAMS}
-    peaks: dict[str, float] = dict.fromkeys(PROGRAMS, 0.0)
-    for _ in range(chosen.rounds):
-        for name in PROGRAMS:
-            command = [sys.executable, __file__, "--folder", str(chosen.folder), "--one", name]
-            started = time.perf_counter()
-            done = subprocess.run(
-                [*command, "--sites", str(chosen.sites)], check=True, capture_output=True, text=True
-            )
-            times[name].append(time.perf_counter() - started)
-            said = {k: v for line in done.stdout.splitlines() for k, v in json.loads(line).items()}
-            peaks[name] = max(peaks[name], said["peak"])
-            inside[name].append(said.get("inside", times[name][-1]))
-    floor, bare = peaks["import torch"], statistics.median(times["bare numpy"])
-    print(f"{'program':<18}{'process s':>10}{'range':>14}{'inside s':>10}{'/ numpy':>9}{'MB':>7}")
-    for name in PROGRAMS:
-        middle, within = statistics.median(times[name]), statistics.median(inside[name])
-        spread = f"{min(times[name]):.2f}-{max(times[name]):.2f}"
-        above = f"{peaks[name] - floor:.0f}" if name in METHODS else f"{peaks[name]:.0f}"
-        ratio = within / bare
-        print(f"{name:<18}{middle:>10.2f}{spread:>14}{within:>10.2f}{ratio:>9.2f}{above:>7}")
-    print("MB: peak of the process; of the methods, what is above 'import torch'.")
+    settings = _settings(chosen)
+    programs = _chosen(chosen.only, chosen.mode, chosen.peers_python)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if chosen.threads:
+        environment["OMP_NUM_THREADS"] = str(chosen.threads)
+    for setting in settings:
+        _make(setting, programs, environment)
+    runs = _rounds(chosen.rounds, settings, programs, environment)
+    threads = environment.get("OMP_NUM_THREADS", "not set")
+    print(f"{os.cpu_count()} cores, OMP_NUM_THREADS {threads}, {chosen.rounds} rounds.")
+    if chosen.mode == "table":
+        _print_table(settings[0], programs, runs)
+    else:
+        _print_growth(settings, programs, runs)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(_figures(settings, runs), indent=1))
+
+
+def _settings(chosen: argparse.Namespace) -> list[Setting]:
+    table, peers = chosen.mode == "table", chosen.peers_python
+    width = chosen.width or (768 if table else 384)
+    sites = chosen.sites or (200 if chosen.mode == "sites" else 8)
+
+    def setting(sites: int, depth: int) -> Setting:
+        folder = chosen.folder / f"{width}x{depth}"
+        return Setting(folder, sites, width, depth, peers)
+
+    if chosen.mode == "sites":
+        return [setting(max(3, sites // part), chosen.depth) for part in (8, 4, 2, 1)]
+    if chosen.mode == "size":
+        return [setting(sites, chosen.depth), setting(sites, 10 * chosen.depth)]
+    return [setting(sites, chosen.depth)]
+
+
+def _chosen(only: Sequence[str] | None, mode: str, peers: Path | None) -> list[Program]:
+    """What to run; names that are no pattern may be of any method of the registry."""
+    if only is None and mode != "table":
+        return [Program(name) for name in ("import torch", *(f"engine {m}" for m in SCALED))]
+    patterns = ["*"] if only is None else [*only]
+    known = [p for p in PROGRAMS if any(fnmatchcase(p.name, pattern) for pattern in patterns)]
+    names = {program.name for program in PROGRAMS}
+    more = [p for p in patterns if "*" not in p and p not in names]
+    if odd := [name for name in more if name.split()[0] not in ("engine", "command")]:
+        sys.exit(f"no program is called '{odd[0]}': there are {', '.join(sorted(names))}")
+    programs = [*known, *map(Program, more)]
+    if left := [p.name for p in programs if p.of_peer and not peers]:
+        print(f"left out, for want of --peers-python: {', '.join(left)}")
+    return [p for p in programs if peers or not p.of_peer]
+
+
+def _make(setting: Setting, programs: Sequence[Program], environment: dict[str, str]) -> None:
+    # In a process of its own: this one has to stay small, see `measure`.
+    kinds = sorted({program.reads for program in programs})
+    size = [f"--{k}={getattr(setting, k)}" for k in ("folder", "sites", "width", "depth")]
+    subprocess.run([sys.executable, HERE / "vits.py", *size, *kinds], check=True, env=environment)
+
+
+def _rounds(
+    rounds: int,
+    settings: Sequence[Setting],
+    programs: Sequence[Program],
+    environment: dict[str, str],
+) -> Runs:
+    """Every program once, then every program once more; what fails is not tried again."""
+    runs: Runs = defaultdict(list)
+    peers = {k: v for k, v in environment.items() if k != "PYTHONPATH"}
+    failed = set()
+    for _ in range(rounds):
+        for place, setting in enumerate(settings):
+            for program in programs:
+                if (program.name, place) in failed:
+                    continue
+                command = program.command(setting)
+                try:
+                    run = measure(command, peers if program.kind == "mergekit" else environment)
+                except (Failed, OSError) as error:
+                    failed.add((program.name, place))
+                    print(f"left out: {program.name}: {error}")
+                else:
+                    runs[program.name, place].append(run)
+    return runs
+
+
+def _seconds(runs: Sequence[Run], *, inside: bool = False) -> float:
+    found = [run.said.get("inside", run.seconds) if inside else run.seconds for run in runs]
+    return statistics.median(found)
+
+
+def _private(runs: Sequence[Run]) -> float:
+    return max((run.private for run in runs), default=0.0)
+
+
+def _print_table(setting: Setting, programs: Sequence[Program], runs: Runs) -> None:
+    numpy = runs.get(("numpy", 0))
+    floor = _private(runs.get(("import torch", 0), ()))
+    print(f"{setting.sites} sites of {setting.values / 1e6:.0f} million float32 values.\n")
+    print(
+        "| program | seconds | range | inside | / numpy | inside / numpy | times as fast as "
+        "| private MB | above torch | total MB |"
+    )
+    print("| --- | --: | --: | --: | --: | --: | --- | --: | --: | --: |")
+    for program in programs:
+        mine = runs.get((program.name, 0))
+        if not mine:
+            continue
+        middle, spread = _seconds(mine), [run.seconds for run in mine]
+        inside = f"{_seconds(mine, inside=True):.2f}" if "inside" in mine[0].said else ""
+        by_numpy = f"{middle / _seconds(numpy):.2f}" if numpy else ""
+        pure = f"{_seconds(mine, inside=True) / _seconds(numpy):.2f}" if numpy and inside else ""
+        private = _private(mine)
+        above = f"{private - floor:.0f}" if floor and program.method else ""
+        cells = [
+            program.name,
+            f"{middle:.2f}",
+            f"{min(spread):.2f} to {max(spread):.2f}",
+            inside,
+            by_numpy,
+            pure,
+            _faster(program, middle, programs, runs),
+            f"{private:.0f}",
+            above,
+            f"{max(run.total for run in mine):.0f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
+    print(
+        "\nSeconds and inside (start-up left out): medians. Private: peak of the anonymous memory, "
+        "sampled; total: peak of the resident memory, with mapped files."
+    )
+
+
+def _faster(program: Program, seconds: float, programs: Sequence[Program], runs: Runs) -> str:
+    """How many times as long the others take for the same rule."""
+    if program.kind not in ("engine", "command"):
+        return ""
+    others = [
+        (other.kind, runs[other.name, 0])
+        for other in programs
+        if other.method == program.method
+        and other.kind in ("mergekit", "sd-mecha", "torch")
+        and (other.name, 0) in runs
+    ]
+    return ", ".join(f"{kind} {_seconds(theirs) / seconds:.1f}" for kind, theirs in others)
+
+
+def _print_growth(settings: Sequence[Setting], programs: Sequence[Program], runs: Runs) -> None:
+    """Time for each value that is read, and memory: flat where both scale as they should."""
+    print("\n| program | sites | million values | seconds | range | ns a value | private MB |")
+    print("| --- | --: | --: | --: | --: | --: | --: |")
+    for program in programs:
+        for place, setting in enumerate(settings):
+            mine = runs.get((program.name, place))
+            if not mine:
+                continue
+            spread = [run.seconds for run in mine]
+            read = setting.sites * setting.values
+            each = f"{_seconds(mine, inside=True) / read * 1e9:.2f}" if program.method else ""
+            cells = [
+                program.name,
+                str(setting.sites),
+                f"{setting.values / 1e6:.0f}",
+                f"{_seconds(mine):.2f}",
+                f"{min(spread):.2f} to {max(spread):.2f}",
+                each,
+                f"{_private(mine):.0f}",
+            ]
+            print(f"| {' | '.join(cells)} |")
+    print("\nns a value: start-up left out, over all values of all vectors.")
+
+
+def _figures(settings: Sequence[Setting], runs: Runs) -> list[dict[str, object]]:
+    return [
+        {
+            "program": name,
+            "sites": settings[place].sites,
+            "width": settings[place].width,
+            "depth": settings[place].depth,
+            "values": settings[place].values,
+            "runs": [asdict(run) for run in found],
+        }
+        for (name, place), found in runs.items()
+    ]
 
 
 if __name__ == "__main__":
