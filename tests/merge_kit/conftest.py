@@ -1,18 +1,21 @@
-"""Real file systems that are full or read-only, and the tests' merge job."""
+"""Real file systems that are full or read-only, a reader of blocks, and the tests' merge job."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from merge_kit import merging
+from merge_kit.blocks import BlockReader
 from merge_kit.contributions import Entry, check_payloads, list_entries
 from merge_kit.federation import read_federation
 from merge_kit.hub import FolderHub
 from merge_kit.recipe import make_recipe
+from merge_kit.tensorfile import TensorFile, write_tensors
 
 
 def _mount(folder: Path, options: str) -> None:
@@ -43,6 +46,26 @@ def read_only_disk(tmp_path: Path) -> Iterator[Path]:
     _mount(folder, "ro,size=64k")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True, timeout=20)
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Iterator[Callable[..., BlockReader]]:
+    """A reader of vectors given as dictionaries of tensors, over a base of ones."""
+    opened: list[TensorFile] = []
+
+    def make(vectors: Sequence[Mapping[str, torch.Tensor]], workers: int = 1) -> BlockReader:
+        def file(tensors: Mapping[str, torch.Tensor]) -> TensorFile:
+            path = tmp_path / f"{len(opened)}.safetensors"
+            write_tensors(path, tensors)
+            opened.append(TensorFile(path))
+            return opened[-1]
+
+        base = file({name: torch.ones_like(tensor) for name, tensor in vectors[0].items()})
+        return BlockReader(base, [file(v) for v in vectors], tuple(vectors[0]), workers)
+
+    yield make
+    for file in opened:
+        file.close()
 
 
 @pytest.fixture

@@ -15,26 +15,6 @@ from merge_kit.tensorfile import TensorFile, TensorSpec, write_tensors
 from tests.merge_kit.helpers import quick
 
 
-@pytest.fixture
-def read(tmp_path):
-    """A reader of vectors given as dictionaries of tensors, over a base of ones."""
-    opened = []
-
-    def make(vectors, workers=1):
-        def file(tensors):
-            path = tmp_path / f"{len(opened)}.safetensors"
-            write_tensors(path, tensors)
-            opened.append(TensorFile(path))
-            return opened[-1]
-
-        base = file({name: torch.ones_like(tensor) for name, tensor in vectors[0].items()})
-        return BlockReader(base, [file(v) for v in vectors], tuple(vectors[0]), workers)
-
-    yield make
-    for file in opened:
-        file.close()
-
-
 def pair(sizes, seed=0, sites=2):
     generator = torch.Generator().manual_seed(seed)
     return [
