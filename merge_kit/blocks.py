@@ -22,7 +22,9 @@ BLOCK = 32768
 _AHEAD = 4
 _LOWER = 16
 _BINS = 1 << _LOWER
+_SIGN = np.uint32(1 << 31)
 Histogram = np.ndarray[Any, np.dtype[np.int64]]
+Keys = np.ndarray[Any, np.dtype[np.uint32]]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -117,6 +119,11 @@ class BlockReader:
         """The site of each vector."""
         return self._sites
 
+    @property
+    def size(self) -> int:
+        """Number of values of each vector."""
+        return sum(stretch.size for stretch in self.stretches)
+
     def block(self, stretch: Stretch) -> Block:
         """Read one block; its values are overwritten by the same thread's next one."""
         values = self._buffer(stretch.size)
@@ -198,44 +205,79 @@ class BlockReader:
         found = {}
         for group, parts in groups.items():
             rank = int(fraction * sum(part.size for part in parts)) + 1
-            upper = self._histograms(measure, parts, None)
-            cells = [_descend(row, rank) for row in upper]
-            lower = self._histograms(measure, parts, [cell for cell, _ in cells])
-            bits = [
-                (cell << _LOWER) + _descend(row, left)[0] if cell >= 0 else 0
-                for row, (cell, left) in zip(lower, cells, strict=True)
-            ]
-            exact = np.array(bits, dtype=np.uint32).view(np.float32)
-            found[group] = torch.from_numpy(exact.copy())
+            bits = self._select(lambda block: _bits(measure(block)), parts, [rank])[0]
+            found[group] = torch.from_numpy(bits.view(np.float32))
         return {name: found[name if scope == "tensor" else ""] for name in self._names}
+
+    def order_statistics(self, measure: Callable[[Block], Tensor], ranks: Sequence[int]) -> Tensor:
+        """The exact k-th largest value of each row, of any sign, for every k of `ranks`.
+
+        Found as in `kth_largest`, from keys that sort like signed floats.
+        """
+        if not self.stretches:
+            return torch.zeros(len(ranks), len(self))
+        keys = self._select(lambda block: _to_keys(_bits(measure(block))), self.stretches, ranks)
+        return torch.from_numpy(_from_keys(keys).view(np.float32))
+
+    def _select(
+        self, keys: Callable[[Block], Keys], parts: Sequence[Stretch], ranks: Sequence[int]
+    ) -> Keys:
+        """(len(ranks), N): the k-th largest key of each row, or 0 where there are not so many."""
+        upper = self._histograms(keys, parts, [()] * len(self))
+        cells = [[_descend(row[0], rank) for rank in ranks] for row in upper]
+        lower = self._histograms(keys, parts, [[cell for cell, _ in row] for row in cells])
+        found = [
+            [
+                (cell << _LOWER) + _descend(histogram, left)[0] if cell >= 0 else 0
+                for histogram, (cell, left) in zip(row, places, strict=True)
+            ]
+            for row, places in zip(lower, cells, strict=True)
+        ]
+        chosen: Keys = np.array(found, dtype=np.uint32).T.copy()
+        return chosen
 
     def _histograms(
         self,
-        measure: Callable[[Block], Tensor],
+        keys: Callable[[Block], Keys],
         parts: Sequence[Stretch],
-        cells: Sequence[int] | None,
+        cells: Sequence[Sequence[int]],
     ) -> Histogram:
+        """(N, max(cells, 1), 65536): counts of the upper halves, or of the lower ones in cells."""
         # Counts are whole numbers: workers may add them up in any order.
         kept: list[Histogram] = []
         mine = threading.local()
+        shape = (len(self), max(map(len, cells), default=1) or 1, _BINS)
 
         def count(block: Block) -> None:
             if not hasattr(mine, "counts"):
-                mine.counts = np.zeros((len(self), _BINS), dtype=np.int64)
+                mine.counts = np.zeros(shape, dtype=np.int64)
                 kept.append(mine.counts)
-            bits = measure(block).contiguous().numpy().view(np.uint32)
-            for index, row in enumerate(bits):
+            for counts, row, inside in zip(mine.counts, keys(block), cells, strict=True):
                 upper = row >> _LOWER
-                if cells is None:
-                    mine.counts[index] += np.bincount(upper, minlength=_BINS)
-                else:
-                    inside = row[np.flatnonzero(upper == cells[index])] & (_BINS - 1)
-                    np.add.at(mine.counts[index], inside, 1)
+                if not inside:
+                    counts[0] += np.bincount(upper, minlength=_BINS)
+                for lower, cell in zip(counts, inside, strict=False):
+                    np.add.at(lower, row[np.flatnonzero(upper == cell)] & (_BINS - 1), 1)
 
         for _ in self.each(count, parts):
             pass
         total: Histogram = np.sum(kept, axis=0)
         return total
+
+
+def _bits(values: Tensor) -> Keys:
+    found: Keys = values.contiguous().numpy().view(np.uint32)
+    return found
+
+
+def _to_keys(bits: Keys) -> Keys:
+    """Keys that sort like the floats: negative ones upside down, below the others."""
+    flip: Keys = (bits.view(np.int32) >> 31).view(np.uint32) | _SIGN
+    return bits ^ flip
+
+
+def _from_keys(keys: Keys) -> Keys:
+    return np.where(keys >= _SIGN, keys ^ _SIGN, ~keys)
 
 
 def _descend(histogram: np.ndarray[Any, np.dtype[np.int64]], rank: int) -> tuple[int, int]:

@@ -111,7 +111,7 @@ def _survey_emr(vectors: Vectors, options: EmrOptions) -> Tensor:
         found = lengths(block.values)
         return found / math.prod(block.shape) if options.rescale == "means" else found
 
-    return rescalers(vectors.total(measure))
+    return rescalers(vectors.total(measure) if vectors.size else torch.zeros(2, len(vectors)))
 
 
 METHODS: tuple[Method, ...] = (
@@ -128,7 +128,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="emr",
         family="masks",
-        summary="the largest value of the elected sign, with masks that give each site's model back",
+        summary="the largest value of the elected sign, and masks that give each site's model back",
         paper="arXiv 2405.17461",
         rule=ByValue(
             combine=lambda block, weights, options, found: unify(block.values),

@@ -146,6 +146,10 @@ def test_the_first_pass_measures_the_whole_vector(read, rescale):
     np.testing.assert_allclose(found, own / kept, rtol=1e-12)
 
 
+def test_without_a_value_there_is_nothing_to_scale(read):
+    assert EMR.rescalers(EMR.survey(read([{}, {}]), EmrOptions())).tolist() == [1.0, 1.0]
+
+
 def test_the_site_behind_a_mask_is_closer_than_the_unified_model():
     """What EMR is for: theta_0 + lambda_i M_i * u stands nearer to theta_i than theta_0 + u."""
     vectors = torch.randn(5, 4000, generator=torch.Generator().manual_seed(0))
