@@ -7,24 +7,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from merge_kit.methods.base import Block, Scope
+from merge_kit.methods.base import Block, Scope, Statistics
+from merge_kit.selection import Stretch, keys_of, kth_largest, signed_keys_of, values_of
 from merge_kit.tensorfile import TensorFile, TensorSpec
 
 BLOCK = 32768
 """Values of each vector in one block: with its float64 temporaries it stays in the cache."""
 _AHEAD = 4
-_LOWER = 16
-_BINS = 1 << _LOWER
-_SIGN = np.uint32(1 << 31)
-Histogram = np.ndarray[Any, np.dtype[np.int64]]
-Keys = np.ndarray[Any, np.dtype[np.uint32]]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -34,15 +30,6 @@ class Values(Protocol):
 
     def read_into(self, name: str, begin: int, out: Tensor) -> None:
         """Fill `out`, flat float32, with values from index `begin` on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Where a block lies."""
-
-    tensor: str
-    begin: int
-    size: int
 
 
 def stretches(
@@ -104,10 +91,13 @@ class BlockReader:
         seed: int = 0,
         whole: bool = False,
         change: Callable[[Block], Tensor] | None = None,
+        statistics: Sequence[TensorFile] = (),
+        kind: Statistics | None = None,
     ) -> None:
         self._base, self._vectors, self._names = base, vectors, names
         self._workers, self._ids, self._sites = workers, ids, sites
-        self._seed, self._change = seed, change
+        self._seed, self._change, self._whole = seed, change, whole
+        self._statistics, self._kind = statistics, kind
         self.stretches = stretches(base.specs, names, whole=whole)
         self._local = threading.local()
 
@@ -141,8 +131,20 @@ class BlockReader:
             ids=self._ids,
             sites=self._sites,
             seed=self._seed,
+            statistics=self._statistics_of(stretch),
         )
         return block if self._change is None else replace(block, values=self._change(block))
+
+    def _statistics_of(self, stretch: Stretch) -> Tensor | None:
+        files = self._statistics
+        if not files or any(stretch.tensor not in file.specs for file in files):
+            return None
+        if self._kind == "gram":
+            return torch.stack([file.read(stretch.tensor) for file in files])
+        found = torch.empty(len(files), stretch.size)
+        for row, file in zip(found, files, strict=True):
+            file.read_into(stretch.tensor, stretch.begin, row)
+        return found
 
     def _buffer(self, size: int) -> Tensor:
         # A first pass that starts inside a block of another must not overwrite it.
@@ -194,100 +196,35 @@ class BlockReader:
     def kth_largest(
         self, measure: Callable[[Block], Tensor], fraction: float, scope: Scope
     ) -> dict[str, Tensor]:
-        """The exact k-th largest of each row, k = int(fraction d) + 1, or 0 where k exceeds d.
-
-        Non-negative floats sort like their bits: a histogram of the upper 16 bits finds where the
-        value lies, a second one of the lower bits finds it. No sampling, no sorting.
-        """
+        """The exact k-th largest of each row, k = int(fraction d) + 1, or 0 where k exceeds d."""
         groups: dict[str, list[Stretch]] = {}
         for stretch in self.stretches:
             groups.setdefault(stretch.tensor if scope == "tensor" else "", []).append(stretch)
         found = {}
         for group, parts in groups.items():
             rank = int(fraction * sum(part.size for part in parts)) + 1
-            bits = self._select(lambda block: _bits(measure(block)), parts, [rank])[0]
-            found[group] = torch.from_numpy(bits.view(np.float32))
+            keys = kth_largest(
+                self,
+                lambda block: keys_of(measure(block)),
+                parts,
+                [rank],
+                divisible=not self._whole,
+            )
+            found[group] = torch.from_numpy(keys[0].view(np.float32))
         return {name: found[name if scope == "tensor" else ""] for name in self._names}
 
     def order_statistics(self, measure: Callable[[Block], Tensor], ranks: Sequence[int]) -> Tensor:
-        """The exact k-th largest value of each row, of any sign, for every k of `ranks`.
-
-        Found as in `kth_largest`, from keys that sort like signed floats.
-        """
+        """The exact k-th largest value of each row, of any sign, for every k of `ranks`."""
         if not self.stretches:
             return torch.zeros(len(ranks), len(self))
-        keys = self._select(lambda block: _to_keys(_bits(measure(block))), self.stretches, ranks)
-        return torch.from_numpy(_from_keys(keys).view(np.float32))
-
-    def _select(
-        self, keys: Callable[[Block], Keys], parts: Sequence[Stretch], ranks: Sequence[int]
-    ) -> Keys:
-        """(len(ranks), N): the k-th largest key of each row, or 0 where there are not so many."""
-        upper = self._histograms(keys, parts, [()] * len(self))
-        cells = [[_descend(row[0], rank) for rank in ranks] for row in upper]
-        lower = self._histograms(keys, parts, [[cell for cell, _ in row] for row in cells])
-        found = [
-            [
-                (cell << _LOWER) + _descend(histogram, left)[0] if cell >= 0 else 0
-                for histogram, (cell, left) in zip(row, places, strict=True)
-            ]
-            for row, places in zip(lower, cells, strict=True)
-        ]
-        chosen: Keys = np.array(found, dtype=np.uint32).T.copy()
-        return chosen
-
-    def _histograms(
-        self,
-        keys: Callable[[Block], Keys],
-        parts: Sequence[Stretch],
-        cells: Sequence[Sequence[int]],
-    ) -> Histogram:
-        """(N, max(cells, 1), 65536): counts of the upper halves, or of the lower ones in cells."""
-        # Counts are whole numbers: workers may add them up in any order.
-        kept: list[Histogram] = []
-        mine = threading.local()
-        shape = (len(self), max(map(len, cells), default=1) or 1, _BINS)
-
-        def count(block: Block) -> None:
-            if not hasattr(mine, "counts"):
-                mine.counts = np.zeros(shape, dtype=np.int64)
-                kept.append(mine.counts)
-            for counts, row, inside in zip(mine.counts, keys(block), cells, strict=True):
-                upper = row >> _LOWER
-                if not inside:
-                    counts[0] += np.bincount(upper, minlength=_BINS)
-                for lower, cell in zip(counts, inside, strict=False):
-                    np.add.at(lower, row[np.flatnonzero(upper == cell)] & (_BINS - 1), 1)
-
-        for _ in self.each(count, parts):
-            pass
-        total: Histogram = np.sum(kept, axis=0)
-        return total
-
-
-def _bits(values: Tensor) -> Keys:
-    found: Keys = values.contiguous().numpy().view(np.uint32)
-    return found
-
-
-def _to_keys(bits: Keys) -> Keys:
-    """Keys that sort like the floats: negative ones upside down, below the others."""
-    flip: Keys = (bits.view(np.int32) >> 31).view(np.uint32) | _SIGN
-    return bits ^ flip
-
-
-def _from_keys(keys: Keys) -> Keys:
-    return np.where(keys >= _SIGN, keys ^ _SIGN, ~keys)
-
-
-def _descend(histogram: np.ndarray[Any, np.dtype[np.int64]], rank: int) -> tuple[int, int]:
-    """The cell of the rank-th largest value and its rank within the cell; (-1, 0) when too few."""
-    above = np.cumsum(histogram[::-1])
-    if rank > above[-1]:
-        return -1, 0
-    at = int(np.searchsorted(above, rank))
-    cell = len(histogram) - 1 - at
-    return cell, rank - int(above[at] - histogram[cell])
+        keys = kth_largest(
+            self,
+            lambda block: signed_keys_of(measure(block)),
+            self.stretches,
+            ranks,
+            divisible=not self._whole,
+        )
+        return torch.from_numpy(values_of(keys))
 
 
 def sum_in_order(parts: Mapping[str, Tensor]) -> Tensor:

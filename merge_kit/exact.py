@@ -1,8 +1,9 @@
 """Exact weighted sums: the same bytes in any order and on any number of threads.
 
 A sum of floats depends on its order; the real number that it stands for does not. A merged value
-is that number, rounded. It is first computed in float64 together with a bound on the error; the
-few values whose rounding the bound leaves open are computed again as fractions (Ziv 1991,
+is that number, rounded. It is first computed in float64. Where all terms are multiples of a unit
+that is coarse enough nothing was rounded; elsewhere a bound on the error is kept, and the few
+values whose rounding the bound leaves open are computed again in pairs and as fractions (Ziv 1991,
 doi 10.1145/114697.116813).
 """
 
@@ -12,12 +13,21 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 WEIGHT_BITS = 29
 """Bits of a weight: with the 24 of a float32 value, every product is exact in float64."""
 _ULP = 2.0**-52
+_LAST = 2.0**-23
+"""The last bit of a float32 value between 1 and 2."""
+_BELOW_FLOAT32 = (1 << 29) - 1
+_LIMIT = 2.0**52
+"""One bit less than float64 has: the bounds below are rounded too."""
+_FINITE = 0x7FFFFFFF
+Doubles = NDArray[np.float64]
 _SPLIT = 2.0**27 + 1
 
 
@@ -27,10 +37,16 @@ def round_weight(weight: float | Fraction) -> float:
     return math.ldexp(round(math.ldexp(mantissa, WEIGHT_BITS)), exponent - WEIGHT_BITS)
 
 
-def affine(start: Tensor, values: Tensor, weights: Sequence[float], factor: Fraction) -> Tensor:
-    """start + factor * sum_i weights_i values_i, such that rounding to float32 is exact.
+def affine(
+    start: Tensor,
+    values: Tensor,
+    weights: Sequence[float],
+    factor: Fraction,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """start + factor * sum_i weights_i values_i, such that rounding to `dtype` is exact.
 
-    Rounding the result to float32 gives what rounding the exact number through float64 gives.
+    Rounding the result to `dtype` gives what rounding the exact number through float64 gives.
 
     Parameters
     ----------
@@ -42,39 +58,80 @@ def affine(start: Tensor, values: Tensor, weights: Sequence[float], factor: Frac
     Tensor
         (n,) float64.
     """
-    total = torch.zeros_like(start)
-    bound = 0.0
-    for row, weight in zip(values, weights, strict=True):
-        total.add_(row, alpha=weight)
-        bound += abs(weight) * float(row.abs().amax())
-    scaled = total.mul_(float(factor))
-    # N additions of at most `bound` each, the factor, its product and the last sum.
-    reach = abs(float(factor)) * bound
-    error = _ULP * ((len(values) + 3) * reach + float(start.abs().amax()))
-    result = scaled.add_(start)
-    unsure = (result - error).float() != (result + error).float()
-    unsure &= result.isfinite()
-    if bool(unsure.any()):
-        at = unsure.nonzero().flatten()
-        result[at] = affine_in_pairs(start[at], values[:, at], weights, factor)
+    result = _weighted(values, weights).mul_(float(factor)).add_(start)
+    if _is_power_of_two(factor) and _adds_exactly(start, values, weights, abs(float(factor))):
+        return result
+    reach = abs(float(factor)) * _largest(values) * sum(map(abs, weights))
+    # N additions of at most `reach` each, the factor, its product and the last sum.
+    error = _ULP * ((len(values) + 3) * reach + _largest(start))
+    if not math.isfinite(error):
+        return result
+    at = ((result - error).to(dtype) != (result + error).to(dtype)).nonzero().flatten()
+    if len(at):
+        column = values[:, at].numpy(force=True)
+        settled = affine_in_pairs(start[at].numpy(force=True), column, weights, factor)
+        result[at] = torch.from_numpy(settled).to(result.device)
     return result
 
 
+def _weighted(values: Tensor, weights: Sequence[float]) -> Tensor:
+    total = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
+    for row, weight in zip(values, weights, strict=True):
+        total.add_(row, alpha=weight)
+    return total
+
+
+def _adds_exactly(start: Tensor, values: Tensor, weights: Sequence[float], shift: float) -> bool:
+    """Whether start + shift sum_i w_i values_i is never rounded in float64; shift is 2^k.
+
+    Sums of multiples of one unit that stay below 2^53 units are exact.
+    """
+    if bool((start.view(torch.int64) & _BELOW_FLOAT32).any()):
+        return False
+    bits = values.view(torch.int32) & _FINITE
+    least, most = (int(bound) for bound in bits.aminmax())
+    if not least:
+        least = int(bits.masked_fill_(bits == 0, _FINITE).amin())
+    low, high = torch.tensor([least, most], dtype=torch.int32).view(torch.float32).tolist()
+    begin = start.abs()
+    most_start = float(begin.amax())
+    least_start = float(begin.masked_fill_(begin == 0, math.inf).amin())
+    unit = min(_power_below(low) * _unit(weights) * shift, _power_below(least_start))
+    exact: bool = high * sum(map(abs, weights)) * shift + most_start < _LIMIT * unit * _LAST
+    return exact
+
+
+def _largest(values: Tensor) -> float:
+    """The largest magnitude."""
+    low, high = values.aminmax()
+    return max(-float(low), float(high))
+
+
+def _power_below(value: float) -> float:
+    """The largest power of two that is not above a positive number."""
+    return 2.0 ** (math.frexp(value)[1] - 1) if math.isfinite(value) else math.inf
+
+
+def _unit(weights: Sequence[float]) -> float:
+    """The largest power of two of which all weights are multiples."""
+    ratios = [weight.as_integer_ratio() for weight in weights if weight]
+    return min((top & -top) / bottom for top, bottom in ratios) if ratios else math.inf
+
+
+def _is_power_of_two(factor: Fraction) -> bool:
+    parts = abs(factor.numerator), factor.denominator
+    return parts[0] > 0 and all(part & (part - 1) == 0 for part in parts)
+
+
 def affine_in_pairs(
-    start: Tensor, values: Tensor, weights: Sequence[float], factor: Fraction
-) -> Tensor:
+    start: Doubles, values: NDArray[np.float32], weights: Sequence[float], factor: Fraction
+) -> Doubles:
     """As `affine`, rounded once to float64: in pairs of float64, then where need be in fractions.
 
     Sums of float32 values have few digits, so many lie exactly between two float32 values; pairs
     settle those.
     """
-    high, low = torch.zeros_like(start), torch.zeros_like(start)
-    reach = torch.zeros_like(start)
-    for row, weight in zip(values, weights, strict=True):
-        product = row.double() * weight
-        high, rest = _two_sum(high, product)
-        low += rest
-        reach += product.abs()
+    high, low, reach = _weighted_in_pairs(values, weights)
     first = float(factor)
     second = float(factor - Fraction(first))
     scaled, rest = _two_product(high, first)
@@ -82,24 +139,37 @@ def affine_in_pairs(
     total, error = _two_sum(start, scaled)
     result, left = _two_sum(total, error + rest)
     # Every term above was rounded at most once, in its second half: 2^-100 of the terms covers it.
-    bound = 2.0**-100 * (len(values) + 8) * (reach * abs(first) + start.abs())
+    bound = 2.0**-100 * (len(values) + 8) * (reach * abs(first) + np.abs(start))
     # The rest is at most half a unit; only next to that could the bound turn the rounding.
     unsure = (result + (left + bound) != result) | (result + (left - bound) != result)
-    for index in unsure.nonzero().flatten().tolist():
+    for index in np.flatnonzero(unsure).tolist():
         column = values[:, index].tolist()
         terms = (Fraction(w) * Fraction(v) for w, v in zip(weights, column, strict=True))
         result[index] = float(Fraction(start[index].item()) + factor * sum(terms, Fraction()))
     return result
 
 
-def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _weighted_in_pairs(
+    values: NDArray[np.float32], weights: Sequence[float]
+) -> tuple[Doubles, Doubles, Doubles]:
+    """sum_i w_i values_i as a pair, and sum_i |w_i values_i|."""
+    high, low, reach = np.zeros((3, values.shape[1]))
+    for row, weight in zip(values, weights, strict=True):
+        product = row * np.float64(weight)
+        high, rest = _two_sum(high, product)
+        low += rest
+        reach += np.abs(product)
+    return high, low, reach
+
+
+def _two_sum(a: Doubles, b: Doubles) -> tuple[Doubles, Doubles]:
     """s and e with s = fl(a + b) and s + e = a + b (Knuth, TAOCP volume 2, 4.2.2)."""
     s = a + b
     c = s - a
     return s, (a - (s - c)) + (b - c)
 
 
-def _two_product(a: Tensor, b: float) -> tuple[Tensor, Tensor]:
+def _two_product(a: Doubles, b: float) -> tuple[Doubles, Doubles]:
     """p and e with p = fl(a b) and p + e = a b (Dekker 1971, doi 10.1007/BF01397083)."""
     p = a * b
     upper_a = a * _SPLIT

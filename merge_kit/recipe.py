@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from merge_kit.errors import RecipeError
 from merge_kit.methods import METHODS, Method, WeightScheme
 from merge_kit.methods.base import Sparsify
 from merge_kit.schema import Document, SiteName, dump_yaml, parse, read_yaml, suggestion
 
+Share = Annotated[float, Field(ge=0, le=1)]
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -22,16 +23,73 @@ DTYPES = {
 }
 
 
-class Recipe(Document):
-    """A complete recipe: nothing in it is left to a default."""
+class Rule(Document):
+    """One merge rule with all its choices."""
 
-    format: Literal[1] = 1
     method: str
     options: dict[str, Any]
     weights: WeightScheme | dict[SiteName, float]
     """Share of each site: by a rule, or a number for each site."""
     scale: float = 1.0
     """lambda in theta_0 + lambda tau; of the weights, not of heads and norm statistics."""
+
+    @property
+    def entry(self) -> Method:
+        """The method's entry in the table."""
+        return METHODS[self.method]
+
+    @property
+    def checked_options(self) -> Document:
+        """The options as the method reads them."""
+        return self.entry.options.model_validate(self.options)
+
+    @property
+    def merging_rule(self) -> tuple[Method, Document]:
+        """The method that combines the values, with its options: behind DARE and its like."""
+        options = self.checked_options
+        if not isinstance(self.entry.rule, Sparsify):
+            return self.entry, options
+        then = METHODS[getattr(options, "rule")]  # noqa: B009
+        return then, then.options.model_validate(getattr(options, "rule_options"))  # noqa: B009
+
+
+class Group(Rule):
+    """Parameters that are merged by a rule of their own."""
+
+    match: tuple[str, ...] = ("*",)
+    """Patterns of parameter names, as of files: ``blocks.*.mlp.*``; one of them must fit."""
+    depth: tuple[Share, Share] | None = None
+    """Only parameters in blocks of this relative depth, from 0 (first) to 1 (last), ends included;
+    null takes all, also those outside the blocks."""
+
+    @field_validator("depth")
+    @classmethod
+    def _is_a_range(cls, depth: tuple[float, float] | None) -> tuple[float, float] | None:
+        if depth and depth[0] > depth[1]:
+            raise ValueError("must begin with the smaller number")
+        return depth
+
+
+class Lines(Document):
+    """Layer scaling: the merged vector of block l of L is multiplied by alpha + beta l / (L - 1).
+
+    LiNeS, arXiv 2410.17146, equation 3; parameters outside the blocks are multiplied by alpha.
+    """
+
+    alpha: float | None = None
+    """Null takes the paper's for several tasks: (|sum tau_i|_1 / |tau_M|_1) / N."""
+    beta: float = 0.5
+    """The paper searches it from 0 to 1 on validation images."""
+
+
+class Recipe(Rule):
+    """A complete recipe: nothing in it is left to a default."""
+
+    format: Literal[1] = 1
+    groups: tuple[Group, ...] = ()
+    """Parameters with a rule of their own; the first group that fits counts, else the main rule."""
+    lines: Lines | None = None
+    """Scale blocks by their depth after merging, whatever the method; null leaves them."""
     norm: Literal["pooled", "average", "base"] = "pooled"
     """Running statistics of batch norm: pooled by examples, averaged without weights, or kept."""
     head: Literal["seen", "method"] = "seen"
@@ -42,23 +100,9 @@ class Recipe(Document):
     """For methods that draw random numbers."""
 
     @property
-    def rule(self) -> Method:
-        """The method's entry in the table."""
-        return METHODS[self.method]
-
-    @property
-    def checked_options(self) -> Document:
-        """The options as the method reads them."""
-        return self.rule.options.model_validate(self.options)
-
-    @property
-    def merging_rule(self) -> tuple[Method, Document]:
-        """The method that combines the values, with its options: behind DARE and its like."""
-        options = self.checked_options
-        if not isinstance(self.rule.rule, Sparsify):
-            return self.rule, options
-        then = METHODS[getattr(options, "rule")]  # noqa: B009
-        return then, then.options.model_validate(getattr(options, "rule_options"))  # noqa: B009
+    def rules(self) -> tuple[Rule, ...]:
+        """The main rule, then that of each group."""
+        return (self, *self.groups)
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file."""
@@ -73,6 +117,28 @@ def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     RecipeError
         An unknown key or method (with the nearest known one), or a value out of its range.
     """
+    filled = _filled(data, where)
+    groups = data.get("groups") or ()
+    if not isinstance(groups, Sequence) or not all(isinstance(g, Mapping) for g in groups):
+        raise RecipeError(f"{where}: 'groups' must be a list, each entry with keys and values.")
+    filled["groups"] = [
+        _group(group, f"{where}, group {number}") for number, group in enumerate(groups, 1)
+    ]
+    return parse(Recipe, filled, where, RecipeError)
+
+
+def _group(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    filled = _filled(data, where)
+    match = data.get("match")
+    if match is None and data.get("depth") is None:
+        raise RecipeError(f"{where}: say which parameters it takes, with 'match' or 'depth'.")
+    if isinstance(match, str):
+        filled["match"] = (match,)
+    return parse(Group, filled, where, RecipeError).model_dump(mode="json")
+
+
+def _filled(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """One rule with its method's defaults."""
     name = data.get("method")
     if name is None:
         raise RecipeError(f"{where}: the key 'method' is missing; known are {', '.join(METHODS)}.")
@@ -88,8 +154,7 @@ def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
         plain = [n for n, m in METHODS.items() if not isinstance(m.rule, Sparsify)]
         then = _method(options["rule"], plain, f"{where}, options of {name}")
         options["rule_options"] = _options(then, options["rule_options"], where)
-    filled = {"weights": method.weights, **data, "options": options}
-    return parse(Recipe, filled, where, RecipeError)
+    return {"weights": method.weights, **data, "options": options}
 
 
 def _method(name: object, known: list[str], where: str) -> Method:

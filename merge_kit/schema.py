@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
@@ -75,8 +75,19 @@ def _shown(text: str) -> str:
 
 
 def _nearest(location: tuple[int | str, ...], model: type[Document]) -> str:
-    known = list(model.model_fields) if len(location) == 1 else []
-    return suggestion(str(location[-1]), known)
+    found: type[Document] | None = model
+    for part in location[:-1]:
+        found = _document_in(found, str(part)) if found else None
+    return suggestion(str(location[-1]), list(found.model_fields) if found else [])
+
+
+def _document_in(model: type[Document], field: str) -> type[Document] | None:
+    """The document that a field holds, also as one of several possibilities."""
+    if field not in model.model_fields:
+        return None
+    annotation = model.model_fields[field].annotation
+    kinds = get_args(annotation) or (annotation,)
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, Document)), None)
 
 
 def suggestion(name: str, known: list[str]) -> str:

@@ -81,8 +81,8 @@ class Vectors(Protocol):
     def order_statistics(self, measure: Callable[[Block], Tensor], ranks: Sequence[int]) -> Tensor:
         """The exact k-th largest value of each row of a measure (N, n), of any sign, for several k.
 
-        Ranks run from 1, the largest, to `size`, the smallest. (len(ranks), N) float32, in two
-        passes however many ranks there are.
+        Ranks run from 1, the largest, to `size`, the smallest. (len(ranks), N) float32, mostly in
+        one pass however many ranks there are.
         """
 
 

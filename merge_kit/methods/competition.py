@@ -91,7 +91,8 @@ def pcb(vectors: Tensor, weights: Tensor, state: PcbState, inter: Inter = "sum")
     that exactly int(clamp d) values are clamped at each and int(ratio d) scores count; the scripts
     differ from that by one rank.
 
-    Five passes over the data: two for both clamps, two for cut and top of the scores, one to merge.
+    Three passes over the data: both clamps, cut and top of the scores, and the merge; two more for
+    either of the first when the samples of `merge_kit.selection` mislead.
 
     Parameters
     ----------

@@ -398,3 +398,96 @@ def test_a_tensor_of_several_blocks_is_merged_whole(open_file):
     parts = list(engine.merge(open_file({"w": torch.ones(80_000)}), made, roles, recipe))
     assert [part.begin for part in parts] == [0, 32768, 65536]
     assert torch.equal(torch.cat([part.values for part in parts]), 1 + 1.5 * ramp)
+
+
+DEEP = {
+    "blocks.0.w": torch.zeros(2),
+    "blocks.1.w": torch.zeros(2),
+    "blocks.2.w": torch.zeros(2),
+    "stem.w": torch.zeros(2),
+}
+
+
+@pytest.fixture
+def merge_deep(open_file):
+    """Two sites whose every tensor is (1, 2) and (3, -2), over a base of zeros."""
+    base = open_file(DEEP)
+    made = [
+        engine.Source(i, f"s{i}", open_file(dict.fromkeys(DEEP, torch.tensor(v))), (1.0,), 1)
+        for i, v in (("a", [1.0, 2.0]), ("b", [3.0, -2.0]))
+    ]
+    roles = roles_of(base.specs, ())
+
+    def run(**recipe):
+        complete = make_recipe(recipe, "test")
+        parts = engine.merge(base, made, roles, complete)
+        return {n: v.tolist() for n, v in assemble(parts, base.specs).items()}
+
+    return run
+
+
+def test_groups_of_parameters_have_their_own_method_weights_and_scale(merge_deep):
+    """Sum everywhere; the stem: 2 times the mean with weights 3 and 1; block 1: the larger."""
+    merged = merge_deep(
+        method="sum",
+        groups=[
+            {"match": "stem.*", "method": "mean", "weights": {"sa": 3, "sb": 1}, "scale": 2},
+            {"match": ["blocks.1.*", "nothing"], "method": "magmax"},
+            {"match": "*", "depth": [0.9, 1], "method": "sum", "scale": 0.5},
+        ],
+    )
+    assert merged == {
+        "blocks.0.w": [4.0, 0.0],
+        "blocks.1.w": [3.0, -2.0],
+        "blocks.2.w": [2.0, 0.0],
+        "stem.w": [3.0, 2.0],
+    }
+
+
+def test_the_first_group_that_fits_counts(merge_deep):
+    merged = merge_deep(
+        method="sum",
+        groups=[
+            {"match": "blocks.0.*", "method": "sum", "scale": 2},
+            {"match": "blocks.*", "method": "sum", "scale": 3},
+        ],
+    )
+    assert [v[0] for v in merged.values()] == [8.0, 12.0, 12.0, 4.0]
+
+
+def test_a_group_that_takes_nothing_is_refused(merge_deep):
+    sentence = (
+        "group 2 of the recipe (block.*) takes no tensor: correct its 'match' or 'depth', or put "
+        "it before the group that takes them."
+    )
+    groups = [{"match": "stem.*", "method": "sum"}, {"match": "block.*", "method": "mean"}]
+    with says(RecipeError, sentence):
+        merge_deep(method="sum", groups=groups)
+
+
+def test_layers_are_scaled_by_their_depth(merge_deep):
+    """LiNeS: alpha + beta l / (L - 1) with alpha 0.5 and beta 1; the stem takes alpha."""
+    merged = merge_deep(method="sum", scale=2.0, lines={"alpha": 0.5, "beta": 1.0})
+    assert [v[0] for v in merged.values()] == [4.0, 8.0, 12.0, 4.0]
+
+
+def test_the_papers_alpha_follows_from_the_lengths(merge_deep):
+    """Sum: |sum|_1 / |tau_M|_1 / N = 1 / 2; mean: tau_M is half of the sum, so alpha = 1."""
+    merged = merge_deep(method="sum", lines={"beta": 0.0})
+    assert [v[0] for v in merged.values()] == [2.0] * 4
+    merged = merge_deep(method="mean", lines={"beta": 0.0})
+    assert [v[0] for v in merged.values()] == [2.0] * 4
+
+
+def test_many_scales_share_one_pass_and_give_what_each_gives_alone(open_file):
+    for method in ("mean", "ties", "karcher", "dare"):
+        base, made = many(open_file, count=3)
+        roles = roles_of(base.specs, ("head",))
+        data = {"method": method, "scale": 0.5}
+        specs = engine.merged_specs(base.specs, make_recipe(data, "test"))
+        found = list(engine.merge_scales(base, made, roles, make_recipe(data, "test"), (1.0, 0.2)))
+        for index, scale in enumerate((0.5, 0.5 * 0.2)):
+            alone = engine.merge(base, made, roles, make_recipe({**data, "scale": scale}, "test"))
+            together = assemble((parts[index] for parts in found), specs)
+            for name, tensor in assemble(alone, specs).items():
+                assert torch.equal(together[name], tensor), (method, name)

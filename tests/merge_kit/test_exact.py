@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,8 +36,11 @@ def test_the_result_rounds_as_the_exact_number_does_in_any_order(terms, start, f
     random.shuffle(terms)
     values = torch.tensor([[v] for v, _ in terms])
     weights = [w for _, w in terms]
-    found = affine(torch.tensor([start], dtype=torch.float64), values, weights, factor)
-    assert torch.equal(found.float()[0], wanted)
+    begin = torch.tensor([start], dtype=torch.float64)
+    assert torch.equal(affine(begin, values, weights, factor).float()[0], wanted)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        rounded = torch.tensor(float(exact), dtype=torch.float64).to(dtype)
+        assert torch.equal(affine(begin, values, weights, factor, dtype).to(dtype)[0], rounded)
 
 
 def test_what_float64_leaves_open_is_found_exactly():
@@ -85,8 +89,8 @@ def test_pairs_of_float64_round_once(terms, start, factor):
         (Fraction(w) * Fraction(n) for w, n in zip(weights, numbers, strict=True)), Fraction()
     )
     found = affine_in_pairs(
-        torch.tensor([float(start)], dtype=torch.float64),
-        torch.tensor([[n] for n in numbers]),
+        np.array([float(start)]),
+        np.array([[n] for n in numbers], dtype=np.float32),
         weights,
         factor,
     )

@@ -93,7 +93,9 @@ def test_provenance_is_enough_to_merge_again(contribute, hub, merge, federation,
     record = provenance(merge(scale=0.5).folder)
     assert record["federation"] == {"name": "cells", "hash": federation.contract_hash}
     assert record["base"] == federation.base_fingerprint
-    assert record["recipe"] == make_recipe({"method": "mean", "scale": 0.5}, "x").model_dump()
+    assert record["recipe"] == make_recipe({"method": "mean", "scale": 0.5}, "x").model_dump(
+        mode="json"
+    )
     assert record["refused"] == []
     # 30 examples of 40 and 5 + 2.5 + 2.5 of 40, averaging 1
     weights = {one.manifest.id: 1.5, two.manifest.id: 0.5}

@@ -19,6 +19,8 @@ def test_every_default_is_spelled_out():
         "options": {"density": 0.2, "scope": "vector", "reduction": "mean", "vote": "values"},
         "weights": "uniform",
         "scale": 1.0,
+        "groups": [],
+        "lines": None,
         "norm": "pooled",
         "head": "seen",
         "dtype": "float32",
@@ -73,6 +75,9 @@ def test_a_recipe_comes_back_from_yaml(tmp_path, data):
          "'bfloat16' or 'float64' (got 'int8')."),
         ({"method": "mean", "seed": -1}, "'seed': input should be greater than or equal to 0 "
          "(got -1)."),
+        ({"method": "mean", "groups": 3},
+         "'groups' must be a list, each entry with keys and values."),
+        ({"method": "mean", "lines": {"bta": 1}}, "unknown key 'lines.bta'; did you mean 'beta'?"),
         ({"method": "mean", "format": 2}, "'format': input should be 1 (got 2)."),
     ],
 )  # fmt: skip
@@ -121,4 +126,37 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
 def test_a_recipe_reads_its_options_with_their_types():
     recipe = make_recipe({"method": "ties", "options": {"density": 1}}, "here")
     assert recipe.checked_options.density == 1.0
-    assert recipe.rule.name == "ties"
+    assert recipe.entry.name == "ties"
+
+
+@pytest.mark.parametrize(
+    ("group", "sentence"),
+    [
+        ({"match": "a.*"}, f"the key 'method' is missing; known are {', '.join(METHODS)}."),
+        ({"method": "mean"}, "say which parameters it takes, with 'match' or 'depth'."),
+        (
+            {"match": "a.*", "method": "ties", "options": {"densty": 1}},
+            "unknown key 'densty'; did you mean 'density'?",
+        ),
+        ({"match": "a.*", "method": "mean", "norm": "base"}, "unknown key 'norm'; known are "),
+        (
+            {"method": "mean", "depth": [0.5, 0.2]},
+            "'depth': must begin with the smaller number.",
+        ),
+        ({"method": "mean", "depth": [0.5, 2]}, "'depth.1': input should be less than or equal "
+         "to 1 (got 2)."),
+    ],
+)  # fmt: skip
+def test_faults_of_a_group_name_the_group(group, sentence):
+    with pytest.raises(RecipeError) as caught:
+        make_recipe({"method": "mean", "groups": [group]}, "here")
+    assert str(caught.value).startswith("here, group 1")
+    assert sentence in str(caught.value)
+
+
+def test_the_defaults_of_a_group_are_its_methods():
+    recipe = make_recipe({"method": "mean", "groups": [{"match": "*.b", "method": "ties"}]}, "here")
+    (group,) = recipe.groups
+    assert (group.match, group.depth) == (("*.b",), None)
+    assert group.weights == "uniform"
+    assert group.options["density"] == 0.2

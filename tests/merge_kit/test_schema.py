@@ -39,7 +39,10 @@ def test_an_unknown_key_like_no_other_gets_the_list():
             "here: 'inner.share': input should be a valid number, unable to parse string as a "
             "number (got 'x').",
         ),
-        ({"name": "n", "inner": {"shrae": 1}}, "here: unknown key 'inner.shrae'."),
+        (
+            {"name": "n", "inner": {"shrae": 1}},
+            "here: unknown key 'inner.shrae'; did you mean 'share'?",
+        ),
         (
             {"name": "n", "inner": {"share": float("nan")}},
             "here: 'inner.share': input should be a finite number (got nan).",

@@ -197,12 +197,17 @@ def test_without_a_value_nothing_competes(read):
     assert RULE.survey(read([{}, {}]), PcbOptions()).top.tolist() == [0.0, 0.0]
 
 
-def test_four_passes_come_before_the_merge(read, monkeypatch):
-    reader = read([{"w": torch.randn(2 * BLOCK)}, {"w": torch.randn(2 * BLOCK)}])
+def test_two_passes_come_before_the_merge(read, monkeypatch):
+    """And what the sample reads of every block of the scores."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = 60
+    reader = read([{"w": torch.randn(blocks * BLOCK, generator=generator)} for _ in range(2)])
     seen, plain = [], reader.block
-    monkeypatch.setattr(reader, "block", lambda stretch: seen.append(stretch) or plain(stretch))
+    monkeypatch.setattr(
+        reader, "block", lambda stretch: seen.append(stretch.size) or plain(stretch)
+    )
     RULE.survey(reader, PcbOptions())
-    assert len(seen) == 4 * 2
+    assert sum(seen) == 2 * blocks * BLOCK + blocks * 512
 
 
 def test_the_defaults_are_those_of_the_stand_alone_code():

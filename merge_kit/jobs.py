@@ -1,0 +1,221 @@
+"""One merge rule made ready to run over blocks: weights, coefficients and first passes settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_kit.blocks import BlockReader, sum_in_order
+from merge_kit.errors import RecipeError, VectorError
+from merge_kit.exact import affine
+from merge_kit.methods.base import Block, ByValue, FromGram, Linear, Method, Sparsify
+from merge_kit.methods.linear import weighted_sum
+from merge_kit.recipe import Rule
+from merge_kit.schema import Document
+from merge_kit.tensorfile import TensorFile
+from merge_kit.weighing import Source, weigh
+
+Scaled = Callable[[float], Tensor]
+"""A scale gives the merged weights of one block, (n,) float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A rule over some of the tensors."""
+
+    reader: BlockReader
+    scale: float
+    combine: Callable[[Block], Scaled]
+    """What the scales share is done once, when the block is given."""
+    keeps: tuple[bool, ...]
+    """Which vectors the method accepts; heads and statistics of the others are left out too."""
+    masks: Callable[[Block], Tensor] | None = None
+    """(N, n): which values of the merged vector are each site's too."""
+    rescalers: Tensor | None = None
+    """With `masks`, (N,) float64: the factor of each site's values."""
+
+
+def check_sites(sources: Sequence[Source], rule: Rule) -> None:
+    """Refuse a method that needs more vectors, fewer, or statistics that a site did not publish.
+
+    Raises
+    ------
+    RecipeError
+        Names the method and what it needs.
+    """
+    for method, options in ((rule.entry, rule.checked_options), rule.merging_rule):
+        _check_method(method, options, sources)
+
+
+def _check_method(method: Method, options: Document, sources: Sequence[Source]) -> None:
+    size = len(sources)
+    if size < method.minimum:
+        raise RecipeError(
+            f"'{method.name}' needs at least {method.minimum} vectors, there is {size}: "
+            "wait for more sites, or take another method."
+        )
+    if method.maximum is not None and size > method.maximum:
+        raise RecipeError(
+            f"'{method.name}' merges at most {method.maximum} vectors, there are {size}: "
+            "choose with --site, or take another method."
+        )
+    if reason := method.refusal(size, options):
+        raise RecipeError(f"'{method.name}' cannot be used: {reason}.")
+    if method.statistics:
+        for source in sources:
+            if source.statistics is None:
+                raise RecipeError(
+                    f"site '{source.site}' has published no {method.statistics} statistics for "
+                    "its vector: ask it to run 'merge-kit statistics', or take another method."
+                )
+
+
+def plan(
+    base: TensorFile,
+    sources: Sequence[Source],
+    names: Sequence[str],
+    rule: Rule,
+    workers: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Job:
+    """Make a rule ready for the tensors `names`; sources must be sorted by id.
+
+    Raises
+    ------
+    RecipeError, VectorError
+        As `weigh`; or a vector has no direction and the method measures angles.
+    """
+    reader = _reader(base, sources, names, rule, workers, seed)
+    (method, options), weighing = rule.merging_rule, weigh(sources, rule)
+    weights = torch.tensor(weighing.shares, dtype=torch.float64)
+    everyone = (True,) * len(sources)
+    if isinstance(method.rule, Linear):
+        factor = Fraction(method.rule.factor(options)) * weighing.unit
+        if method.rule.average:
+            factor /= len(sources)
+
+        def exactly(block: Block) -> Scaled:
+            return lambda scale: affine(
+                block.start, block.values, weighing.raw, factor * Fraction(scale), dtype
+            )
+
+        return Job(reader, rule.scale, exactly, everyone)
+    if isinstance(method.rule, FromGram):
+        return _from_gram(reader, sources, rule, weights)
+    assert isinstance(method.rule, ByValue)
+    return _by_value(reader, method.rule, rule.scale, weights, options)
+
+
+def _by_value(
+    reader: BlockReader, rule: ByValue, scale: float, weights: Tensor, options: Document
+) -> Job:
+    state: Any = rule.survey(reader, options) if rule.survey else None
+
+    def combine(block: Block) -> Scaled:
+        tau = rule.combine(block, weights, options, state)
+        return lambda scale: block.start + scale * tau
+
+    everyone = (True,) * len(reader)
+    if rule.masks is None:
+        return Job(reader, scale, combine, everyone)
+    masks, rescalers = rule.masks, rule.rescalers
+    assert rescalers is not None
+    return Job(
+        reader,
+        scale,
+        combine,
+        everyone,
+        masks=lambda block: masks(block, options, state),
+        rescalers=rescalers(state),
+    )
+
+
+def _from_gram(reader: BlockReader, sources: Sequence[Source], rule: Rule, weights: Tensor) -> Job:
+    method, options = rule.merging_rule
+    assert isinstance(method.rule, FromGram)
+    chosen = _coefficients(reader, sources, method, weights, options)
+    on_weights = method.rule.on_weights(options)
+
+    def combine(block: Block) -> Scaled:
+        shares = chosen[block.tensor]
+        tau = weighted_sum(block.values, shares)
+        if on_weights:
+            tau += (shares.sum() - 1) * block.start
+        return lambda scale: block.start + scale * tau
+
+    keeps = (True,) * len(sources)
+    if method.rule.selects and chosen:
+        keeps = tuple((next(iter(chosen.values())) > 0).tolist())
+    return Job(reader, rule.scale, combine, keeps)
+
+
+def _coefficients(
+    reader: BlockReader,
+    sources: Sequence[Source],
+    method: Method,
+    weights: Tensor,
+    options: Document,
+) -> dict[str, Tensor]:
+    assert isinstance(method.rule, FromGram)
+    on_weights = method.rule.on_weights(options)
+
+    def products(block: Block) -> Tensor:
+        values = block.values.double()
+        if on_weights:
+            values += block.start
+        return values @ values.T
+
+    grams = reader.totals(products)
+    whole = sum_in_order(grams) if grams else torch.zeros(len(sources), len(sources))
+    for source, square in zip(sources, whole.diagonal().tolist(), strict=True):
+        if method.directions and square == 0:
+            raise VectorError(
+                f"site '{source.site}': its vector is all zeros and '{method.name}' needs a "
+                f"direction: leave it out with --exclude {source.site}."
+            )
+    if method.rule.scope(options) == "vector":
+        shares = method.rule.coefficients(whole, weights, options)
+        return dict.fromkeys(grams, shares)
+    return {name: method.rule.coefficients(gram, weights, options) for name, gram in grams.items()}
+
+
+def _reader(
+    base: TensorFile,
+    sources: Sequence[Source],
+    names: Sequence[str],
+    rule: Rule,
+    workers: int,
+    seed: int,
+) -> BlockReader:
+    first, options = rule.entry.rule, rule.checked_options
+    method, then = rule.merging_rule
+    whole = isinstance(method.rule, ByValue) and method.rule.whole(then)
+    change: Callable[[Block], Tensor] | None = None
+    if isinstance(first, Sparsify):
+        whole = whole or first.whole(options)
+        sparse = first
+
+        def change(block: Block) -> Tensor:
+            return sparse.change(block, options)
+
+    statistics = [s.statistics for s in sources if s.statistics] if method.statistics else []
+    return BlockReader(
+        base,
+        [source.file for source in sources],
+        names,
+        workers,
+        ids=tuple(source.id for source in sources),
+        sites=tuple(source.site for source in sources),
+        seed=seed,
+        whole=whole,
+        change=change,
+        statistics=statistics,
+        kind=method.statistics,
+    )
