@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -13,11 +14,13 @@ from merge_kit import jobs, vector
 from merge_kit.blocks import one_thread_each
 from merge_kit.depth import depths
 from merge_kit.errors import RecipeError
+from merge_kit.exact import Pair
 from merge_kit.jobs import Job
 from merge_kit.methods.base import Block
 from merge_kit.parameters import Role
 from merge_kit.pooling import Pooling
 from merge_kit.recipe import DTYPES, Group, Lines, Recipe
+from merge_kit.running import Sums
 from merge_kit.tensorfile import TensorFile, TensorSpec
 from merge_kit.weighing import Source, Weighing, weigh
 
@@ -43,6 +46,8 @@ class Part:
     values: Tensor
     masks: Tensor | None = None
     """(N, n) of True and False, in the order of the ids, for methods that keep what is whose."""
+    pair: Pair | None = None
+    """The exact sum of the weighted vectors, where it is kept."""
 
 
 def check_sites(sources: Sequence[Source], recipe: Recipe) -> None:
@@ -102,6 +107,7 @@ def merge(
     sources: Sequence[Source],
     roles: Mapping[str, Role],
     recipe: Recipe,
+    sums: Sequence[Sums] = (),
 ) -> Iterator[Part]:
     """The merged model, stretch by stretch, sorted by name, in the dtypes of `merged_specs`.
 
@@ -109,6 +115,9 @@ def merge(
     neither order nor threads ever matter; sums run in float64. Private memory is a few blocks of
     every vector, whatever the size of the model; torch's number of threads is the number of blocks
     that are worked on at once.
+
+    `sums`, one for each of the recipe's `rules`, keep the exact sums of linear rules, and say which
+    vectors have come or gone since the sums were made.
 
     Raises
     ------
@@ -119,7 +128,7 @@ def merge(
     NonFiniteError
         A merged value overflows.
     """
-    for parts in merge_scales(base, sources, roles, recipe, (1.0,)):
+    for parts in merge_scales(base, sources, roles, recipe, (1.0,), sums):
         yield parts[0]
 
 
@@ -129,6 +138,7 @@ def merge_scales(
     roles: Mapping[str, Role],
     recipe: Recipe,
     factors: Sequence[float],
+    sums: Sequence[Sums] = (),
 ) -> Iterator[tuple[Part, ...]]:
     """As `merge`, one part for each factor of the recipe's scales; the files are read once."""
     ordered = sorted(sources, key=lambda source: source.id)
@@ -138,9 +148,16 @@ def merge_scales(
     with one_thread_each() as workers:
         planned = [
             jobs.plan(
-                base, ordered, names, rule, workers, seed=recipe.seed, dtype=DTYPES[recipe.dtype]
+                base,
+                ordered,
+                names,
+                rule,
+                workers,
+                seed=recipe.seed,
+                dtype=DTYPES[recipe.dtype],
+                sums=kept_sum,
             )
-            for rule, names in zip(recipe.rules, groups, strict=True)
+            for rule, names, kept_sum in zip_longest(recipe.rules, groups, sums)
         ]
         layers = _layer_factors(planned, groups, recipe.lines, len(ordered))
         streams = {}
@@ -167,10 +184,12 @@ def _stream(
     specs: Mapping[str, TensorSpec],
 ) -> Iterator[tuple[Part, ...]]:
     def work(block: Block) -> tuple[Part, ...]:
-        scale, add = job.scale * layers.get(block.tensor, 1.0), job.combine(block)
-        masks = job.masks(block) if job.masks else None
+        name, found = block.tensor, job.combine(block)
+        scale = job.scale * layers.get(name, 1.0)
         return tuple(
-            Part(block.tensor, block.begin, _cast(add(scale * f), block.tensor, specs), masks)
+            Part(
+                name, block.begin, _cast(found.at(scale * f), name, specs), found.masks, found.pair
+            )
             for f in factors
         )
 
@@ -198,7 +217,7 @@ def _lengths(job: Job) -> tuple[float, float]:
         plain = torch.zeros_like(block.start)
         for tau in block.values:
             plain += tau
-        merged = job.combine(block)(job.scale) - block.start
+        merged = job.combine(block).at(job.scale) - block.start
         return torch.stack([plain.abs().sum(), merged.abs().sum()])
 
     found = job.reader.totals(measure)

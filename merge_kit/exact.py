@@ -10,7 +10,7 @@ doi 10.1145/114697.116813).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -28,7 +28,12 @@ _LIMIT = 2.0**52
 """One bit less than float64 has: the bounds below are rounded too."""
 _FINITE = 0x7FFFFFFF
 Doubles = NDArray[np.float64]
+Pair = tuple[Doubles, Doubles]
 _SPLIT = 2.0**27 + 1
+
+
+class InexactSumError(ArithmeticError):
+    """A sum has more digits than two float64 numbers hold."""
 
 
 def round_weight(weight: float | Fraction) -> float:
@@ -132,6 +137,25 @@ def affine_in_pairs(
     settle those.
     """
     high, low, reach = _weighted_in_pairs(values, weights)
+
+    def total(index: int) -> Fraction:
+        column = values[:, index].tolist()
+        return sum(
+            (Fraction(w) * Fraction(v) for w, v in zip(weights, column, strict=True)), Fraction()
+        )
+
+    return _round_once(start, (high, low), (len(values) + 8) * reach, factor, total)
+
+
+def _round_once(
+    start: Doubles,
+    pair: Pair,
+    reach: Doubles,
+    factor: Fraction,
+    as_fraction: Callable[[int], Fraction],
+) -> Doubles:
+    """start + factor * (high + low), rounded to float64; `as_fraction` gives one sum exactly."""
+    high, low = pair
     first = float(factor)
     second = float(factor - Fraction(first))
     scaled, rest = _two_product(high, first)
@@ -139,14 +163,81 @@ def affine_in_pairs(
     total, error = _two_sum(start, scaled)
     result, left = _two_sum(total, error + rest)
     # Every term above was rounded at most once, in its second half: 2^-100 of the terms covers it.
-    bound = 2.0**-100 * (len(values) + 8) * (reach * abs(first) + np.abs(start))
+    bound = 2.0**-100 * (reach * abs(first) + 8 * np.abs(start))
     # The rest is at most half a unit; only next to that could the bound turn the rounding.
     unsure = (result + (left + bound) != result) | (result + (left - bound) != result)
     for index in np.flatnonzero(unsure).tolist():
-        column = values[:, index].tolist()
-        terms = (Fraction(w) * Fraction(v) for w, v in zip(weights, column, strict=True))
-        result[index] = float(Fraction(start[index].item()) + factor * sum(terms, Fraction()))
+        result[index] = float(Fraction(start[index].item()) + factor * as_fraction(index))
     return result
+
+
+def add_exactly(
+    high: Doubles, low: Doubles, values: NDArray[np.float32], weights: Sequence[float]
+) -> Pair:
+    """The exact sum (high + low) + sum_i weights_i values_i, as a pair of float64.
+
+    `high` is the sum rounded to float64 and `low` what is left, so a pair depends on the sum alone
+    and not on the order in which it was made. (n,), (n,) and (N, n) give (n,) and (n,).
+
+    Raises
+    ------
+    InexactSumError
+        The sum has more digits than a pair holds.
+    """
+    if not high.any() and not low.any() and len(values):
+        rows = torch.from_numpy(values)
+        if _adds_exactly(torch.zeros(1, dtype=torch.float64), rows, weights, 1.0):
+            return _weighted(rows, weights).numpy() + 0.0, low
+    for row, weight in zip(values, weights, strict=True):
+        high, rest = _two_sum(high, row * np.float64(weight))
+        if low.any():
+            rest, lost = _two_sum(low, rest)
+            if lost.any():
+                raise InexactSumError
+            high, rest = _two_sum(high, rest)
+        low = rest
+    # Zero has two signs, and which one comes out depends on the way.
+    return high + 0.0, low + 0.0
+
+
+def affine_of_sum(
+    start: Tensor, high: Doubles, low: Doubles, factor: Fraction, dtype: torch.dtype
+) -> Tensor:
+    """As `affine`, of a sum that is there already as a pair: the same bytes."""
+    begin = start.numpy(force=True)
+    result = high * float(factor) + begin
+    if _is_power_of_two(factor) and not low.any() and _fits(begin, high, abs(float(factor))):
+        return torch.from_numpy(result)
+    reach = abs(float(factor)) * np.abs(high)
+    error = _ULP * (4 * float(reach.max()) + float(np.abs(begin).max()))
+    found = torch.from_numpy(result)
+    if not math.isfinite(error):
+        return found
+    at = ((found - error).to(dtype) != (found + error).to(dtype)).nonzero().flatten().numpy()
+    if len(at):
+        pair = high[at], low[at]
+
+        def total(index: int) -> Fraction:
+            return Fraction(pair[0][index].item()) + Fraction(pair[1][index].item())
+
+        result[at] = _round_once(begin[at], pair, 8 * np.abs(pair[0]), factor, total)
+    return found
+
+
+def _fits(start: Doubles, high: Doubles, shift: float) -> bool:
+    """Whether start + shift * high is never rounded; shift is 2^k."""
+    unit = min(_last_bit(start), _last_bit(high) * shift)
+    return float(np.abs(start).max() + np.abs(high).max() * shift) < _LIMIT * unit
+
+
+def _last_bit(values: Doubles) -> float:
+    """The largest power of two of which all values are multiples."""
+    values = values[values != 0]
+    if not len(values):
+        return math.inf
+    mantissas, exponents = np.frexp(values)
+    whole = np.ldexp(mantissas, 53).astype(np.int64)
+    return float(np.ldexp((whole & -whole).astype(np.float64), exponents - 53).min())
 
 
 def _weighted_in_pairs(
@@ -162,14 +253,14 @@ def _weighted_in_pairs(
     return high, low, reach
 
 
-def _two_sum(a: Doubles, b: Doubles) -> tuple[Doubles, Doubles]:
+def _two_sum(a: Doubles, b: Doubles) -> Pair:
     """s and e with s = fl(a + b) and s + e = a + b (Knuth, TAOCP volume 2, 4.2.2)."""
     s = a + b
     c = s - a
     return s, (a - (s - c)) + (b - c)
 
 
-def _two_product(a: Doubles, b: float) -> tuple[Doubles, Doubles]:
+def _two_product(a: Doubles, b: float) -> Pair:
     """p and e with p = fl(a b) and p + e = a b (Dekker 1971, doi 10.1007/BF01397083)."""
     p = a * b
     upper_a = a * _SPLIT

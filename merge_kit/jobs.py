@@ -12,16 +12,26 @@ from torch import Tensor
 
 from merge_kit.blocks import BlockReader, sum_in_order
 from merge_kit.errors import RecipeError, VectorError
-from merge_kit.exact import affine
+from merge_kit.exact import Pair, affine, affine_of_sum
 from merge_kit.methods.base import Block, ByValue, FromGram, Linear, Method, Sparsify
 from merge_kit.methods.linear import weighted_sum
 from merge_kit.recipe import Rule
+from merge_kit.running import Sums
 from merge_kit.schema import Document
 from merge_kit.tensorfile import TensorFile
 from merge_kit.weighing import Source, weigh
 
-Scaled = Callable[[float], Tensor]
-"""A scale gives the merged weights of one block, (n,) float64."""
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """One block, merged but for the scale."""
+
+    at: Callable[[float], Tensor]
+    """A scale gives the merged weights, (n,) float64."""
+    masks: Tensor | None = None
+    """(N, n): which values of the merged vector are each site's too."""
+    pair: Pair | None = None
+    """The exact sum of the weighted vectors, where it is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +40,12 @@ class Job:
 
     reader: BlockReader
     scale: float
-    combine: Callable[[Block], Scaled]
+    combine: Callable[[Block], Combined]
     """What the scales share is done once, when the block is given."""
     keeps: tuple[bool, ...]
     """Which vectors the method accepts; heads and statistics of the others are left out too."""
-    masks: Callable[[Block], Tensor] | None = None
-    """(N, n): which values of the merged vector are each site's too."""
     rescalers: Tensor | None = None
-    """With `masks`, (N,) float64: the factor of each site's values."""
+    """For methods with masks, (N,) float64: the factor of each site's values."""
 
 
 def check_sites(sources: Sequence[Source], rule: Rule) -> None:
@@ -84,15 +92,19 @@ def plan(
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    sums: Sums | None = None,
 ) -> Job:
     """Make a rule ready for the tensors `names`; sources must be sorted by id.
+
+    With `sums` a linear rule keeps its exact sum, and reads only what `sums` says has changed.
 
     Raises
     ------
     RecipeError, VectorError
         As `weigh`; or a vector has no direction and the method measures angles.
     """
-    reader = _reader(base, sources, names, rule, workers, seed)
+    read = sources if sums is None else [source for source, _ in sums.changes]
+    reader = _reader(base, read, names, rule, workers, seed)
     (method, options), weighing = rule.merging_rule, weigh(sources, rule)
     weights = torch.tensor(weighing.shares, dtype=torch.float64)
     everyone = (True,) * len(sources)
@@ -101,9 +113,16 @@ def plan(
         if method.rule.average:
             factor /= len(sources)
 
-        def exactly(block: Block) -> Scaled:
-            return lambda scale: affine(
-                block.start, block.values, weighing.raw, factor * Fraction(scale), dtype
+        def exactly(block: Block) -> Combined:
+            start, values = block.start, block.values
+            if sums is not None:
+                pair = sums.updated(block)
+                return Combined(
+                    lambda scale: affine_of_sum(start, *pair, factor * Fraction(scale), dtype),
+                    pair=pair,
+                )
+            return Combined(
+                lambda scale: affine(start, values, weighing.raw, factor * Fraction(scale), dtype)
             )
 
         return Job(reader, rule.scale, exactly, everyone)
@@ -118,23 +137,15 @@ def _by_value(
 ) -> Job:
     state: Any = rule.survey(reader, options) if rule.survey else None
 
-    def combine(block: Block) -> Scaled:
+    def combine(block: Block) -> Combined:
         tau = rule.combine(block, weights, options, state)
-        return lambda scale: block.start + scale * tau
+        return Combined(
+            lambda scale: block.start + scale * tau,
+            masks=rule.masks(block, options, state) if rule.masks else None,
+        )
 
-    everyone = (True,) * len(reader)
-    if rule.masks is None:
-        return Job(reader, scale, combine, everyone)
-    masks, rescalers = rule.masks, rule.rescalers
-    assert rescalers is not None
-    return Job(
-        reader,
-        scale,
-        combine,
-        everyone,
-        masks=lambda block: masks(block, options, state),
-        rescalers=rescalers(state),
-    )
+    rescalers = rule.rescalers(state) if rule.rescalers else None
+    return Job(reader, scale, combine, (True,) * len(reader), rescalers)
 
 
 def _from_gram(reader: BlockReader, sources: Sequence[Source], rule: Rule, weights: Tensor) -> Job:
@@ -143,12 +154,12 @@ def _from_gram(reader: BlockReader, sources: Sequence[Source], rule: Rule, weigh
     chosen = _coefficients(reader, sources, method, weights, options)
     on_weights = method.rule.on_weights(options)
 
-    def combine(block: Block) -> Scaled:
+    def combine(block: Block) -> Combined:
         shares = chosen[block.tensor]
         tau = weighted_sum(block.values, shares)
         if on_weights:
             tau += (shares.sum() - 1) * block.start
-        return lambda scale: block.start + scale * tau
+        return Combined(lambda scale: block.start + scale * tau)
 
     keeps = (True,) * len(sources)
     if method.rule.selects and chosen:

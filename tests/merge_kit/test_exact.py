@@ -5,11 +5,19 @@ from __future__ import annotations
 from fractions import Fraction
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_kit.exact import affine, affine_in_pairs, round_weight
+from merge_kit.exact import (
+    InexactSumError,
+    add_exactly,
+    affine,
+    affine_in_pairs,
+    affine_of_sum,
+    round_weight,
+)
 from tests.merge_kit.helpers import quick
 
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-1e6, max_value=1e6)
@@ -116,3 +124,61 @@ def test_values_between_two_float32_are_settled_without_fractions(monkeypatch):
     factor = Fraction(1)
     monkeypatch.setattr("merge_kit.exact.Fraction", lambda x: factor if x == 1.0 else Never())
     assert torch.equal(affine(start, values, weights, factor).float(), wanted)
+
+
+def zeros(size=1):
+    return np.zeros(size), np.zeros(size)
+
+
+@quick
+@given(
+    st.lists(st.tuples(numbers, st.integers(1, 500)), min_size=2, max_size=7),
+    numbers,
+    st.fractions(-3, 3, max_denominator=97),
+    st.randoms(use_true_random=False),
+)
+def test_a_running_sum_forgets_the_way_it_was_made(terms, start, factor, random):
+    """Added in any order, with one added and taken away: one pair, and the bytes of `affine`."""
+    values = np.array([[v] for v, _ in terms], dtype=np.float32)
+    weights = [float(w) for _, w in terms]
+    kept = slice(1, None)
+    try:
+        once = add_exactly(*zeros(), values[kept], weights[kept])
+        pair = zeros()
+        order = list(range(len(terms)))
+        random.shuffle(order)
+        for index in order:
+            pair = add_exactly(*pair, values[index][None], [weights[index]])
+        pair = add_exactly(*pair, values[:1], [-weights[0]])
+    except InexactSumError:
+        return
+    assert [part.tobytes() for part in pair] == [part.tobytes() for part in once]
+    exact = sum(
+        (Fraction(w) * Fraction(v.item()) for w, v in zip(weights[1:], values[1:, 0], strict=True)),
+        Fraction(),
+    )
+    assert Fraction(once[0].item()) + Fraction(once[1].item()) == exact
+    begin = torch.tensor([start], dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        wanted = affine(begin, torch.from_numpy(values[kept]), weights[kept], factor, dtype)
+        found = affine_of_sum(begin, *once, factor, dtype)
+        assert torch.equal(found.to(dtype), wanted.to(dtype))
+
+
+def test_a_sum_of_many_values_is_kept_exactly():
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(5, 2000)).astype(np.float32)
+    start = torch.from_numpy(generator.normal(size=2000).astype(np.float32)).double()
+    weights = [3.0, 1.0, 4.0, 1.0, 5.0]
+    pair = add_exactly(*zeros(2000), values, weights)
+    assert not pair[1].any()
+    for factor in (Fraction(1, 8), Fraction(1, 14)):
+        wanted = affine(start, torch.from_numpy(values), weights, factor)
+        found = affine_of_sum(start, *pair, factor, torch.float32)
+        assert torch.equal(found.float(), wanted.float())
+
+
+def test_a_sum_with_too_many_digits_is_refused():
+    values = np.array([[1e30], [1.0], [1e-30]], dtype=np.float32)
+    with pytest.raises(InexactSumError):
+        add_exactly(*zeros(), values, [1.0, 1.0, 1.0])
