@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import resources
@@ -22,6 +22,7 @@ from merge_kit.files import new_folder, write_atomic
 from merge_kit.manifest import count_of
 from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.recipe import Recipe
+from merge_kit.sitemasks import MaskWriter
 from merge_kit.tensorfile import Fingerprint, TensorFile, TensorWriter
 
 WEIGHTS = "model.safetensors"
@@ -139,8 +140,11 @@ def merge(
         weights = engine.weigh(sources, recipe).shares
         with new_folder(out, replace=replace) as folder:
             specs = engine.merged_specs(base_file.specs, recipe)
+            masks = stack.enter_context(MaskWriter(folder, sources))
             with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
-                fingerprint = write_parts(writer, engine.merge(base_file, sources, roles, recipe))
+                parts = engine.merge(base_file, sources, roles, recipe)
+                fingerprint = write_parts(writer, parts, masks.add)
+            masks.finish(fingerprint)
             write_atomic(folder / CONFIG, federation.model_config_json)
             record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
             write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
@@ -148,14 +152,19 @@ def merge(
     return Merged(out, fingerprint, tuple(ordered), tuple(weights))
 
 
-def write_parts(writer: TensorWriter, parts: Iterable[engine.Part]) -> str:
-    """Write a merged model as it comes; gives its fingerprint."""
+def write_parts(
+    writer: TensorWriter,
+    parts: Iterable[engine.Part],
+    keep: Callable[[engine.Part], None] = lambda part: None,
+) -> str:
+    """Write a merged model as it comes, and let `keep` see it; gives its fingerprint."""
     found = Fingerprint()
     for part in parts:
         if part.begin == 0:
             found.begin(part.name, writer.specs[part.name])
         found.values(part.values)
         writer.write_part(part.name, part.begin, part.values)
+        keep(part)
     return str(found)
 
 
