@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from merge_kit.methods.base import Block, Scope, Statistics
-from merge_kit.selection import Stretch, keys_of, kth_largest, signed_keys_of, values_of
-from merge_kit.tensorfile import TensorFile, TensorSpec
+from merge_kit.notes import Notes
+from merge_kit.order_statistics import Stretch, keys_of, kth_largest, signed_keys_of, values_of
+from merge_kit.tensorfile import Tensors, TensorSpec
 
 BLOCK = 32768
 """Values of each vector in one block: with its float64 temporaries it stays in the cache."""
 _AHEAD = 4
+_ALONE = 32
+"""Up to so many vectors inner products are computed pair by pair."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -81,7 +84,7 @@ class BlockReader:
 
     def __init__(
         self,
-        base: TensorFile,
+        base: Tensors,
         vectors: Sequence[Values],
         names: Sequence[str],
         workers: int,
@@ -91,12 +94,15 @@ class BlockReader:
         seed: int = 0,
         whole: bool = False,
         change: Callable[[Block], Tensor] | None = None,
-        statistics: Sequence[TensorFile] = (),
+        changed_by: Sequence[object] = (),
+        notes: Notes | None = None,
+        statistics: Sequence[Tensors] = (),
         kind: Statistics | None = None,
     ) -> None:
         self._base, self._vectors, self._names = base, vectors, names
         self._workers, self._ids, self._sites = workers, ids, sites
-        self._seed, self._change, self._whole = seed, change, whole
+        self._seed, self._change, self.whole = seed, change, whole
+        self._changed_by, self._notes = changed_by, notes
         self._statistics, self._kind = statistics, kind
         self.stretches = stretches(base.specs, names, whole=whole)
         self._local = threading.local()
@@ -113,6 +119,22 @@ class BlockReader:
     def size(self) -> int:
         """Number of values of each vector."""
         return sum(stretch.size for stretch in self.stretches)
+
+    def only(self, chosen: Sequence[int]) -> BlockReader:
+        """A reader of some of the vectors."""
+        return BlockReader(
+            self._base,
+            [self._vectors[i] for i in chosen],
+            self._names,
+            self._workers,
+            ids=tuple(self._ids[i] for i in chosen),
+            sites=tuple(self._sites[i] for i in chosen),
+            seed=self._seed,
+            whole=self.whole,
+            change=self._change,
+            statistics=[self._statistics[i] for i in chosen] if self._statistics else (),
+            kind=self._kind,
+        )
 
     def block(self, stretch: Stretch) -> Block:
         """Read one block; its values are overwritten by the same thread's next one."""
@@ -194,9 +216,41 @@ class BlockReader:
         return torch.stack([low, high])
 
     def kth_largest(
+        self,
+        measure: Callable[[Block], Tensor],
+        fraction: float,
+        scope: Scope,
+        noted: str | None = None,
+    ) -> dict[str, Tensor]:
+        """The exact k-th largest of each row, k = int(fraction d) + 1, or 0 where k exceeds d.
+
+        With `noted`, a name for the measure, vectors that were measured before are not read again.
+        """
+        subject = ["kth largest", noted, fraction, scope, *self._subject()]
+        keys = list(dict.fromkeys(self._names)) if scope == "tensor" else [""]
+        known = self._notes.read(subject) if self._notes and noted else {}
+        missing = [index for index, name in enumerate(self._ids) if name not in known]
+        if not self._notes or not noted or len(self._ids) != len(self):
+            found = self._kth_largest(measure, fraction, scope)
+        else:
+            if missing:
+                new = self.only(missing)._kth_largest(measure, fraction, scope)
+                figures = {
+                    self._ids[index]: [new[key][row].item() for key in keys]
+                    for row, index in enumerate(missing)
+                }
+                self._notes.add(subject, figures)
+                known = {**known, **figures}
+            columns = zip(*(known[name] for name in self._ids), strict=True)
+            found = {key: torch.tensor(column) for key, column in zip(keys, columns, strict=True)}
+        return {name: found[name if scope == "tensor" else ""] for name in self._names}
+
+    def _subject(self) -> list[object]:
+        return [list(self._names), list(self._changed_by)]
+
+    def _kth_largest(
         self, measure: Callable[[Block], Tensor], fraction: float, scope: Scope
     ) -> dict[str, Tensor]:
-        """The exact k-th largest of each row, k = int(fraction d) + 1, or 0 where k exceeds d."""
         groups: dict[str, list[Stretch]] = {}
         for stretch in self.stretches:
             groups.setdefault(stretch.tensor if scope == "tensor" else "", []).append(stretch)
@@ -208,10 +262,10 @@ class BlockReader:
                 lambda block: keys_of(measure(block)),
                 parts,
                 [rank],
-                divisible=not self._whole,
+                divisible=not self.whole,
             )
             found[group] = torch.from_numpy(keys[0].view(np.float32))
-        return {name: found[name if scope == "tensor" else ""] for name in self._names}
+        return found
 
     def order_statistics(self, measure: Callable[[Block], Tensor], ranks: Sequence[int]) -> Tensor:
         """The exact k-th largest value of each row, of any sign, for every k of `ranks`."""
@@ -222,9 +276,54 @@ class BlockReader:
             lambda block: signed_keys_of(measure(block)),
             self.stretches,
             ranks,
-            divisible=not self._whole,
+            divisible=not self.whole,
         )
         return torch.from_numpy(values_of(keys))
+
+    def inner_products(self, *, on_weights: bool = False) -> dict[str, Tensor]:
+        """<v_i, v_j> of each tensor, (N, N) float64; v is tau, or with `on_weights` theta.
+
+        Up to 32 vectors every product is computed by itself, so that it does not depend on which
+        other vectors there are; what was noted of a pair is not computed again.
+        """
+        size = len(self)
+        pairs = [(i, j) for i in range(size) for j in range(i, size)]
+        if not self._notes or size > _ALONE or len(self._ids) != size:
+            return self.totals(lambda block: _products(block, pairs, on_weights))
+        subject = ["inner products", on_weights, *self._subject()]
+        known = self._notes.read(subject)
+        missing = [(i, j) for i, j in pairs if self._pair(i, j) not in known]
+        if missing:
+            new = self.totals(lambda block: _products(block, missing, on_weights))
+            figures = {
+                self._pair(i, j): [new[name][i, j].item() for name in self._names]
+                for i, j in missing
+            }
+            self._notes.add(subject, figures)
+            known = {**known, **figures}
+        found = {name: torch.zeros(size, size, dtype=torch.float64) for name in self._names}
+        for i, j in pairs:
+            for name, product in zip(self._names, known[self._pair(i, j)], strict=True):
+                found[name][i, j] = found[name][j, i] = product
+        return found
+
+    def _pair(self, i: int, j: int) -> str:
+        return " ".join(sorted((self._ids[i], self._ids[j])))
+
+
+def _products(block: Block, pairs: Sequence[tuple[int, int]], on_weights: bool) -> Tensor:
+    size, length = block.values.shape
+    # BLAS may treat rows by their alignment: every row begins at a multiple of 64 bytes.
+    values = torch.zeros(size, -(-length // 8) * 8, dtype=torch.float64, device=block.values.device)
+    values[:, :length] = block.values
+    if on_weights:
+        values[:, :length] += block.start
+    if size > _ALONE:
+        return values @ values.T
+    found = torch.zeros(size, size, dtype=torch.float64, device=values.device)
+    for i, j in pairs:
+        found[i, j] = found[j, i] = values[i].dot(values[j])
+    return found
 
 
 def sum_in_order(parts: Mapping[str, Tensor]) -> Tensor:

@@ -17,11 +17,12 @@ from merge_kit.errors import RecipeError
 from merge_kit.exact import Pair
 from merge_kit.jobs import Job
 from merge_kit.methods.base import Block
+from merge_kit.notes import Notes
 from merge_kit.parameters import Role
 from merge_kit.pooling import Pooling
 from merge_kit.recipe import DTYPES, Group, Lines, Recipe
 from merge_kit.running import Sums
-from merge_kit.tensorfile import TensorFile, TensorSpec
+from merge_kit.tensorfile import Tensors, TensorSpec
 from merge_kit.weighing import Source, Weighing, weigh
 
 __all__ = [
@@ -105,11 +106,12 @@ def _takes(group: Group, name: str, depth: float | None) -> bool:
 
 
 def merge(
-    base: TensorFile,
+    base: Tensors,
     sources: Sequence[Source],
     roles: Mapping[str, Role],
     recipe: Recipe,
     sums: Sequence[Sums] = (),
+    notes: Notes | None = None,
 ) -> Iterator[Part]:
     """The merged model, stretch by stretch, sorted by name, in the dtypes of `merged_specs`.
 
@@ -119,7 +121,8 @@ def merge(
     that are worked on at once.
 
     `sums`, one for each of the recipe's `rules`, keep the exact sums of linear rules, and say which
-    vectors have come or gone since the sums were made.
+    vectors have come or gone since the sums were made. `notes` save first passes over vectors that
+    were merged before. Neither changes a byte.
 
     Raises
     ------
@@ -130,17 +133,18 @@ def merge(
     NonFiniteError
         A merged value overflows.
     """
-    for parts in merge_scales(base, sources, roles, recipe, (1.0,), sums):
+    for parts in merge_scales(base, sources, roles, recipe, (1.0,), sums, notes):
         yield parts[0]
 
 
 def merge_scales(
-    base: TensorFile,
+    base: Tensors,
     sources: Sequence[Source],
     roles: Mapping[str, Role],
     recipe: Recipe,
     factors: Sequence[float],
     sums: Sequence[Sums] = (),
+    notes: Notes | None = None,
 ) -> Iterator[tuple[Part, ...]]:
     """As `merge`, one part for each factor of the recipe's scales; the files are read once."""
     ordered = sorted(sources, key=lambda source: source.id)
@@ -158,6 +162,7 @@ def merge_scales(
                 seed=recipe.seed,
                 dtype=DTYPES[recipe.dtype],
                 sums=kept_sum,
+                notes=notes,
             )
             for rule, names, kept_sum in zip_longest(recipe.rules, groups, sums)
         ]

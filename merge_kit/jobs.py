@@ -15,10 +15,11 @@ from merge_kit.errors import RecipeError, VectorError
 from merge_kit.exact import Pair, affine, affine_of_sum
 from merge_kit.methods.base import Block, ByValue, FromGram, Linear, Method, Sparsify
 from merge_kit.methods.linear import weighted_sum
+from merge_kit.notes import Notes
 from merge_kit.recipe import Rule
 from merge_kit.running import Sums
 from merge_kit.schema import Document
-from merge_kit.tensorfile import TensorFile
+from merge_kit.tensorfile import Tensors
 from merge_kit.weighing import Source, weigh
 
 
@@ -84,7 +85,7 @@ def _check_method(method: Method, options: Document, sources: Sequence[Source]) 
 
 
 def plan(
-    base: TensorFile,
+    base: Tensors,
     sources: Sequence[Source],
     names: Sequence[str],
     rule: Rule,
@@ -93,10 +94,12 @@ def plan(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     sums: Sums | None = None,
+    notes: Notes | None = None,
 ) -> Job:
     """Make a rule ready for the tensors `names`; sources must be sorted by id.
 
-    With `sums` a linear rule keeps its exact sum, and reads only what `sums` says has changed.
+    With `sums` a linear rule keeps its exact sum, and reads only what `sums` says has changed; what
+    `notes` knows of the vectors is not measured again.
 
     Raises
     ------
@@ -104,7 +107,7 @@ def plan(
         As `weigh`; or a vector has no direction and the method measures angles.
     """
     read = sources if sums is None else [source for source, _ in sums.changes]
-    reader = _reader(base, read, names, rule, workers, seed)
+    reader = _reader(base, read, names, rule, workers, seed, notes)
     (method, options), weighing = rule.merging_rule, weigh(sources, rule)
     weights = torch.tensor(weighing.shares, dtype=torch.float64)
     everyone = (True,) * len(sources)
@@ -175,15 +178,7 @@ def _coefficients(
     options: Document,
 ) -> dict[str, Tensor]:
     assert isinstance(method.rule, FromGram)
-    on_weights = method.rule.on_weights(options)
-
-    def products(block: Block) -> Tensor:
-        values = block.values.double()
-        if on_weights:
-            values += block.start
-        return values @ values.T
-
-    grams = reader.totals(products)
+    grams = reader.inner_products(on_weights=method.rule.on_weights(options))
     whole = sum_in_order(grams) if grams else torch.zeros(len(sources), len(sources))
     for source, square in zip(sources, whole.diagonal().tolist(), strict=True):
         if method.directions and square == 0:
@@ -198,18 +193,21 @@ def _coefficients(
 
 
 def _reader(
-    base: TensorFile,
+    base: Tensors,
     sources: Sequence[Source],
     names: Sequence[str],
     rule: Rule,
     workers: int,
     seed: int,
+    notes: Notes | None,
 ) -> BlockReader:
     first, options = rule.entry.rule, rule.checked_options
     method, then = rule.merging_rule
     whole = isinstance(method.rule, ByValue) and method.rule.whole(then)
     change: Callable[[Block], Tensor] | None = None
+    changed_by: Sequence[object] = ()
     if isinstance(first, Sparsify):
+        changed_by = (rule.method, options.model_dump(mode="json"), seed)
         whole = whole or first.whole(options)
         sparse = first
 
@@ -227,6 +225,8 @@ def _reader(
         seed=seed,
         whole=whole,
         change=change,
+        changed_by=changed_by,
+        notes=notes,
         statistics=statistics,
         kind=method.statistics,
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,20 @@ import jinja2
 import torch
 
 from merge_kit import engine
+from merge_kit.checkpoints import WEIGHTS
+from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution, Entry, Trust, check_payload, current
 from merge_kit.errors import ContributionError, UsageError
 from merge_kit.federation import Federation, check_base
 from merge_kit.files import new_folder, write_atomic
 from merge_kit.manifest import count_of
-from merge_kit.parameters import roles_of, vector_specs
+from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.recipe import Recipe
 from merge_kit.sitemasks import MaskWriter
-from merge_kit.tensorfile import Fingerprint, TensorFile, TensorWriter
+from merge_kit.tensorfile import Fingerprint, TensorFile, Tensors, TensorWriter
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 PROVENANCE = "provenance.json"
+CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,16 @@ class Merged:
     fingerprint: str
     contributions: tuple[Contribution, ...]
     weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a merge reads: open files that have been checked."""
+
+    base: Tensors
+    sources: tuple[engine.Source, ...]
+    """Sorted by id."""
+    roles: Mapping[str, Role]
 
 
 def choose(
@@ -122,34 +132,84 @@ def merge(
     MergeKitError
         The base is not the federation's, a contribution is unsound, or `out` exists.
     """
+    check_target(out, replace=replace)
+    ordered = sorted(contributions, key=lambda c: c.id)
+    with opened(federation, base_weights, ordered) as material:
+        engine.check_sites(material.sources, recipe)
+        weights = engine.weigh(material.sources, recipe).shares
+
+        def texts(fingerprint: str) -> dict[str, str]:
+            record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
+            return {
+                CONFIG: federation.model_config_json,
+                PROVENANCE: json.dumps(record, indent=2, ensure_ascii=False),
+                CARD: model_card(federation, ordered, record),
+            }
+
+        fingerprint = write_folder(out, material, recipe, texts, replace=replace)
+    return Merged(out, fingerprint, tuple(ordered), tuple(weights))
+
+
+def check_target(out: Path, *, replace: bool) -> None:
+    """Refuse a folder that a merged model may not be written to.
+
+    Raises
+    ------
+    UsageError
+        `out` exists, and is no merged model that may be replaced.
+    """
     if out.exists() and not replace:
         raise UsageError(f"{out} exists already: choose another --out, or pass --replace.")
     if replace and out.exists() and not (out / PROVENANCE).is_file():
         raise UsageError(f"{out} is no merged model: --replace does not remove it.")
+
+
+@contextmanager
+def opened(
+    federation: Federation, base_weights: Path, contributions: Sequence[Contribution]
+) -> Iterator[Material]:
+    """Open the base and the vectors, and check what has not been checked yet.
+
+    Raises
+    ------
+    MergeKitError
+        The base is not the federation's, or a contribution is unsound.
+    """
     ordered = sorted(contributions, key=lambda c: c.id)
     with ExitStack() as stack:
-        base_file = stack.enter_context(TensorFile(base_weights))
+        base = stack.enter_context(TensorFile(base_weights))
         check_base(federation, base_weights, str(base_weights))
-        roles = roles_of(base_file.specs, federation.classifier)
-        expected = vector_specs(base_file.specs, roles)
+        roles = roles_of(base.specs, federation.classifier)
+        expected = vector_specs(base.specs, roles)
         for contribution in ordered:
             if not contribution.checked:
                 check_payload(contribution, federation, expected, roles)
-        sources = [_source(c, federation, stack) for c in ordered]
-        engine.check_sites(sources, recipe)
-        weights = engine.weigh(sources, recipe).shares
-        with new_folder(out, replace=replace) as folder:
-            specs = engine.merged_specs(base_file.specs, recipe)
-            masks = stack.enter_context(MaskWriter(folder, sources))
-            with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
-                parts = engine.merge(base_file, sources, roles, recipe)
-                fingerprint = write_parts(writer, parts, masks.add)
-            masks.finish(fingerprint)
-            write_atomic(folder / CONFIG, federation.model_config_json)
-            record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
-            write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
-            write_atomic(folder / "README.md", model_card(federation, ordered, record))
-    return Merged(out, fingerprint, tuple(ordered), tuple(weights))
+        sources = tuple(_source(c, federation, stack) for c in ordered)
+        yield Material(base, sources, roles)
+
+
+def write_folder(
+    out: Path,
+    material: Material,
+    recipe: Recipe,
+    texts: Callable[[str], Mapping[str, str]],
+    *,
+    replace: bool,
+) -> str:
+    """Merge into a new folder; gives the fingerprint of the merged model.
+
+    `texts` maps the fingerprint to the files that lie beside the weights, by name.
+    """
+    base, sources, roles = material.base, material.sources, material.roles
+    with new_folder(out, replace=replace) as folder, MaskWriter(folder, sources) as masks:
+        specs = engine.merged_specs(base.specs, recipe)
+        with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
+            parts = engine.merge(base, sources, roles, recipe)
+            fingerprint = write_parts(writer, parts, masks.add)
+        masks.finish(fingerprint)
+        for name, text in texts(fingerprint).items():
+            write_atomic(folder / name, text)
+    return fingerprint
 
 
 def write_parts(
@@ -207,19 +267,26 @@ def provenance(
             for c, weight in zip(contributions, weights, strict=True)
         ],
         "refused": [{"site": entry.site, "id": entry.id} for entry in refused],
-        "software": {
-            "merge_kit": importlib.metadata.version("merge-kit"),
-            "torch": torch.__version__,
-        },
+        "software": software(),
     }
+
+
+def software() -> dict[str, str]:
+    """The versions that a merged model's bytes may depend on."""
+    return {"merge_kit": importlib.metadata.version("merge-kit"), "torch": torch.__version__}
 
 
 def model_card(
     federation: Federation, contributions: Sequence[Contribution], record: dict[str, Any]
 ) -> str:
     """The merged model's README.md, a Hugging Face model card."""
-    source = resources.files("merge_kit").joinpath("templates/model_card.md.j2")
-    template = jinja2.Template(
-        source.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True
+    return render(
+        "model_card.md.j2", federation=federation, contributions=contributions, record=record
     )
-    return str(template.render(federation=federation, contributions=contributions, record=record))
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in one of our templates."""
+    loader = jinja2.PackageLoader("merge_kit")
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(values)

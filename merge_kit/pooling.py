@@ -12,14 +12,14 @@ from merge_kit.heads import merge_rows
 from merge_kit.methods.statistics import largest, pool_moments
 from merge_kit.parameters import Role, variance_of
 from merge_kit.recipe import Recipe
-from merge_kit.tensorfile import TensorFile
+from merge_kit.tensorfile import Tensors
 from merge_kit.weighing import Source
 
 
 class Pooling:
     """Merges the tensors of one model, one by one, by their role."""
 
-    def __init__(self, base: TensorFile, sources: Sequence[Source], recipe: Recipe) -> None:
+    def __init__(self, base: Tensors, sources: Sequence[Source], recipe: Recipe) -> None:
         self._base, self._sources, self._recipe = base, sources, recipe
         self._variances: dict[str, Tensor] = {}
 

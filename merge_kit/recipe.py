@@ -23,6 +23,12 @@ DTYPES = {
 }
 
 
+class _Weights(Document):
+    """Checked by itself: of two alternatives, a fault would speak of the wrong one."""
+
+    weights: dict[SiteName, float]
+
+
 class Rule(Document):
     """One merge rule with all its choices."""
 
@@ -109,26 +115,31 @@ class Recipe(Rule):
         return dump_yaml(self)
 
 
-def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
-    """Check a recipe and fill in the defaults of its method.
+def make_recipe(
+    data: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Check a recipe and fill in `defaults`, then those of its method.
 
     Raises
     ------
     RecipeError
         An unknown key or method (with the nearest known one), or a value out of its range.
     """
-    filled = _filled(data, where)
+    of_recipe = defaults or {}
+    of_rules = {key: value for key, value in of_recipe.items() if key in Rule.model_fields}
+    filled = _filled(data, where, of_recipe)
     groups = data.get("groups") or ()
     if not isinstance(groups, Sequence) or not all(isinstance(g, Mapping) for g in groups):
         raise RecipeError(f"{where}: 'groups' must be a list, each entry with keys and values.")
     filled["groups"] = [
-        _group(group, f"{where}, group {number}") for number, group in enumerate(groups, 1)
+        _group(group, f"{where}, group {number}", of_rules)
+        for number, group in enumerate(groups, 1)
     ]
     return parse(Recipe, filled, where, RecipeError)
 
 
-def _group(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    filled = _filled(data, where)
+def _group(data: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    filled = _filled(data, where, defaults)
     match = data.get("match")
     if match is None and data.get("depth") is None:
         raise RecipeError(f"{where}: say which parameters it takes, with 'match' or 'depth'.")
@@ -137,8 +148,8 @@ def _group(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     return parse(Group, filled, where, RecipeError).model_dump(mode="json")
 
 
-def _filled(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """One rule with its method's defaults."""
+def _filled(data: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """One rule with `defaults`, then its method's."""
     name = data.get("method")
     if name is None:
         raise RecipeError(f"{where}: the key 'method' is missing; known are {', '.join(METHODS)}.")
@@ -149,12 +160,14 @@ def _filled(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     weights = data.get("weights", method.weights)
     if isinstance(weights, str) and weights not in (known := list(get_args(WeightScheme))):
         raise RecipeError(f"{where}: unknown weights '{weights}'{suggestion(weights, known)}")
+    if isinstance(weights, Mapping):
+        parse(_Weights, {"weights": weights}, where, RecipeError)
     options = _options(method, given, where)
     if isinstance(method.rule, Sparsify):
         plain = [n for n, m in METHODS.items() if not isinstance(m.rule, Sparsify)]
         then = _method(options["rule"], plain, f"{where}, options of {name}")
         options["rule_options"] = _options(then, options["rule_options"], where)
-    return {"weights": method.weights, **data, "options": options}
+    return {"weights": method.weights, **defaults, **data, "options": options}
 
 
 def _method(name: object, known: list[str], where: str) -> Method:
@@ -176,7 +189,7 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, defaults: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe file, or one that comes with merge-kit by its name alone.
 
     Raises
@@ -186,4 +199,4 @@ def read_recipe(path: Path) -> Recipe:
     """
     if not path.exists():
         path = shipped_recipes().get(str(path), path)
-    return make_recipe(read_yaml(path, RecipeError), str(path))
+    return make_recipe(read_yaml(path, RecipeError), str(path), defaults)

@@ -87,6 +87,10 @@ class RunningSum:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def read(self, name: str, begin: int, size: int) -> Pair:

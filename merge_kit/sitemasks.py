@@ -25,7 +25,7 @@ from merge_kit.engine import Part, Source
 from merge_kit.errors import RecipeError, VectorError
 from merge_kit.files import canonical_json, storage_errors
 from merge_kit.schema import Digest, Document, SiteName, parse
-from merge_kit.tensorfile import TensorFile, TensorSpec, TensorWriter
+from merge_kit.tensorfile import StoredTensors, Tensors, TensorSpec, TensorWriter
 from merge_kit.vector import METADATA_KEY, check_finite
 
 MASKS = "masks"
@@ -38,6 +38,7 @@ class MaskHeader(Document):
     format: Literal[1] = 1
     site: SiteName
     contribution: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    """Its id; of a plain checkpoint the digits of its fingerprint."""
     merged: Digest
     """Fingerprint of the merged model that the masks belong to."""
     rescalers: dict[str, float]
@@ -169,7 +170,7 @@ def find_masks(folder: Path, site: str) -> Path:
     return found[site]
 
 
-def read_header(file: TensorFile) -> MaskHeader:
+def read_header(file: StoredTensors) -> MaskHeader:
     """The header of a file of masks.
 
     Raises
@@ -195,7 +196,7 @@ def read_header(file: TensorFile) -> MaskHeader:
     return header
 
 
-def check_masks(file: TensorFile, header: MaskHeader, merged: TensorFile, base: TensorFile) -> None:
+def check_masks(file: StoredTensors, header: MaskHeader, merged: Tensors, base: Tensors) -> None:
     """Compare the tensors of a file of masks with those of the merged model and the base.
 
     Raises
@@ -221,9 +222,7 @@ def check_masks(file: TensorFile, header: MaskHeader, merged: TensorFile, base: 
             )
 
 
-def unmasked(
-    merged: TensorFile, base: TensorFile, masks: TensorFile, header: MaskHeader
-) -> Iterator[Part]:
+def unmasked(merged: Tensors, base: Tensors, masks: Tensors, header: MaskHeader) -> Iterator[Part]:
     """A site's own model, stretch by stretch, sorted by name, in the merged model's dtypes.
 
     Tensors with masks are theta_0 + r M * (theta_merged - theta_0), summed in float64; all others,

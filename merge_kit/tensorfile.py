@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -62,6 +62,32 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{DTYPE_NAMES[self.dtype]} {list(self.shape)}"
+
+
+class Tensors(Protocol):
+    """Named tensors, read whole or stretch by stretch: what a merge needs of a base or a vector."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of each tensor, sorted by name."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in fresh memory."""
+
+    def read_into(self, name: str, begin: int, out: torch.Tensor) -> None:
+        """Fill `out`, flat and of the tensor's dtype, with its values from index `begin` on."""
+
+
+class StoredTensors(Tensors, Protocol):
+    """Tensors that lie in a file or in several, with what the file says of itself."""
+
+    @property
+    def path(self) -> Path:
+        """Where they lie, for messages."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The header's texts."""
 
 
 class TensorFile:
@@ -215,7 +241,7 @@ def _check_entries(
 
 
 def _check_entry(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
-    if not name.isprintable() or any(c in " /\\" for c in name) or ".." in name or not name:
+    if not is_safe(name):
         raise TensorFileError(f"{path} has a tensor with the unsafe name {name!r}: it is refused.")
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         raise TensorFileError(
@@ -238,6 +264,11 @@ def _check_entry(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, in
             f"{offsets[1] - offsets[0]}."
         )
     return spec, offsets[0], offsets[1]
+
+
+def is_safe(name: str) -> bool:
+    """Whether a tensor may be called so."""
+    return bool(name) and name.isprintable() and ".." not in name and not set(" /\\") & set(name)
 
 
 def _is_whole_numbers(value: Any) -> bool:
@@ -390,7 +421,7 @@ def fingerprint_file(path: Path) -> str:
         return fingerprint(read_all(file))
 
 
-def read_all(file: TensorFile) -> Iterator[tuple[str, torch.Tensor]]:
+def read_all(file: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
     """Each name and tensor of a file, sorted by name."""
     for name in file.specs:
         yield name, file.read(name)

@@ -7,9 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_kit.checkpoints import WEIGHTS, Checkpoint, fingerprint_checked
+from merge_kit.configuration import CONFIG
 from merge_kit.errors import BaseMismatchError, UsageError, VectorError
 from merge_kit.files import new_folder, write_atomic
-from merge_kit.merging import CONFIG, PROVENANCE, WEIGHTS, write_parts
+from merge_kit.merging import PROVENANCE, write_parts
 from merge_kit.sitemasks import (
     MaskHeader,
     check_masks,
@@ -17,7 +19,7 @@ from merge_kit.sitemasks import (
     read_header,
     unmasked,
 )
-from merge_kit.tensorfile import TensorFile, TensorWriter, fingerprint, read_all
+from merge_kit.tensorfile import TensorFile, TensorWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +31,17 @@ class Unmasked:
     header: MaskHeader
 
 
-def unmask(merged: Path, base_weights: Path, site: str, out: Path) -> Unmasked:
+def unmask(merged: Path, base_path: Path, site: str, out: Path) -> Unmasked:
     """Write the model of one site, from a merged model's folder that keeps masks.
 
-    `site` is the site's name, or name and contribution where the model has several of one site.
-    The folder appears whole or not at all.
+    Parameters
+    ----------
+    base_path
+        The base as `Checkpoint` opens it: a file or a folder.
+    site
+        The site's name, or name and contribution where the model has several of one site.
+    out
+        A new folder, which appears whole or not at all.
 
     Raises
     ------
@@ -46,7 +54,7 @@ def unmask(merged: Path, base_weights: Path, site: str, out: Path) -> Unmasked:
     """
     if out.exists():
         raise UsageError(f"{out} exists already: choose another --out, or remove it.")
-    for name in (PROVENANCE, CONFIG, WEIGHTS):
+    for name in (PROVENANCE, WEIGHTS):
         if not (merged / name).is_file():
             raise VectorError(
                 f"{merged} is no merged model: it has no {name}; give a folder that 'merge-kit "
@@ -56,15 +64,15 @@ def unmask(merged: Path, base_weights: Path, site: str, out: Path) -> Unmasked:
     path = find_masks(merged, site)
     with ExitStack() as stack:
         model = stack.enter_context(TensorFile(merged / WEIGHTS))
-        base = stack.enter_context(TensorFile(base_weights))
+        base = stack.enter_context(Checkpoint(base_path))
         masks = stack.enter_context(TensorFile(path))
         header = read_header(masks)
-        if (found := fingerprint(read_all(base))) != expected:
+        if (found := fingerprint_checked(base)) != expected:
             raise BaseMismatchError(
-                f"{base_weights} has the fingerprint {found}, {merged} was merged from the base "
+                f"{base_path} has the fingerprint {found}, {merged} was merged from the base "
                 f"{expected}: give that base with --base."
             )
-        if (found := fingerprint(read_all(model))) != header.merged:
+        if (found := fingerprint_checked(model)) != header.merged:
             raise BaseMismatchError(
                 f"{model.path} has the fingerprint {found}, {path} belongs to {header.merged}: "
                 "one of them was replaced; merge again."
@@ -73,7 +81,8 @@ def unmask(merged: Path, base_weights: Path, site: str, out: Path) -> Unmasked:
         with new_folder(out) as folder:
             with TensorWriter(folder / WEIGHTS, model.specs, ("format", "pt")) as writer:
                 made = write_parts(writer, unmasked(model, base, masks, header))
-            write_atomic(folder / CONFIG, (merged / CONFIG).read_bytes())
+            if (merged / CONFIG).is_file():  # a merge of files without one has none
+                write_atomic(folder / CONFIG, (merged / CONFIG).read_bytes())
     return Unmasked(out, made, header)
 
 

@@ -14,7 +14,7 @@ from merge_kit.errors import BaseMismatchError, NonFiniteError, VectorError
 from merge_kit.files import canonical_json
 from merge_kit.parameters import Role, is_carried, vector_specs
 from merge_kit.schema import Digest, Document, SiteName, parse
-from merge_kit.tensorfile import TensorFile, TensorSpec, TensorWriter
+from merge_kit.tensorfile import StoredTensors, TensorFile, Tensors, TensorSpec, TensorWriter
 
 METADATA_KEY = "merge-kit"
 
@@ -29,7 +29,7 @@ class VectorHeader(Document):
 
 
 def subtract(
-    base: TensorFile,
+    base: Tensors,
     tuned: Mapping[str, torch.Tensor],
     roles: Mapping[str, Role],
     header: VectorHeader,
@@ -73,7 +73,7 @@ def apply(base: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
     return base.to(difference.dtype) + difference
 
 
-def read_header(file: TensorFile) -> VectorHeader:
+def read_header(file: StoredTensors) -> VectorHeader:
     """The header of a vector file.
 
     Raises
@@ -113,7 +113,7 @@ def check_header(header: VectorHeader, base: str, federation: str, where: str) -
         )
 
 
-def check_specs(file: TensorFile, expected: Mapping[str, TensorSpec]) -> None:
+def check_specs(file: StoredTensors, expected: Mapping[str, TensorSpec]) -> None:
     """Compare a vector's tensors with what the base asks for, before any value is read.
 
     Raises

@@ -10,7 +10,7 @@ from fractions import Fraction
 from merge_kit.errors import RecipeError
 from merge_kit.exact import round_weight
 from merge_kit.recipe import Rule
-from merge_kit.tensorfile import TensorFile
+from merge_kit.tensorfile import Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,11 @@ class Source:
 
     id: str
     site: str
-    file: TensorFile
+    file: Tensors
     class_counts: tuple[float, ...]
     """Training images of each class, in the order of the head's rows."""
     steps: int
-    statistics: TensorFile | None = None
+    statistics: Tensors | None = None
     """What the site published beside its vector, of the kind that the method asks for."""
 
     @property

@@ -2,103 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from PIL import Image
 
-from merge_kit import publishing, site
-from merge_kit.files import sha256_file
-from merge_kit.hub import FolderHub
-from merge_kit.manifest import read_draft
+from merge_kit import publishing
 from merge_kit.tensorfile import TensorFile, fingerprint, read_all, write_tensors
+from tests.bench import Bench, Table, open_bench
 from tests.conftest import write_run
 
-Row = Callable[["Bench"], tuple[list[object], str]]
-ROWS: dict[str, tuple[Row, int]] = {}
-
-
-def row(status: int = 1) -> Callable[[Row], Row]:
-    """Register a row: what to type, and the sentence that must come back."""
-
-    def register(function: Row) -> Row:
-        ROWS[function.__name__] = (function, status)
-        return function
-
-    return register
-
-
-@dataclass
-class Bench:
-    """A federation with one joined site and a small image folder."""
-
-    tmp: Path
-    hub: FolderHub
-    site: site.Site
-    contribute: Callable[..., publishing.Parcel]
-
-    @property
-    def data(self) -> Path:
-        return self.tmp / "data"
-
-    def table(self, text: str | bytes, name: str = "labels.csv") -> Path:
-        path = self.data / name
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
-        return path
-
-    def finetune(self, data: Path, *more: object) -> list[object]:
-        return ["finetune", self.site.root, "--data", data, "--steps", 1, *more]
-
-    def publish_altered(self, alter: Callable[[dict[str, torch.Tensor]], None]) -> str:
-        """Publish a vector that a faulty site has signed; return how messages name it."""
-        run = self.site.root / "runs" / "bad"
-        write_run(self.site, run)
-        path = run / publishing.VECTOR
-        with TensorFile(path) as file:
-            tensors, metadata = dict(read_all(file)), next(iter(file.metadata.items()))
-        alter(tensors)
-        write_tensors(path, tensors, metadata)
-        return self.publish_file(run)
-
-    def publish_bytes(self, content: bytes) -> str:
-        """Publish and sign any bytes in place of a vector."""
-        run = self.site.root / "runs" / "bad"
-        write_run(self.site, run)
-        (run / publishing.VECTOR).write_bytes(content)
-        return self.publish_file(run)
-
-    def publish_file(self, run: Path) -> str:
-        path, draft = run / publishing.VECTOR, read_draft(run / publishing.DRAFT)
-        payload = {"sha256": sha256_file(path), "size": path.stat().st_size, "norm": 1.0}
-        data = {**draft.model_dump(mode="json"), "payload": payload}
-        (run / publishing.DRAFT).write_text(json.dumps(data))
-        parcel = publishing.prepare(self.site, run, self.hub)
-        publishing.publish(self.site, run, self.hub, parcel)
-        folder = self.hub.root / "contributions" / self.site.name / parcel.manifest.id
-        return str(folder / "payload.safetensors")
-
-    def merge(self, problem: str) -> tuple[list[object], str]:
-        """Merge what a faulty site has published: the problem, and the way out."""
-        sentence = f"{problem} Leave it out with --exclude north or --skip-refused."
-        return ["merge", self.hub.root, "--allow-unsigned", "--out", self.tmp / "out"], sentence
+ROWS = Table()
+row = ROWS.row
 
 
 @pytest.fixture
 def bench(tmp_path, hub, contribute) -> Bench:
-    joined = site.join(hub, "north", tmp_path / "north")
-    (tmp_path / "data").mkdir()
-    for index in range(12):
-        Image.new("RGB", (40, 40), (index * 20, 90, 200 - index * 10)).save(
-            tmp_path / "data" / f"{index}.png"
-        )
-    return Bench(tmp_path, hub, joined, contribute)
+    return open_bench(tmp_path, hub, contribute)
 
 
 HEADER = "file,label,split\n"
@@ -492,14 +415,7 @@ def two_models_of_one_name(b):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_bad_input_gives_its_sentence(name, bench, run_cli):
-    make, status = ROWS[name]
-    arguments, sentence = make(bench)
-    before = sorted(bench.tmp.rglob("*"))
-    result = run_cli(*arguments)
-    assert result.stderr == f"Error: {sentence}\n"
-    assert result.exit_code == status
-    after = [p for p in bench.tmp.rglob("*") if p not in before and "cache" not in p.parts]
-    assert after == []
+    ROWS.check(name, bench, run_cli)
 
 
 @pytest.fixture

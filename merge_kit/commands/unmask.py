@@ -8,15 +8,14 @@ import click
 from rich.console import Console
 
 from merge_kit.commands.options import next_step, shown
-from merge_kit.federation import BASE_WEIGHTS
+from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE
 from merge_kit.hub import open_hub
-from merge_kit.merging import WEIGHTS
 from merge_kit.unmasking import unmask as unmask_site
 
 
 @click.command()
 @click.argument("merged", type=click.Path(path_type=Path))
-@click.option("--base", required=True, help="A hub, the base's folder, or its safetensors file.")
+@click.option("--base", required=True, help="A hub, or the base as a folder or a file.")
 @click.option("--site", required=True, help="The site whose own model is wanted.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the site's model.")
 def unmask(merged: Path, base: str, site: str, out: Path | None) -> None:
@@ -31,7 +30,7 @@ def unmask(merged: Path, base: str, site: str, out: Path | None) -> None:
     """
     target = out or Path(f"unmasked-{site}")
     with Console(stderr=True).status(f"unmasking {site}"):
-        found = unmask_site(merged, _weights_of(base), site, target)
+        found = unmask_site(merged, _base_path(base), site, target)
     click.echo(f"Model of the site '{found.header.site}' in {target}, out of {merged}")
     click.echo(f"  contribution {found.header.contribution[:12]}")
     click.echo(f"  fingerprint  {found.fingerprint}")
@@ -41,10 +40,8 @@ def unmask(merged: Path, base: str, site: str, out: Path | None) -> None:
     )
 
 
-def _weights_of(base: str) -> Path:
+def _base_path(base: str) -> Path:
     path = Path(base)
-    if path.is_file():
+    if path.exists() and not (path / FEDERATION_FILE).is_file():
         return path
-    if (path / WEIGHTS).is_file():
-        return path / WEIGHTS
     return open_hub(base).fetch(BASE_WEIGHTS)

@@ -70,12 +70,17 @@ class Vectors(Protocol):
         """(2, N): smallest and largest value of each row of a measure (N, n), over all blocks."""
 
     def kth_largest(
-        self, measure: Callable[[Block], Tensor], fraction: float, scope: Scope
+        self,
+        measure: Callable[[Block], Tensor],
+        fraction: float,
+        scope: Scope,
+        noted: str | None = None,
     ) -> dict[str, Tensor]:
         """The exact k-th largest value of each row of a measure (N, n) >= 0.
 
         k = int(fraction d) + 1, of the d values of the whole vector or of each tensor; 0 when there
-        are not so many. (N,) float32 by tensor name.
+        are not so many. (N,) float32 by tensor name. `noted` names a measure of one vector that
+        does not depend on the others, so that it need not be found twice.
         """
 
     def order_statistics(self, measure: Callable[[Block], Tensor], ranks: Sequence[int]) -> Tensor:

@@ -170,7 +170,7 @@ def _survey_ties(vectors: Vectors, options: TiesOptions) -> TiesState:
     thresholds: Mapping[str, Tensor] = {}
     if options.density < 1:
         thresholds = vectors.kth_largest(
-            lambda block: block.values.abs(), options.density, options.scope
+            lambda block: block.values.abs(), options.density, options.scope, "magnitude"
         )
     # Ties of trained values are rare: the pass that settles them is made when the first one turns
     # up, once, whichever thread meets it.

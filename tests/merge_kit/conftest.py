@@ -49,26 +49,6 @@ def read_only_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Iterator[Callable[..., BlockReader]]:
-    """A reader of vectors given as dictionaries of tensors, over a base of ones."""
-    opened: list[TensorFile] = []
-
-    def make(vectors: Sequence[Mapping[str, torch.Tensor]], workers: int = 1) -> BlockReader:
-        def file(tensors: Mapping[str, torch.Tensor]) -> TensorFile:
-            path = tmp_path / f"{len(opened)}.safetensors"
-            write_tensors(path, tensors)
-            opened.append(TensorFile(path))
-            return opened[-1]
-
-        base = file({name: torch.ones_like(tensor) for name, tensor in vectors[0].items()})
-        return BlockReader(base, [file(v) for v in vectors], tuple(vectors[0]), workers)
-
-    yield make
-    for file in opened:
-        file.close()
-
-
-@pytest.fixture
 def merge(hub: FolderHub, tmp_path: Path) -> Callable[..., merging.Merged]:
     """Merge what lies on `hub` as the command does; keywords of a recipe, `choose` or `merge`."""
 
@@ -95,3 +75,32 @@ def merge(hub: FolderHub, tmp_path: Path) -> Callable[..., merging.Merged]:
         )
 
     return run
+
+
+@pytest.fixture
+def open_file(tmp_path: Path) -> Iterator[Callable[[Mapping[str, torch.Tensor]], TensorFile]]:
+    """Write tensors and open them until the test ends."""
+    opened: list[TensorFile] = []
+
+    def make(tensors: Mapping[str, torch.Tensor]) -> TensorFile:
+        path = tmp_path / f"{len(opened)}.safetensors"
+        write_tensors(path, tensors)
+        opened.append(TensorFile(path))
+        return opened[-1]
+
+    yield make
+    for file in opened:
+        file.close()
+
+
+@pytest.fixture
+def read(
+    open_file: Callable[[Mapping[str, torch.Tensor]], TensorFile],
+) -> Callable[..., BlockReader]:
+    """A reader of vectors given as dictionaries of tensors, over a base of ones."""
+
+    def make(vectors: Sequence[Mapping[str, torch.Tensor]], workers: int = 1) -> BlockReader:
+        base = open_file({name: torch.ones_like(tensor) for name, tensor in vectors[0].items()})
+        return BlockReader(base, [open_file(v) for v in vectors], tuple(vectors[0]), workers)
+
+    return make

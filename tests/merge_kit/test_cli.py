@@ -211,3 +211,18 @@ def test_name_value_options_are_read_with_their_types():
 def test_malformed_options_are_refused(given, sentence):
     with says(UsageError, sentence):
         typed_pairs(given, "--option")
+
+
+def test_methods_say_what_they_need(run_cli):
+    result = run_cli("methods", "slerp", "dare", "ties")
+    assert result.exit_code == 0
+    needs = [
+        line.split("needs")[1].strip() for line in result.stdout.splitlines() if "needs" in line
+    ]
+    assert needs == ["the vectors", "the vectors, the recipe's seed", "exactly 2 vectors"]
+
+
+def test_an_unknown_method_is_answered_with_the_nearest(run_cli):
+    result = run_cli("methods", "tise")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: unknown method 'tise'; did you mean 'ties'?\n"

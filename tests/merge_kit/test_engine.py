@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -10,10 +9,9 @@ import torch
 
 from merge_kit import engine
 from merge_kit.errors import NonFiniteError, RecipeError, VectorError
-from merge_kit.methods import METHODS
 from merge_kit.parameters import roles_of
 from merge_kit.recipe import make_recipe
-from merge_kit.tensorfile import TensorFile, TensorSpec, specs_of, write_tensors
+from merge_kit.tensorfile import TensorSpec, specs_of
 from tests.merge_kit.helpers import assemble, says
 
 BASE = {
@@ -42,22 +40,6 @@ SOUTH = {
 
 
 @pytest.fixture
-def open_file(tmp_path):
-    """Write tensors and open them until the test ends."""
-    opened = []
-
-    def make(tensors):
-        path = tmp_path / f"{len(opened)}.safetensors"
-        write_tensors(path, tensors)
-        opened.append(TensorFile(path))
-        return opened[-1]
-
-    yield make
-    for file in opened:
-        file.close()
-
-
-@pytest.fixture
 def sources(open_file):
     """Two sites: 1 and 3 images of the first class, the second only in the south."""
     return [
@@ -78,24 +60,6 @@ def merge(open_file):
         )
 
     return run
-
-
-def many(open_file, count=9, seed=0):
-    """Random vectors of many sites, with a tensor that is large enough for several threads."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for index in range(count):
-        tensors = {
-            "body.weight": torch.randn(190, 190, generator=generator),
-            "bn.running_mean": torch.randn(64, generator=generator),
-            "bn.running_var": torch.rand(64, generator=generator),
-            "bn.num_batches_tracked": torch.tensor(index),
-            "head.weight": torch.randn(3, 64, generator=generator),
-        }
-        counts = tuple(torch.randint(0, 50, (3,), generator=generator).double().tolist())
-        made.append(engine.Source(f"{index}", f"s{index}", open_file(tensors), counts, index + 1))
-    base = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in made[0].file.specs.items()}
-    return open_file({**base, "table": torch.tensor([5, 6])}), made
 
 
 def test_weights_are_merged_by_the_method(merge, sources):
@@ -167,52 +131,6 @@ def test_merging_equals_gives_the_same(merge, sources, method):
     options = {"density": 1.0} if method == "ties" else {}
     for name, tensor in merge(same, method, options=options).items():
         torch.testing.assert_close(tensor, BASE[name] + NORTH.get(name, 0), rtol=1e-6, atol=0)
-
-
-def run(base, sources, recipe):
-    parts = engine.merge(base, sources, ROLES, recipe)
-    return assemble(parts, engine.merged_specs(base.specs, recipe))
-
-
-RECIPES = [
-    {"method": "mean"},
-    {"method": "mean", "weights": "steps"},
-    {"method": "mean", "weights": "sqrt-examples", "norm": "average"},
-    {"method": "sum", "scale": 0.3, "head": "method"},
-    {"method": "ties"},
-    {"method": "ties", "options": {"scope": "tensor", "reduction": "max"}},
-    {"method": "krum", "head": "method"},
-    {"method": "geometric-median", "options": {"scope": "tensor"}},
-    {"method": "slerp", "options": {"space": "vectors"}},
-    *({"method": name} for name in METHODS if name not in ("mean", "ties", "krum")),
-]
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: " ".join(map(str, r.values())))
-def test_the_order_of_the_sources_never_matters(open_file, recipe):
-    """Bit for bit."""
-    base, made = many(open_file, count=METHODS[recipe["method"]].maximum or 9)
-    complete = make_recipe(recipe, "test")
-    first = run(base, made, complete)
-    for seed in range(2):
-        shuffled = random.Random(seed).sample(made, len(made))
-        again = run(base, shuffled, complete)
-        assert all(torch.equal(first[name], again[name]) for name in first)
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: " ".join(map(str, r.values())))
-def test_the_number_of_threads_never_matters(open_file, recipe):
-    """Bit for bit."""
-    base, made = many(open_file, count=METHODS[recipe["method"]].maximum or 5)
-    complete, before = make_recipe(recipe, "test"), torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(run(base, made, complete))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.parametrize(
@@ -477,17 +395,3 @@ def test_the_papers_alpha_follows_from_the_lengths(merge_deep):
     assert [v[0] for v in merged.values()] == [2.0] * 4
     merged = merge_deep(method="mean", lines={"beta": 0.0})
     assert [v[0] for v in merged.values()] == [2.0] * 4
-
-
-def test_many_scales_share_one_pass_and_give_what_each_gives_alone(open_file):
-    for method in ("mean", "ties", "karcher", "dare"):
-        base, made = many(open_file, count=3)
-        roles = roles_of(base.specs, ("head",))
-        data = {"method": method, "scale": 0.5}
-        specs = engine.merged_specs(base.specs, make_recipe(data, "test"))
-        found = list(engine.merge_scales(base, made, roles, make_recipe(data, "test"), (1.0, 0.2)))
-        for index, scale in enumerate((0.5, 0.5 * 0.2)):
-            alone = engine.merge(base, made, roles, make_recipe({**data, "scale": scale}, "test"))
-            together = assemble((parts[index] for parts in found), specs)
-            for name, tensor in assemble(alone, specs).items():
-                assert torch.equal(together[name], tensor), (method, name)

@@ -36,11 +36,11 @@ def masks_of(*rows):
 
 
 @pytest.fixture
-def write(tmp_path, open_file):
+def write(tmp_path, store):
     """Write the masks of parts: of the sites north (b...) and south (a...), unless told."""
 
     def make(parts, sources=((B, "north"), (A, "south")), folder="merged"):
-        made = [Source(id_, site, open_file({}), (), 1) for id_, site in sources]
+        made = [Source(id_, site, store({}), (), 1) for id_, site in sources]
         with MaskWriter(tmp_path / folder, made) as writer:
             for part in parts:
                 writer.add(part)
@@ -51,7 +51,7 @@ def write(tmp_path, open_file):
 
 
 @pytest.fixture
-def open_file(tmp_path):
+def store(tmp_path):
     """Write tensors and open them until the test ends."""
     opened = []
 
@@ -67,7 +67,7 @@ def open_file(tmp_path):
 
 
 @pytest.fixture
-def masked(open_file):
+def masked(store):
     """A file of masks with any tensors and header."""
 
     def make(tensors, name="north.safetensors", **changes):
@@ -79,7 +79,7 @@ def masked(open_file):
             "rescalers": dict.fromkeys(tensors, 1.0),
             **changes,
         }
-        return open_file(tensors, ("merge-kit", canonical_json(header).decode()), name)
+        return store(tensors, ("merge-kit", canonical_json(header).decode()), name)
 
     return make
 
@@ -183,10 +183,10 @@ def test_masks_are_found_by_the_sites_name(write, tmp_path):
         find_masks(tmp_path, "north")
 
 
-def test_a_model_comes_back_by_hand(masked, open_file):
+def test_a_model_comes_back_by_hand(masked, store):
     """theta_0 + 1.5 M (theta - theta_0): 1 + 1.5 * 2, 2, 3 - 1.5 * 4; the head is the merged."""
-    base = open_file({"head": torch.tensor([7.0]), "w": torch.tensor([1.0, 2.0, 3.0])})
-    merged = open_file({"head": torch.tensor([9.0]), "w": torch.tensor([3.0, 5.0, -1.0])})
+    base = store({"head": torch.tensor([7.0]), "w": torch.tensor([1.0, 2.0, 3.0])})
+    merged = store({"head": torch.tensor([9.0]), "w": torch.tensor([3.0, 5.0, -1.0])})
     masks = masked({"w": torch.tensor([0b101], dtype=torch.uint8)}, rescalers={"w": 1.5})
     found = assemble(unmasked(merged, base, masks, read_header(masks)), merged.specs)
     assert {name: t.tolist() for name, t in found.items()} == {
@@ -196,12 +196,12 @@ def test_a_model_comes_back_by_hand(masked, open_file):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_large_tensors_come_back_block_by_block_in_the_merged_dtype(masked, open_file, dtype):
+def test_large_tensors_come_back_block_by_block_in_the_merged_dtype(masked, store, dtype):
     size = 2 * BLOCK + 13
     generator = torch.Generator().manual_seed(0)
     start, end = (torch.randn(2, size, generator=generator) for _ in range(2))
     bits = torch.rand(2 * size, generator=generator) < 0.5
-    base, merged = open_file({"w": start}), open_file({"w": end.to(dtype)})
+    base, merged = store({"w": start}), store({"w": end.to(dtype)})
     masks = masked({"w": torch.from_numpy(pack(bits[None])[0])}, rescalers={"w": 0.75})
     check_masks(masks, read_header(masks), merged, base)
     found = assemble(unmasked(merged, base, masks, read_header(masks)), merged.specs)["w"]
@@ -210,8 +210,8 @@ def test_large_tensors_come_back_block_by_block_in_the_merged_dtype(masked, open
     assert torch.equal(found, expected.to(dtype))
 
 
-def test_a_value_that_overflows_is_refused_by_name(masked, open_file):
-    base, merged = open_file({"w": torch.tensor([0.0])}), open_file({"w": torch.tensor([1e38])})
+def test_a_value_that_overflows_is_refused_by_name(masked, store):
+    base, merged = store({"w": torch.tensor([0.0])}), store({"w": torch.tensor([1e38])})
     masks = masked({"w": torch.tensor([1], dtype=torch.uint8)}, rescalers={"w": 10.0})
     with says(
         NonFiniteError,
@@ -263,14 +263,14 @@ BITS = torch.zeros(2, dtype=torch.uint8)
     ],
     ids=["no rescaler", "no mask", "unknown", "integers", "too short", "dtype"],
 )
-def test_masks_that_do_not_fit_are_refused(masked, open_file, tensors, changes, sentence):
-    merged, masks = open_file(WEIGHTS), masked(tensors, **changes)
+def test_masks_that_do_not_fit_are_refused(masked, store, tensors, changes, sentence):
+    merged, masks = store(WEIGHTS), masked(tensors, **changes)
     with says(VectorError, sentence.format(path=masks.path)):
         check_masks(masks, read_header(masks), merged, merged)
 
 
-def test_a_base_of_other_shapes_is_refused(masked, open_file):
-    merged, base = open_file(WEIGHTS), open_file({**WEIGHTS, "w": torch.zeros(3, 3)})
+def test_a_base_of_other_shapes_is_refused(masked, store):
+    merged, base = store(WEIGHTS), store({**WEIGHTS, "w": torch.zeros(3, 3)})
     masks = masked({"w": BITS})
     with says(
         VectorError,
@@ -297,15 +297,15 @@ def test_a_malformed_header_is_refused(masked, changes, sentence):
         read_header(masks)
 
 
-def test_a_file_without_our_header_is_refused(open_file):
+def test_a_file_without_our_header_is_refused(store):
     for metadata in (None, ("format", "pt")):
-        file = open_file({"w": BITS}, metadata)
+        file = store({"w": BITS}, metadata)
         with says(
             VectorError,
             f"{file.path} holds no masks: its header lacks the metadata 'merge-kit'.",
         ):
             read_header(file)
-    file = open_file({"w": BITS}, ("merge-kit", "{"))
+    file = store({"w": BITS}, ("merge-kit", "{"))
     with says(VectorError, f"{file.path}: the metadata 'merge-kit' is not JSON."):
         read_header(file)
 

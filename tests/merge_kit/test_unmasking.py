@@ -169,7 +169,7 @@ def test_each_contribution_of_a_site_is_unmasked_by_name_and_id(base, hub, contr
         unmask(folder, base, "north", tmp_path / "other")
 
 
-@pytest.mark.parametrize("name", ["provenance.json", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["provenance.json", "model.safetensors"])
 def test_only_a_merged_model_is_unmasked(base, merged, tmp_path, name):
     (merged / name).unlink()
     with says(
@@ -281,3 +281,25 @@ def test_the_command_says_in_one_sentence_what_is_wrong(hub, merged, run_cli, tm
         f"Error: the hub {tmp_path / 'no'} is not there: check the path, or mount the share.\n"
     )
     assert not out.exists()
+
+
+def test_plain_checkpoints_come_back_too(run_cli, tmp_path):
+    """Without a federation and without a config.json; masks by hand, both values differ in sign."""
+    tensors = {"base": [0.0, 0.0], "a": [4.0, -1.0], "b": [1.0, 3.0]}
+    for name, values in tensors.items():
+        write_tensors(tmp_path / f"{name}.safetensors", {"body.weight": torch.tensor(values)})
+    inputs = [tmp_path / f"{name}.safetensors" for name in tensors]
+    made = run_cli("merge", *inputs, "--method", "emr", "--out", tmp_path / "merged")
+    assert made.exit_code == 0, made.stderr
+    assert load(tmp_path / "merged" / "model.safetensors")["body.weight"].tolist() == [4.0, 3.0]
+    for name in ("a", "b"):
+        out = tmp_path / f"{name}-model"
+        result = run_cli(
+            "unmask", tmp_path / "merged", "--base", inputs[0], "--site", name, "--out", out
+        )
+        assert result.exit_code == 0, result.stderr
+        assert listing(out) == ["model.safetensors"]
+    # a: 5 / 4 of the first value; b: 4 / 7 of both
+    found = [load(tmp_path / f"{n}-model" / "model.safetensors")["body.weight"] for n in "ab"]
+    assert found[0].tolist() == [5.0, 0.0]
+    torch.testing.assert_close(found[1], torch.tensor([16 / 7, 12 / 7]))

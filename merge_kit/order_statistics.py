@@ -22,10 +22,10 @@ from merge_kit.methods.base import Block
 
 Keys = NDArray[np.uint32]
 Counts = NDArray[np.int64]
-_SMALL = 32768
-"""So many values are read and partitioned directly."""
-_SAMPLED, _TAKEN = 512, 512
-"""Blocks that the sample is taken from, and how many values of each."""
+_SMALL = 1 << 18
+"""So many values are kept and partitioned directly; as many make a sample of more."""
+_SAMPLED = 512
+"""Blocks that the sample is taken from."""
 _MARGIN = 0.003
 """What the sample may err by, as a fraction of the values."""
 _WIDTH = 1 << 17
@@ -238,7 +238,8 @@ def _in_one_pass(
 
 def _sample(reader: Reader, keys: Callable[[Block], Keys], parts: Sequence[Stretch]) -> Keys:
     step = max(1, len(parts) // _SAMPLED)
-    pieces = [Stretch(part.tensor, part.begin, min(_TAKEN, part.size)) for part in parts[::step]]
+    taken = _SMALL // len(parts[::step])
+    pieces = [Stretch(part.tensor, part.begin, min(taken, part.size)) for part in parts[::step]]
     sample = np.empty((len(reader), sum(piece.size for piece in pieces)), dtype=np.uint32)
     at = 0
     for piece, found in reader.each(lambda block: keys(block).copy(), pieces):

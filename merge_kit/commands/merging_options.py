@@ -1,0 +1,113 @@
+"""Options that say what is merged and how, for every command that merges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from merge_kit import merging
+from merge_kit.commands.options import typed_pairs
+from merge_kit.contributions import Contribution, Entry, check_payloads
+from merge_kit.errors import UsageError
+from merge_kit.federation import Federation
+from merge_kit.recipe import Recipe, make_recipe, read_recipe
+
+_RECIPE = (
+    click.option("--method", help="One of 'merge-kit methods'."),
+    click.option(
+        "--recipe",
+        type=click.Path(path_type=Path),
+        help="A YAML recipe instead, or the name of a shipped one.",
+    ),
+    click.option("--weights", help="uniform, examples, sqrt-examples, steps, or site=2,other=1."),
+    click.option("--option", multiple=True, metavar="NAME=VALUE", help="Option of the method."),
+    click.option(
+        "--norm", type=click.Choice(["pooled", "average", "base"]), help="Norm statistics."
+    ),
+    click.option("--head", type=click.Choice(["seen", "method"]), help="Rule for the head's rows."),
+)
+_CONTRIBUTIONS = (
+    click.option("--site", "sites", multiple=True, help="Merge only this site (repeatable)."),
+    click.option("--exclude", multiple=True, help="Leave this site out (repeatable)."),
+    click.option("--skip-refused", is_flag=True, help="Leave out whatever may not be merged."),
+    click.option("--allow-unsigned", is_flag=True, help="Take unsigned and not admitted ones too."),
+)
+
+
+def recipe_options(command: Any) -> Any:
+    """Add --method, --recipe, --weights, --option, --norm and --head to a command."""
+    for option in reversed(_RECIPE):
+        command = option(command)
+    return command
+
+
+def contribution_options(command: Any) -> Any:
+    """Add --site, --exclude, --skip-refused and --allow-unsigned to a command."""
+    for option in reversed(_CONTRIBUTIONS):
+        command = option(command)
+    return command
+
+
+def recipe_of(
+    method: str | None,
+    path: Path | None,
+    options: tuple[str, ...],
+    settings: Mapping[str, object],
+    defaults: Mapping[str, object] | None = None,
+) -> Recipe:
+    """The recipe that the options of a command line describe.
+
+    `settings` are the recipe's other keys, None where they are not given; `defaults` stand in for
+    those of the method where no recipe file is given.
+
+    Raises
+    ------
+    UsageError
+        A file and options are given both.
+    RecipeError
+        A wrong key or value.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    chosen = typed_pairs(options, "--option")
+    if path is None:
+        data = {"method": method or "mean", "options": chosen, **(defaults or {}), **given}
+        return make_recipe(data, "the command line")
+    if method or given or chosen:
+        raise UsageError("--recipe says it all: leave the other merge options out, or edit it.")
+    return read_recipe(path)
+
+
+def weights_of(text: str | None) -> str | dict[str, object] | None:
+    """--weights: the name of a rule, or a number for each site."""
+    if text is None or "=" not in text:
+        return text
+    return dict(typed_pairs(tuple(text.split(",")), "--weights"))
+
+
+def gather(
+    entries: Sequence[Entry],
+    federation: Federation,
+    base_weights: Path,
+    *,
+    sites: Sequence[str],
+    exclude: Sequence[str],
+    skip_refused: bool,
+    allow_unsigned: bool,
+) -> tuple[list[Contribution], list[Entry]]:
+    """Check what has arrived and choose of it; says on stderr what was left out."""
+    with Console(stderr=True).status("checking what has arrived"):
+        checked = check_payloads(entries, federation, base_weights)
+    contributions, refused = merging.choose(
+        checked,
+        allow_unsigned=allow_unsigned,
+        skip_refused=skip_refused,
+        sites=sites,
+        exclude=exclude,
+    )
+    for entry in refused:
+        click.echo(f"Left out: {entry.problem}", err=True)
+    return contributions, refused
