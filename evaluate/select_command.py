@@ -22,7 +22,7 @@ from finetune.image_options import image_options
 from finetune.network import choose_device
 from finetune.pixels import Images, decode
 from finetune.progress import Progress
-from merge_kit import engine, merging
+from merge_kit import engine, merging, writing
 from merge_kit.commands.merging_options import (
     contribution_options,
     gather,
@@ -131,7 +131,7 @@ def select(
     start = recipe_of(method, recipe, option, settings, defaults)
     plan = _plan(search, start, metric, scales, grid, option, accept)
     if out:
-        merging.check_target(out, replace=replace)
+        writing.check_target(out, replace=replace)
     opened = open_hub(hub)
     federation = federation_on(opened)
     chosen_device = choose_device(device)
@@ -144,7 +144,7 @@ def select(
     )
     cases = selection.validation_cases(cases, split, str(data))
     base = opened.fetch(BASE_WEIGHTS)
-    contributions, refused = gather(
+    contributions, refused, _ = gather(
         list_entries(opened, federation),
         federation,
         base,

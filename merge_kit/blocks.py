@@ -61,8 +61,10 @@ def one_thread_each() -> Iterator[int]:
         torch.set_num_threads(workers)
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Results in the order of the items, at most a few ahead of the reader."""
+def in_order(
+    function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int = _AHEAD
+) -> Iterator[R]:
+    """Results in the order of the items, at most a few for each worker ahead of the reader."""
     if workers == 1:
         yield from map(function, items)
         return
@@ -71,7 +73,7 @@ def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> It
         waiting: deque[Future[R]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > _AHEAD * workers:
+            if len(waiting) > ahead * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -191,7 +193,8 @@ class BlockReader:
 
         inside = getattr(self._local, "depth", 0) > 0
         chosen = self.stretches if parts is None else parts
-        return in_order(work, chosen, 1 if inside else self._workers)
+        ahead = 1 if self.whole else _AHEAD
+        return in_order(work, chosen, 1 if inside else self._workers, ahead)
 
     def total(self, measure: Callable[[Block], Tensor]) -> Tensor:
         """Sum of a measure over all blocks, added in their order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +14,16 @@ import jinja2
 import torch
 
 from merge_kit import engine
-from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution, Entry, Trust, check_payload, current
-from merge_kit.errors import ContributionError, UsageError
+from merge_kit.errors import ContributionError
 from merge_kit.federation import Federation, check_base
-from merge_kit.files import new_folder, write_atomic
 from merge_kit.manifest import count_of
-from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.recipe import Recipe
-from merge_kit.sitemasks import MaskWriter
-from merge_kit.tensorfile import Fingerprint, TensorFile, Tensors, TensorWriter
+from merge_kit.tensorfile import TensorFile
+from merge_kit.writing import PROVENANCE, Material, Written, check_target, write_folder
 
-PROVENANCE = "provenance.json"
 CARD = "README.md"
 
 
@@ -35,19 +32,14 @@ class Merged:
     """What a merge made."""
 
     folder: Path
-    fingerprint: str
+    written: Written
     contributions: tuple[Contribution, ...]
     weights: tuple[float, ...]
 
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What a merge reads: open files that have been checked."""
-
-    base: Tensors
-    sources: tuple[engine.Source, ...]
-    """Sorted by id."""
-    roles: Mapping[str, Role]
+    @property
+    def fingerprint(self) -> str:
+        """Of the merged model."""
+        return self.written.fingerprint
 
 
 def choose(
@@ -117,12 +109,16 @@ def merge(
     out: Path,
     *,
     refused: Sequence[Entry] = (),
+    gone: Sequence[Contribution] = (),
     replace: bool = False,
+    keep_sum: bool = False,
 ) -> Merged:
     """Merge contributions into a folder that timm loads, with provenance and model card.
 
     `refused` is what was left out, for the provenance. With `replace` an existing merged model
-    gives way; any other folder is never touched.
+    gives way; any other folder is never touched. With `keep_sum`, or where the model that gives way
+    has one, an exact running sum is kept beside the model; `gone` are contributions that may be in
+    it and are not merged now.
 
     Everything is checked before any work starts. The folder appears whole or not at all, and its
     bytes depend only on the base, the set of contributions and the recipe.
@@ -134,7 +130,7 @@ def merge(
     """
     check_target(out, replace=replace)
     ordered = sorted(contributions, key=lambda c: c.id)
-    with opened(federation, base_weights, ordered) as material:
+    with opened(federation, base_weights, ordered, gone) as material:
         engine.check_sites(material.sources, recipe)
         weights = engine.weigh(material.sources, recipe).shares
 
@@ -146,27 +142,16 @@ def merge(
                 CARD: model_card(federation, ordered, record),
             }
 
-        fingerprint = write_folder(out, material, recipe, texts, replace=replace)
-    return Merged(out, fingerprint, tuple(ordered), tuple(weights))
-
-
-def check_target(out: Path, *, replace: bool) -> None:
-    """Refuse a folder that a merged model may not be written to.
-
-    Raises
-    ------
-    UsageError
-        `out` exists, and is no merged model that may be replaced.
-    """
-    if out.exists() and not replace:
-        raise UsageError(f"{out} exists already: choose another --out, or pass --replace.")
-    if replace and out.exists() and not (out / PROVENANCE).is_file():
-        raise UsageError(f"{out} is no merged model: --replace does not remove it.")
+        written = write_folder(out, material, recipe, texts, replace=replace, keep_sum=keep_sum)
+    return Merged(out, written, tuple(ordered), tuple(weights))
 
 
 @contextmanager
 def opened(
-    federation: Federation, base_weights: Path, contributions: Sequence[Contribution]
+    federation: Federation,
+    base_weights: Path,
+    contributions: Sequence[Contribution],
+    gone: Sequence[Contribution] = (),
 ) -> Iterator[Material]:
     """Open the base and the vectors, and check what has not been checked yet.
 
@@ -181,51 +166,16 @@ def opened(
         check_base(federation, base_weights, str(base_weights))
         roles = roles_of(base.specs, federation.classifier)
         expected = vector_specs(base.specs, roles)
-        for contribution in ordered:
+        for contribution in (*ordered, *gone):
             if not contribution.checked:
                 check_payload(contribution, federation, expected, roles)
-        sources = tuple(_source(c, federation, stack) for c in ordered)
-        yield Material(base, sources, roles)
-
-
-def write_folder(
-    out: Path,
-    material: Material,
-    recipe: Recipe,
-    texts: Callable[[str], Mapping[str, str]],
-    *,
-    replace: bool,
-) -> str:
-    """Merge into a new folder; gives the fingerprint of the merged model.
-
-    `texts` maps the fingerprint to the files that lie beside the weights, by name.
-    """
-    base, sources, roles = material.base, material.sources, material.roles
-    with new_folder(out, replace=replace) as folder, MaskWriter(folder, sources) as masks:
-        specs = engine.merged_specs(base.specs, recipe)
-        with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
-            parts = engine.merge(base, sources, roles, recipe)
-            fingerprint = write_parts(writer, parts, masks.add)
-        masks.finish(fingerprint)
-        for name, text in texts(fingerprint).items():
-            write_atomic(folder / name, text)
-    return fingerprint
-
-
-def write_parts(
-    writer: TensorWriter,
-    parts: Iterable[engine.Part],
-    keep: Callable[[engine.Part], None] = lambda part: None,
-) -> str:
-    """Write a merged model as it comes, and let `keep` see it; gives its fingerprint."""
-    found = Fingerprint()
-    for part in parts:
-        if part.begin == 0:
-            found.begin(part.name, writer.specs[part.name])
-        found.values(part.values)
-        writer.write_part(part.name, part.begin, part.values)
-        keep(part)
-    return str(found)
+        yield Material(
+            base,
+            federation.base_fingerprint,
+            tuple(_source(c, federation, stack) for c in ordered),
+            roles,
+            tuple(_source(c, federation, stack) for c in gone),
+        )
 
 
 def _source(contribution: Contribution, federation: Federation, stack: ExitStack) -> engine.Source:

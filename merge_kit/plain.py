@@ -24,10 +24,11 @@ from merge_kit.checkpoints import (
 from merge_kit.configuration import CONFIG, ModelConfig, read_config
 from merge_kit.errors import BaseMismatchError, RecipeError, VectorError
 from merge_kit.inputs import Input, choose, each_once, named_apart, open_input
-from merge_kit.merging import CARD, PROVENANCE, Material, render, software, write_folder
+from merge_kit.merging import CARD, render, software
 from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.recipe import Recipe
 from merge_kit.tensorfile import Tensors, TensorSpec
+from merge_kit.writing import PROVENANCE, Material, Written, write_folder
 
 DEFAULTS = {"weights": "uniform", "head": "method"}
 """What a recipe that does not say it means: checkpoints do not tell how many images they saw."""
@@ -60,7 +61,7 @@ class Job:
 class Merged:
     """What a merge made."""
 
-    fingerprint: str
+    written: Written
     weights: tuple[float, ...]
     """In the order of the job's inputs."""
 
@@ -221,10 +222,10 @@ def _check_labels(configs: Sequence[ModelConfig]) -> None:
                 )
 
 
-def merge(job: Job, out: Path, *, give_way: bool = False) -> Merged:
+def merge(job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False) -> Merged:
     """Merge into a folder as `merging.merge` makes it; timm loads it when the inputs are timm's.
 
-    With `give_way` a merged model that is there is replaced.
+    With `give_way` a merged model that is there is replaced; `keep_sum` as there.
 
     Statistics of norm layers, and heads under ``head: seen``, are weighted as the vectors are; a
     negative weight counts as 0 there.
@@ -245,9 +246,14 @@ def merge(job: Job, out: Path, *, give_way: bool = False) -> Merged:
             CARD: render("plain_card.md.j2", record=record, config=job.config),
         }
 
-    material = Material(job.base, tuple(sources), job.roles)
-    fingerprint = write_folder(out, material, job.recipe, texts, replace=give_way)
-    return Merged(fingerprint, tuple(weights))
+    found = Material(job.base, job.base_fingerprint, tuple(sources), job.roles)
+    written = write_folder(out, found, job.recipe, texts, replace=give_way, keep_sum=keep_sum)
+    return Merged(written, tuple(weights))
+
+
+def material(job: Job) -> Material:
+    """What the engine reads."""
+    return Material(job.base, job.base_fingerprint, tuple(_weighed(job)[0]), job.roles)
 
 
 def _weighed(job: Job) -> tuple[list[engine.Source], list[float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -88,31 +88,35 @@ class MaskWriter:
             with suppress(OSError):
                 self._bits.close()
 
-    def add(self, part: Part) -> None:
-        """Keep the masks of a part, if it has any; parts of one tensor come in order.
+    def seen(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """The same parts, those of one tensor in order; masks are kept as they pass.
 
         Raises
         ------
         RecipeError
-            The part is 0 times the merged vector, from which no site's values can come back.
+            A part is 0 times the merged vector, from which no site's values can come back.
         """
-        if part.masks is None or part.rescalers is None:
-            return
-        if not bool(part.rescalers.isfinite().all()):
+        for part in parts:
+            if part.masks is not None and part.rescalers is not None:
+                self._add(part, part.masks, part.rescalers)
+            yield part
+
+    def _add(self, part: Part, masks: Tensor, rescalers: Tensor) -> None:
+        if not bool(rescalers.isfinite().all()):
             raise RecipeError(
                 f"nothing is left of the sites' vectors in the tensor '{part.name}', so their own "
                 "models could not come back: choose a 'scale', and an 'alpha' of 'lines', other "
                 "than 0."
             )
-        packed = pack(part.masks)
+        packed = pack(masks)
         with storage_errors(self._folder):
             if self._bits is None:
                 self._folder.mkdir(parents=True)
                 self._bits = tempfile.TemporaryFile(dir=self._folder)
             self._bits.write(packed.data)
-        size = part.begin + part.masks.shape[1]
+        size = part.begin + masks.shape[1]
         self._specs[part.name] = packed_spec(TensorSpec(torch.bool, (size,)))
-        self._rescalers[part.name] = part.rescalers.tolist()
+        self._rescalers[part.name] = rescalers.tolist()
         self._places.append((part.name, part.begin // 8, packed.shape[1]))
 
     def finish(self, merged: str) -> None:

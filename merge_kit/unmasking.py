@@ -11,7 +11,6 @@ from merge_kit.checkpoints import WEIGHTS, Checkpoint, fingerprint_checked
 from merge_kit.configuration import CONFIG
 from merge_kit.errors import BaseMismatchError, UsageError, VectorError
 from merge_kit.files import new_folder, write_atomic
-from merge_kit.merging import PROVENANCE, write_parts
 from merge_kit.sitemasks import (
     MaskHeader,
     check_masks,
@@ -20,6 +19,7 @@ from merge_kit.sitemasks import (
     unmasked,
 )
 from merge_kit.tensorfile import TensorFile, TensorWriter
+from merge_kit.writing import PROVENANCE, write_parts
 
 
 @dataclass(frozen=True, slots=True)

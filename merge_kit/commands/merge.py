@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,36 +11,39 @@ from rich.console import Console
 
 from merge_kit import merging, plain
 from merge_kit.checkpoints import WEIGHTS
-from merge_kit.commands.options import next_step, shown, typed_pairs
-from merge_kit.contributions import Entry, check_payloads, list_entries, read_local
+from merge_kit.commands.merging_options import (
+    contribution_options,
+    gather,
+    recipe_of,
+    recipe_options,
+    weights_of,
+)
+from merge_kit.commands.options import next_step, shown
+from merge_kit.contributions import Entry, list_entries, read_local
 from merge_kit.errors import UsageError
+from merge_kit.estimate import Estimate, estimate
 from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE
 from merge_kit.hub import open_hub
-from merge_kit.recipe import Recipe, make_recipe, read_recipe
+from merge_kit.recipe import Recipe
 from merge_kit.site import federation_on
+from merge_kit.writing import Written, check_target
 
 
 @click.command()
 @click.argument("hub", metavar="HUB_OR_BASE")
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--method", help="One of 'merge-kit methods'.")
-@click.option(
-    "--recipe",
-    type=click.Path(path_type=Path),
-    help="A YAML recipe instead, or the name of a shipped one.",
-)
+@recipe_options
 @click.option("--scale", type=float, help="Factor of the merged vector.")
-@click.option("--weights", help="uniform, examples, sqrt-examples, steps, or site=2,other=1.")
-@click.option("--option", multiple=True, metavar="NAME=VALUE", help="Option of the method.")
-@click.option("--norm", type=click.Choice(["pooled", "average", "base"]), help="Norm statistics.")
-@click.option("--head", type=click.Choice(["seen", "method"]), help="Rule for the head's rows.")
+@contribution_options
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the merged model.")
-@click.option("--site", "sites", multiple=True, help="Merge only this site (repeatable).")
-@click.option("--exclude", multiple=True, help="Leave this site out (repeatable).")
-@click.option("--skip-refused", is_flag=True, help="Leave out whatever may not be merged.")
-@click.option("--allow-unsigned", is_flag=True, help="Take unsigned and not admitted ones too.")
 @click.option("--replace", is_flag=True, help="Replace an existing merged model.")
+@click.option(
+    "--keep-sum",
+    is_flag=True,
+    help="Keep the exact running sum beside the model: who comes or goes is then all that is read.",
+)
 @click.option("--print-recipe", is_flag=True, help="Show the recipe with all defaults, and stop.")
+@click.option("--dry-run", is_flag=True, help="Show what would be merged and what it takes, stop.")
 def merge(
     hub: str,
     folders: tuple[Path, ...],
@@ -57,7 +60,9 @@ def merge(
     skip_refused: bool,
     allow_unsigned: bool,
     replace: bool,
+    keep_sum: bool,
     print_recipe: bool,
+    dry_run: bool,
 ) -> None:
     """Merge what has arrived on a hub into one model; or only the contributions in FOLDERS.
 
@@ -68,22 +73,22 @@ def merge(
     merge-kit merge hub --method ties --option density=0.3 --out merged-ties
     merge-kit merge base a b=run/model.safetensors --weights a=2,b=1 --out merged
     """
-    overrides = {"scale": scale, "weights": _weights(weights), "norm": norm, "head": head}
-    given = {key: value for key, value in overrides.items() if value is not None}
-    options = typed_pairs(option, "--option")
     alone = _is_plain(hub, folders)
-    chosen = _recipe(method, recipe, given, options, plain.DEFAULTS if alone else {})
+    settings = {"scale": scale, "weights": weights_of(weights), "norm": norm, "head": head}
+    chosen = recipe_of(method, recipe, option, settings, plain.DEFAULTS if alone else {})
     if print_recipe:
         click.echo(chosen.to_yaml(), nl=False)
         return
     target = out or Path(f"merged-{chosen.method}")
+    if not dry_run:
+        check_target(target, replace=replace)
     if alone:
         if skip_refused or allow_unsigned:
             raise UsageError(
                 "--skip-refused and --allow-unsigned are for contributions on a hub: leave them "
                 "out, a checkpoint carries no signature."
             )
-        _merge_plain(Path(hub), folders, chosen, target, sites, exclude, replace)
+        _merge_plain(Path(hub), folders, chosen, target, sites, exclude, replace, keep_sum, dry_run)
         return
     opened = open_hub(hub)
     federation = federation_on(opened)
@@ -93,20 +98,31 @@ def merge(
     else:
         entries = list_entries(opened, federation)
     base = opened.fetch(BASE_WEIGHTS)
-    with Console(stderr=True).status("checking what has arrived"):
-        entries = check_payloads(entries, federation, base)
-    contributions, refused = merging.choose(
+    contributions, refused, others = gather(
         entries,
-        allow_unsigned=allow_unsigned,
-        skip_refused=skip_refused,
+        federation,
+        base,
         sites=sites,
         exclude=exclude,
+        skip_refused=skip_refused,
+        allow_unsigned=allow_unsigned,
     )
-    for entry in refused:
-        click.echo(f"Left out: {entry.problem}", err=True)
+    if dry_run:
+        with merging.opened(federation, base, contributions) as material:
+            names = [f"{source.site} {source.id[:12]}" for source in material.sources]
+            _show(estimate(material.base, material.sources, material.roles, chosen), names, target)
+        return
     with Console(stderr=True).status(f"merging {len(contributions)} contributions"):
         merged = merging.merge(
-            federation, base, contributions, chosen, target, refused=refused, replace=replace
+            federation,
+            base,
+            contributions,
+            chosen,
+            target,
+            refused=refused,
+            gone=others,
+            replace=replace,
+            keep_sum=keep_sum,
         )
     click.echo(f"Merged model in {target}: {chosen.method} of {len(contributions)} contributions")
     for contribution, weight in zip(merged.contributions, merged.weights, strict=True):
@@ -114,7 +130,7 @@ def merge(
             f"  {contribution.site:<20} {contribution.id[:12]}  weight {weight:.3f}  "
             f"{contribution.trust.value}"
         )
-    click.echo(f"  fingerprint {merged.fingerprint}")
+    _end(merged.written, keep_sum)
     next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
 
 
@@ -140,8 +156,9 @@ def _merge_plain(
     sites: tuple[str, ...],
     exclude: tuple[str, ...],
     replace: bool,
+    keep_sum: bool,
+    dry_run: bool,
 ) -> None:
-    merging.check_target(target, replace=replace)
     with ExitStack() as stack:
         with Console(stderr=True).status(f"checking {len(folders)} checkpoints"):
             job = stack.enter_context(
@@ -149,34 +166,37 @@ def _merge_plain(
             )
         for note in job.notes:
             click.echo(note)
+        if dry_run:
+            found = plain.material(job)
+            names = [f"{one.name} {one.id[:12]}" for one in job.inputs]
+            _show(estimate(found.base, found.sources, found.roles, job.recipe), names, target)
+            return
         with Console(stderr=True).status(f"merging {len(job.inputs)} checkpoints"):
-            merged = plain.merge(job, target, give_way=replace)
+            merged = plain.merge(job, target, give_way=replace, keep_sum=keep_sum)
     click.echo(f"Merged model in {target}: {recipe.method} of {len(job.inputs)} checkpoints")
     for one, weight in zip(job.inputs, merged.weights, strict=True):
         click.echo(f"  {one.name:<20} {one.id[:12]}  weight {weight:.3f}  {one.path}")
-    click.echo(f"  fingerprint {merged.fingerprint}")
+    _end(merged.written, keep_sum)
     if job.config:
         next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
     else:
         next_step(f"load {shown(target / WEIGHTS)} into your model.")
 
 
-def _weights(text: str | None) -> str | dict[str, object] | None:
-    if text is None or "=" not in text:
-        return text
-    return dict(typed_pairs(tuple(text.split(",")), "--weights"))
+def _end(written: Written, asked: bool) -> None:
+    if written.sum_kept:
+        click.echo(f"  {written.read} vector(s) read, the running sum is kept beside the model")
+    elif asked:
+        click.echo("  no running sum is kept: the vectors' sum has too many digits for one")
+    click.echo(f"  fingerprint {written.fingerprint}")
 
 
-def _recipe(
-    method: str | None,
-    path: Path | None,
-    given: Mapping[str, object],
-    options: Mapping[str, object],
-    defaults: Mapping[str, object],
-) -> Recipe:
-    if path is None:
-        data = {"method": method or "mean", "options": options, **given}
-        return make_recipe(data, "the command line", defaults)
-    if method or given or options:
-        raise UsageError("--recipe says it all: leave the other merge options out, or edit it.")
-    return read_recipe(path, defaults)
+def _show(found: Estimate, names: Sequence[str], target: Path) -> None:
+    click.echo(f"{len(names)} vectors: {', '.join(names)}")
+    for row in found.rows:
+        click.echo(f"  {row.what:<14} {row.tensors:>5} tensors {row.values:>12,}  {row.treatment}")
+    click.echo(f"Reads  each vector {found.readings:.1f} times")
+    click.echo(f"Memory about {found.memory / 2**20:.0f} MiB above the program itself")
+    click.echo(f"Time   about {found.seconds:.1f} s on this machine, from a trial on a part of it")
+    click.echo(f"Writes {found.output / 2**20:.0f} MiB to {target}")
+    next_step("the same command without --dry-run.")

@@ -62,7 +62,7 @@ def recipe_of(
     """The recipe that the options of a command line describe.
 
     `settings` are the recipe's other keys, None where they are not given; `defaults` stand in for
-    those of the method where no recipe file is given.
+    those of the method.
 
     Raises
     ------
@@ -74,11 +74,11 @@ def recipe_of(
     given = {key: value for key, value in settings.items() if value is not None}
     chosen = typed_pairs(options, "--option")
     if path is None:
-        data = {"method": method or "mean", "options": chosen, **(defaults or {}), **given}
-        return make_recipe(data, "the command line")
+        data = {"method": method or "mean", "options": chosen, **given}
+        return make_recipe(data, "the command line", defaults or {})
     if method or given or chosen:
         raise UsageError("--recipe says it all: leave the other merge options out, or edit it.")
-    return read_recipe(path)
+    return read_recipe(path, defaults or {})
 
 
 def weights_of(text: str | None) -> str | dict[str, object] | None:
@@ -97,8 +97,11 @@ def gather(
     exclude: Sequence[str],
     skip_refused: bool,
     allow_unsigned: bool,
-) -> tuple[list[Contribution], list[Entry]]:
-    """Check what has arrived and choose of it; says on stderr what was left out."""
+) -> tuple[list[Contribution], list[Entry], list[Contribution]]:
+    """Check what has arrived and choose of it; says on stderr what was left out.
+
+    Gives what is chosen, what is refused, and the other contributions that are whole.
+    """
     with Console(stderr=True).status("checking what has arrived"):
         checked = check_payloads(entries, federation, base_weights)
     contributions, refused = merging.choose(
@@ -110,4 +113,6 @@ def gather(
     )
     for entry in refused:
         click.echo(f"Left out: {entry.problem}", err=True)
-    return contributions, refused
+    chosen = {contribution.id for contribution in contributions}
+    others = [e.contribution for e in checked if e.contribution and e.id not in chosen]
+    return contributions, refused, others

@@ -26,7 +26,10 @@ def methods(names: tuple[str, ...]) -> None:
             click.echo(f"== {family} ==\n")
         click.echo(f"{method.name}: {method.summary}")
         click.echo(f"  needs    {_needs(method)}")
-        options = {k: f.default for k, f in method.options.model_fields.items()}
+        options = {
+            key: field.get_default(call_default_factory=True)
+            for key, field in method.options.model_fields.items()
+        }
         shown = ", ".join(f"{key}={_shown(value)}" for key, value in options.items()) or "none"
         click.echo(f"  options  {shown}")
         click.echo(f"  weights  {method.weights}")

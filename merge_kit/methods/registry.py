@@ -12,21 +12,14 @@ from merge_kit.methods import (
     regression,
     robust,
     sparsify,
+    spectral,
 )
 from merge_kit.methods.base import Method
 
+_FAMILIES = (
+    *(linear, interference, competition, masks, sparsify, geometry),
+    *(spectral, robust, regression, data_free),
+)
 METHODS: dict[str, Method] = {
-    method.name: method
-    for family in (
-        linear,
-        interference,
-        competition,
-        masks,
-        sparsify,
-        geometry,
-        robust,
-        regression,
-        data_free,
-    )
-    for method in family.METHODS
+    method.name: method for family in _FAMILIES for method in family.METHODS
 }

@@ -127,11 +127,18 @@ def rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
     return total // width, width
 
 
-class SparseOptions(Document):
-    """What merges the sparse vectors."""
+class ChangeOptions(Document):
+    """What merges the changed vectors."""
 
     rule: str = "sum"
-    """The method that merges the sparse vectors."""
+    """The method that merges the changed vectors."""
+    rule_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of that method."""
+
+
+class SparseOptions(ChangeOptions):
+    """What merges the sparse vectors."""
+
     rule_options: dict[str, Any] = Field(default_factory=dict)
     """Options of that method. TIES does not trim the vectors again unless told to."""
 

@@ -92,10 +92,10 @@ def ours(method: str) -> Callable[[Path, int], None]:
         from contextlib import ExitStack
 
         from merge_kit import engine
-        from merge_kit.merging import write_parts
         from merge_kit.parameters import roles_of
         from merge_kit.recipe import make_recipe
         from merge_kit.tensorfile import TensorFile, TensorWriter
+        from merge_kit.writing import write_parts
 
         with ExitStack() as stack:
             base = stack.enter_context(TensorFile(folder / "base"))

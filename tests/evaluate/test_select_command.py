@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from merge_kit.merging import PROVENANCE, WEIGHTS
+from merge_kit.checkpoints import WEIGHTS
 from merge_kit.recipe import read_recipe
+from merge_kit.writing import PROVENANCE
 from tests.conftest import CLASSES, nudge
 from tests.evaluate.helpers import draw_images, head_for
 

@@ -42,8 +42,7 @@ def write(tmp_path, store):
     def make(parts, sources=((B, "north"), (A, "south")), folder="merged"):
         made = [Source(id_, site, store({}), (), 1) for id_, site in sources]
         with MaskWriter(tmp_path / folder, made) as writer:
-            for part in parts:
-                writer.add(part)
+            assert list(writer.seen(parts)) == list(parts)
             writer.finish(MERGED)
         return tmp_path / folder / "masks"
 

@@ -1,0 +1,175 @@
+"""A merged model's folder, written as the blocks of a merge come."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_kit import engine, running
+from merge_kit.checkpoints import WEIGHTS
+from merge_kit.errors import MergeKitError, TensorFileError, UsageError
+from merge_kit.exact import InexactSumError
+from merge_kit.files import new_folder, write_atomic
+from merge_kit.notes import Notes
+from merge_kit.parameters import Role
+from merge_kit.recipe import Recipe
+from merge_kit.running import RunningSum, Sums, SumWriter
+from merge_kit.sitemasks import MaskWriter
+from merge_kit.tensorfile import Fingerprint, Tensors, TensorWriter
+
+PROVENANCE = "provenance.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a merge reads: open files that have been checked."""
+
+    base: Tensors
+    base_fingerprint: str
+    sources: tuple[engine.Source, ...]
+    """Sorted by id."""
+    roles: Mapping[str, Role]
+    gone: tuple[engine.Source, ...] = ()
+    """Vectors that are not merged, but may have been when the running sum was made."""
+    notes: Notes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written."""
+
+    fingerprint: str
+    sum_kept: bool
+    """Whether the exact running sum lies beside the model."""
+    read: int
+    """How many vectors were read for the weights; the running sum stood for the others."""
+
+
+def check_target(out: Path, *, replace: bool) -> None:
+    """Refuse a folder that a merged model may not be written to.
+
+    Raises
+    ------
+    UsageError
+        `out` exists, and is no merged model that may be replaced.
+    """
+    if out.exists() and not replace:
+        raise UsageError(f"{out} exists already: choose another --out, or pass --replace.")
+    if replace and out.exists() and not (out / PROVENANCE).is_file():
+        raise UsageError(f"{out} is no merged model: --replace does not remove it.")
+
+
+def write_folder(
+    out: Path,
+    material: Material,
+    recipe: Recipe,
+    texts: Callable[[str], Mapping[str, str]],
+    *,
+    replace: bool,
+    keep_sum: bool = False,
+) -> Written:
+    """Merge into a new folder.
+
+    `texts` maps the fingerprint of the merged model to the files that lie beside the weights, by
+    name. With `keep_sum`, or where the folder that gives way has one, the exact running sum is kept
+    too, and what it holds already is not read again.
+
+    Raises
+    ------
+    UsageError
+        A running sum is asked of rules that are not linear.
+    """
+    if keep_sum and not running.fits(recipe):
+        raise UsageError(
+            f"a running sum can be kept of linear methods only, '{recipe.method}' is none in "
+            "every group: leave --keep-sum out."
+        )
+    keep = keep_sum or (running.fits(recipe) and (out / running.FOLDER).is_dir())
+    with new_folder(out, replace=replace) as folder:
+        fingerprint, kept, read = _write_weights(folder, out, material, recipe, keep)
+        for name, text in texts(fingerprint).items():
+            write_atomic(folder / name, text)
+    return Written(fingerprint, kept, read)
+
+
+def _write_weights(
+    folder: Path, before: Path, material: Material, recipe: Recipe, keep: bool
+) -> tuple[str, bool, int]:
+    groups = engine.groups_of(material.roles, recipe)
+    if keep:
+        with ExitStack() as stack:
+            updates = _updates(before, material, recipe, groups, stack)
+            for sums in filter(None, (updates, running.from_scratch(material.sources, recipe))):
+                # A sum that was damaged is made again; one with too many digits is not kept.
+                try:
+                    fingerprint = _write(folder, material, recipe, groups, sums)
+                except TensorFileError:
+                    if sums is not updates:
+                        raise
+                except InexactSumError:
+                    shutil.rmtree(folder / running.FOLDER)
+                    break
+                else:
+                    touched = {source.id for one in sums for source, _ in one.changes}
+                    return fingerprint, True, len(touched)
+    return _write(folder, material, recipe, groups, ()), False, len(material.sources)
+
+
+def _updates(
+    before: Path,
+    material: Material,
+    recipe: Recipe,
+    groups: Sequence[Sequence[str]],
+    stack: ExitStack,
+) -> tuple[Sums, ...] | None:
+    try:
+        old = stack.enter_context(RunningSum(before / running.FOLDER))
+    except MergeKitError:
+        return None
+    base, gone = material.base_fingerprint, material.gone
+    return running.updates(old, material.sources, gone, recipe, groups, base)
+
+
+def _write(
+    folder: Path,
+    material: Material,
+    recipe: Recipe,
+    groups: Sequence[Sequence[str]],
+    sums: Sequence[Sums],
+) -> str:
+    base = material.base
+    specs = engine.merged_specs(base.specs, recipe)
+    parts = engine.merge(
+        base, material.sources, material.roles, recipe, sums=sums, notes=material.notes
+    )
+    with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
+        if not sums:
+            with MaskWriter(folder, material.sources) as masks:
+                fingerprint = write_parts(writer, masks.seen(parts))
+                masks.finish(fingerprint)
+                return fingerprint
+        with SumWriter(
+            folder / running.FOLDER, material.base_fingerprint, base.specs, groups, sums
+        ) as kept:
+            return write_parts(writer, _noticed(parts, kept))
+
+
+def _noticed(parts: Iterable[engine.Part], kept: SumWriter) -> Iterator[engine.Part]:
+    for part in parts:
+        if part.pair is not None:
+            kept.write(part.name, part.begin, part.pair)
+        yield part
+
+
+def write_parts(writer: TensorWriter, parts: Iterable[engine.Part]) -> str:
+    """Write a merged model as it comes; gives its fingerprint."""
+    found = Fingerprint()
+    for part in parts:
+        if part.begin == 0:
+            found.begin(part.name, writer.specs[part.name])
+        found.values(part.values)
+        writer.write_part(part.name, part.begin, part.values)
+    return str(found)
