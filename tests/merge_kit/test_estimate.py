@@ -1,0 +1,83 @@
+"""What a merge would take, without doing it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from merge_kit import engine
+from merge_kit.errors import RecipeError
+from merge_kit.estimate import Row, estimate
+from merge_kit.parameters import roles_of
+from merge_kit.recipe import make_recipe
+from tests.merge_kit.helpers import says
+
+TENSORS = {
+    "blocks.0.w": torch.zeros(300, 200),
+    "blocks.1.w": torch.zeros(300, 200),
+    "bn.num_batches_tracked": torch.tensor(0),
+    "bn.running_mean": torch.zeros(3),
+    "bn.running_var": torch.zeros(3),
+    "head.weight": torch.zeros(2, 5),
+    "table": torch.tensor([1, 2]),
+}
+
+
+@pytest.fixture
+def expect(open_file):
+    """The estimate for three random vectors over a base of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    base = open_file(TENSORS)
+    sources = []
+    for index in range(3):
+        tensors = {
+            name: torch.rand(t.shape, generator=generator) if t.is_floating_point() else t
+            for name, t in TENSORS.items()
+            if name != "table"
+        }
+        sources.append(engine.Source(f"{index}", f"s{index}", open_file(tensors), (1.0, 1.0), 1))
+    roles = roles_of(base.specs, ("head",))
+    return lambda **recipe: estimate(base, sources, roles, make_recipe(recipe, "test"))
+
+
+def test_every_tensor_is_in_one_row(expect):
+    found = expect(method="ties", groups=[{"match": "blocks.1.*", "method": "mean"}])
+    assert found.rows == (
+        Row("weights", "ties", 1, 60_000),
+        Row("group 1", "mean", 1, 60_000),
+        Row("head", "rows from the sites that know the class", 1, 10),
+        Row("norm mean", "pooled", 1, 3),
+        Row("norm variance", "pooled", 1, 3),
+        Row("counter", "the largest", 1, 1),
+        Row("constant", "as in the base", 1, 2),
+    )
+    assert expect(method="ties", head="method").rows[0] == Row("weights", "ties", 3, 120_010)
+
+
+@pytest.mark.parametrize(
+    ("method", "readings"), [("mean", 1.0), ("median", 1.0), ("ties", 2.0), ("karcher", 2.0)]
+)
+def test_readings_are_counted(expect, method, readings):
+    assert expect(method=method).readings == readings
+
+
+def test_output_is_what_the_merged_weights_take(expect):
+    values = 2 * 60_000 + 3 + 3 + 10
+    assert expect(method="mean").output == 4 * values + 8 + 2 * 8
+    assert expect(method="mean", dtype="bfloat16").output == 2 * values + 8 + 2 * 8
+
+
+def test_whole_tensors_need_more_memory_than_blocks(expect):
+    """32768 of the 60000 values are a block."""
+    blocks, whole = expect(method="mean").memory, expect(method="tsv-m").memory
+    assert whole / blocks == pytest.approx(60_000 / 32_768)
+    assert expect(method="mean").seconds > 0
+
+
+def test_what_cannot_be_merged_is_refused_as_a_merge_would(expect):
+    with says(
+        RecipeError,
+        "'slerp' merges at most 2 vectors, there are 3: choose with --site, or take another "
+        "method.",
+    ):
+        expect(method="slerp")

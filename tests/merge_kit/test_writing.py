@@ -1,0 +1,127 @@
+"""A merged model's folder, and the running sum beside it, on a real hub."""
+
+from __future__ import annotations
+
+import pytest
+
+from merge_kit import running
+from merge_kit.running import FOLDER, RECORD, SUMS
+from tests.merge_kit.helpers import listing
+
+
+@pytest.fixture
+def merge_all(run_cli, hub, tmp_path):
+    """Merge what is on the hub through the command, with more options."""
+
+    def run(out="merged", *options):
+        result = run_cli("merge", hub.root, "--out", tmp_path / out, *options)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout
+
+    return run
+
+
+def content(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def counts(number):
+    return {"round": number, "lobed": number, "granular": number}
+
+
+@pytest.fixture
+def three(contribute):
+    """Three sites that have published."""
+    for index, name in enumerate(("north", "south", "west")):
+        contribute(name, seed=index, counts=counts(10 + index))
+
+
+def test_a_site_that_arrives_is_the_only_one_read(three, contribute, merge_all, tmp_path):
+    said = merge_all("merged", "--keep-sum")
+    assert "3 vector(s) read, the running sum is kept beside the model" in said
+    contribute("east", seed=9, counts=counts(30))
+    said = merge_all("merged", "--replace")
+    assert "1 vector(s) read, the running sum is kept beside the model" in said
+    merge_all("scratch", "--keep-sum")
+    assert content(tmp_path / "merged") == content(tmp_path / "scratch")
+    merge_all("plain")
+    weights = [tmp_path / out / "model.safetensors" for out in ("merged", "plain")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert not (tmp_path / "plain" / FOLDER).exists()
+
+
+def test_a_site_that_withdraws_leaves_no_trace(three, merge_all, tmp_path):
+    """Its vector is taken away, and all bytes are those of a merge that never had it."""
+    merge_all("merged", "--keep-sum")
+    said = merge_all("merged", "--replace", "--exclude", "south")
+    assert "1 vector(s) read" in said
+    merge_all("never", "--keep-sum", "--exclude", "south")
+    assert content(tmp_path / "merged") == content(tmp_path / "never")
+
+
+def test_a_vector_that_is_gone_from_the_hub_costs_a_merge_from_scratch(
+    three, hub, merge_all, tmp_path
+):
+    merge_all("merged", "--keep-sum")
+    for path in sorted((hub.root / "contributions" / "south").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    said = merge_all("merged", "--replace")
+    assert "2 vector(s) read" in said
+    merge_all("never", "--keep-sum")
+    assert content(tmp_path / "merged") == content(tmp_path / "never")
+
+
+@pytest.mark.parametrize("name", [SUMS, RECORD])
+def test_a_damaged_sum_is_made_again(three, contribute, merge_all, tmp_path, name):
+    merge_all("merged", "--keep-sum")
+    path = tmp_path / "merged" / FOLDER / name
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    contribute("east", seed=9, counts=counts(30))
+    said = merge_all("merged", "--replace")
+    assert "4 vector(s) read, the running sum is kept" in said
+    merge_all("scratch", "--keep-sum")
+    assert content(tmp_path / "merged") == content(tmp_path / "scratch")
+
+
+def test_another_method_leaves_the_sum_behind(three, merge_all, tmp_path):
+    merge_all("merged", "--keep-sum")
+    merge_all("merged", "--replace", "--method", "median")
+    assert FOLDER not in listing(tmp_path / "merged")
+
+
+def test_a_sum_is_kept_of_linear_methods_only(three, run_cli, hub, tmp_path):
+    result = run_cli(
+        "merge", hub.root, "--method", "ties", "--keep-sum", "--out", tmp_path / "merged"
+    )
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "Error: a running sum can be kept of linear methods only, 'ties' is none in every group: "
+        "leave --keep-sum out."
+    )
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_sum_with_too_many_digits_is_said_and_not_kept(three, merge_all, tmp_path, monkeypatch):
+    """As if every value needed its second number."""
+    monkeypatch.setattr(running, "_MOST_RESTS", -1)
+    said = merge_all("merged", "--keep-sum")
+    assert "no running sum is kept: the vectors' sum has too many digits for one" in said
+    assert FOLDER not in listing(tmp_path / "merged")
+    monkeypatch.undo()
+    merge_all("plain")
+    assert content(tmp_path / "merged") == content(tmp_path / "plain")
+
+
+def test_a_dry_run_shows_what_would_be_done_and_does_nothing(three, merge_all, tmp_path):
+    before = listing(tmp_path)
+    said = merge_all("merged", "--dry-run", "--method", "ties")
+    assert listing(tmp_path) == before
+    assert said.startswith("3 vectors: ")
+    for words in ("ties", "norm mean", "rows from the sites", "Reads ", "Memory", "Time ", "MiB"):
+        assert words in said
