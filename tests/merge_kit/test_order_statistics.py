@@ -38,9 +38,11 @@ class Workers(Rows):
 
     def __init__(self, values, workers):
         super().__init__(values)
-        self.workers = workers
+        self.workers, self.pieces = workers, []
 
     def each(self, function, parts=None):
+        self.pieces += [part.size for part in parts]
+
         def work(part):
             return next(super(Workers, self).each(function, [part]))
 
@@ -98,6 +100,17 @@ def test_values_that_are_far_apart_are_kept_and_not_counted():
     assert rows.read < 1.15 * 2_000_000
 
 
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_a_sample_that_misleads_about_values_far_apart_costs_no_exactness_either(factor):
+    """Looked for too low, then too high."""
+    values = np.exp(10 * normal(6, 2, 600_000), dtype=np.float32)
+    for part in parts_of(600_000):
+        values[:, part.begin : part.begin + 1800] *= factor
+    rows = Rows(values)
+    np.testing.assert_array_equal(select(rows, [120_000]), by_sorting(rows, [120_000]))
+    assert rows.read > 3 * 600_000
+
+
 def test_negative_values_have_keys_that_sort_like_them():
     values = [-3e38, -1.0, -0.5, -1e-45, 0.0, 1e-45, 0.5, 1.0, 3e38]
     keys = signed_keys_of(torch.tensor([values]))
@@ -108,11 +121,14 @@ def test_negative_values_have_keys_that_sort_like_them():
 def test_ranks_of_every_kind_are_found_together_by_several_workers():
     """Each worker meets only some of the blocks."""
     values = normal(7, 3, 300_000) - 0.5
+    values[1] = np.exp(15 * values[1])
     reader = Workers(values, 3)
     ranks = [1, 3_000, 90_000, 299_990]
     parts = parts_of(300_000)
     keys = kth_largest(reader, lambda b: signed_keys_of(b.values), parts, ranks)
     np.testing.assert_array_equal(values_of(keys), by_sorting(reader, ranks))
+    # The sample, and once.
+    assert sum(reader.pieces) < 2 * 300_000
 
 
 def test_a_sample_that_misleads_costs_two_more_readings_and_no_exactness():
