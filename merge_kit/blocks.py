@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_kit.methods.base import Block, Scope, Statistics
 from merge_kit.notes import Notes
-from merge_kit.order_statistics import Stretch, keys_of, kth_largest
+from merge_kit.order_statistics import Stretch, keys_of, kth_largest, signed_keys_of, values_of
 from merge_kit.tensorfile import Tensors, TensorSpec
 
 BLOCK = 32768
@@ -116,6 +116,11 @@ class BlockReader:
     def sites(self) -> tuple[str, ...]:
         """The site of each vector."""
         return self._sites
+
+    @property
+    def size(self) -> int:
+        """Number of values of each vector."""
+        return sum(stretch.size for stretch in self.stretches)
 
     def only(self, chosen: Sequence[int]) -> BlockReader:
         """A reader of some of the vectors."""
@@ -264,6 +269,19 @@ class BlockReader:
             )
             found[group] = torch.from_numpy(keys[0].view(np.float32))
         return found
+
+    def order_statistics(self, measure: Callable[[Block], Tensor], ranks: Sequence[int]) -> Tensor:
+        """The exact k-th largest value of each row, of any sign, for every k of `ranks`."""
+        if not self.stretches:
+            return torch.zeros(len(ranks), len(self))
+        keys = kth_largest(
+            self,
+            lambda block: signed_keys_of(measure(block)),
+            self.stretches,
+            ranks,
+            divisible=not self.whole,
+        )
+        return torch.from_numpy(values_of(keys))
 
     def inner_products(self, *, on_weights: bool = False) -> dict[str, Tensor]:
         """<v_i, v_j> of each tensor, (N, N) float64; v is tau, or with `on_weights` theta.

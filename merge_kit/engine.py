@@ -49,6 +49,8 @@ class Part:
     """(N, n) of True and False, in the order of the ids, for methods that keep what is whose."""
     pair: Pair | None = None
     """The exact sum of the weighted vectors, where it is kept."""
+    rescalers: Tensor | None = None
+    """With `masks`, (N,) float64: what each site's share of theta - theta_0 is multiplied by."""
 
 
 def check_sites(sources: Sequence[Source], recipe: Recipe) -> None:
@@ -193,7 +195,12 @@ def _stream(
         scale = job.scale * layers.get(name, 1.0)
         return tuple(
             Part(
-                name, block.begin, _cast(found.at(scale * f), name, specs), found.masks, found.pair
+                name,
+                block.begin,
+                _cast(found.at(scale * f), name, specs),
+                found.masks,
+                found.pair,
+                None if job.rescalers is None else job.rescalers / (scale * f),
             )
             for f in factors
         )

@@ -1,9 +1,10 @@
 """The exact k-th largest of billions of values: no sort, no approximation, one reading.
 
 Values are compared as 32-bit keys that sort as they do. A small sample says between which two keys
-the k-th largest very probably lies; one pass over everything counts the keys above and makes an
-exact histogram of those between. Only if the sample misled are two more passes made, over the upper
-and the lower halves of the keys. The result is exact either way.
+the k-th largest very probably lies; one pass over everything counts the keys above and those
+between, in an exact histogram, or keeps them where they are few and far apart. For ranks near
+either end that pass keeps the outermost keys and needs no sample. Only if the sample misled are two
+more passes made, over the upper and the lower halves of the keys. The result is exact either way.
 """
 
 from __future__ import annotations
@@ -29,8 +30,15 @@ _MARGIN = 0.003
 """What the sample may err by, as a fraction of the values."""
 _WIDTH = 1 << 17
 """Keys between which a value may be sought: 1 MB for each vector and worker."""
+_KEPT = 1 << 20
+"""So many keys are kept where a histogram would be too wide: 4 MB for each vector and worker."""
+_TAIL, _OUTERMOST = 0.02, 1 << 16
+"""Ranks within this fraction and number from either end are found from the outermost keys: a
+sample has few of them. They take at most 0.5 MB for each vector and worker."""
 _HALF = 16
+_SIGN = np.uint32(1 << 31)
 R = TypeVar("R")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,18 @@ def keys_of(values: Tensor) -> Keys:
     return bits
 
 
+def signed_keys_of(values: Tensor) -> Keys:
+    """Keys of float32 values of any sign: those of negative ones upside down, below the others."""
+    bits = keys_of(values)
+    flips: Keys = (bits.view(np.int32) >> 31).view(np.uint32) | _SIGN
+    return bits ^ flips
+
+
+def values_of(keys: Keys) -> NDArray[np.float32]:
+    """The values that have these `signed_keys_of`."""
+    return np.where(keys >= _SIGN, keys ^ _SIGN, ~keys).view(np.float32)
+
+
 def kth_largest(
     reader: Reader,
     keys: Callable[[Block], Keys],
@@ -84,42 +104,136 @@ def kth_largest(
         places = [total - rank for rank in wanted]
         found[within] = np.partition(everything, places, axis=1)[:, places].T
         return found
-    chosen = _between(reader, keys, parts, wanted, total) if divisible else None
+    chosen = _in_one_pass(reader, keys, parts, wanted, total) if divisible else None
     found[within] = _by_halves(reader, keys, parts, wanted) if chosen is None else chosen
     return found
 
 
-def _between(
+class Seeker(Protocol):
+    """What one worker does to find one key of one vector."""
+
+    def add(self, keys: Keys) -> None:
+        """Meet more keys."""
+
+    def join(self, others: Sequence[Any]) -> int | None:
+        """The key sought, with what the other workers have met; None when it was not met."""
+
+
+class _Window:
+    """Exact counts of the keys from `low` on, as many as `width`, and of those above."""
+
+    def __init__(self, rank: int, low: np.uint32, width: int) -> None:
+        self._rank, self._low, self._width = rank, low, np.uint32(width)
+        self.above, self.inside = 0, np.zeros(width, dtype=np.int64)
+
+    def add(self, keys: Keys) -> None:
+        """Meet more keys."""
+        # Keys below `low` wrap around and become larger than any width.
+        offsets = keys - self._low
+        near = offsets[np.flatnonzero(offsets < self._width)]
+        np.add.at(self.inside, near, 1)
+        self.above += int(np.count_nonzero(keys >= self._low)) - len(near)
+
+    def join(self, others: Sequence[_Window]) -> int | None:
+        """The key, or None when it lies elsewhere."""
+        rank = self._rank - self.above - sum(other.above for other in others)
+        cell, _ = _descend(_sum([self.inside, *(other.inside for other in others)]), rank)
+        return None if rank < 1 or cell < 0 else int(self._low) + cell
+
+
+class _Between:
+    """The keys from `low` to `high`, and how many lie above."""
+
+    def __init__(self, rank: int, low: np.uint32, high: np.uint32) -> None:
+        self._rank, self._low, self._high = rank, low, high
+        self.above, self.inside = 0, list[Keys]()
+
+    def add(self, keys: Keys) -> None:
+        """Meet more keys."""
+        upper = keys[np.flatnonzero(keys >= self._low)]
+        near = upper[upper <= self._high]
+        self.above += len(upper) - len(near)
+        self.inside.append(near)
+
+    def join(self, others: Sequence[_Between]) -> int | None:
+        """The key, or None when it lies elsewhere."""
+        rank = self._rank - self.above - sum(other.above for other in others)
+        inside = np.concatenate([near for each in (self, *others) for near in each.inside])
+        if rank < 1 or rank > len(inside):
+            return None
+        return int(np.partition(inside, -rank)[-rank])
+
+
+class _Outermost:
+    """The outermost keys, as many as the rank; near the lower end all are turned upside down."""
+
+    def __init__(self, rank: int, total: int) -> None:
+        self._turned = 2 * rank > total
+        self._count = total + 1 - rank if self._turned else rank
+        self._least, self.keys = np.uint32(0), np.empty(0, dtype=np.uint32)
+
+    def add(self, keys: Keys) -> None:
+        """Meet more keys."""
+        if self._turned:
+            keys = ~keys
+        # What equals the least of `count` keys changes nothing, nor does 0 while there are fewer.
+        more = keys[np.flatnonzero(keys > self._least)]
+        if len(more):
+            self._keep(np.concatenate([self.keys, more]))
+
+    def _keep(self, keys: Keys) -> None:
+        if len(keys) >= 2 * self._count:
+            keys = np.partition(keys, -self._count)[-self._count :]
+            self._least = keys[0]
+        self.keys = keys
+
+    def join(self, others: Sequence[_Outermost]) -> int:
+        """The key."""
+        keys = np.concatenate([self.keys, *(other.keys for other in others)])
+        found = np.uint32(0)
+        if len(keys) >= self._count:
+            found = np.partition(keys, -self._count)[-self._count]
+        return int(~found if self._turned else found)
+
+
+def _in_one_pass(
     reader: Reader,
     keys: Callable[[Block], Keys],
     parts: Sequence[Stretch],
     ranks: Sequence[int],
     total: int,
 ) -> Keys | None:
-    """One pass, between bounds that a sample gives; None when a value lies outside of them."""
-    lows, widths = _bounds(_sample(reader, keys, parts), [rank / total for rank in ranks])
+    """One pass, for the ranks in the middle between bounds that a sample gives; or None."""
+    outer = min(int(_TAIL * total), _OUTERMOST)
+    middle = [rank for rank in ranks if min(rank, total + 1 - rank) > outer]
+    sample = _sample(reader, keys, parts) if middle else np.empty((len(reader), 0), np.uint32)
+    bounds = {rank: _bounds(sample, rank / total) for rank in middle}
 
-    def count(block: Block, above: Counts, inside: Counts) -> None:
-        for row, bits in enumerate(keys(block)):
-            for column in range(len(ranks)):
-                low, width = lows[row, column], widths[row, column]
-                # Keys below `low` wrap around and become larger than any width.
-                offsets = bits - low
-                near = offsets[np.flatnonzero(offsets < width)]
-                np.add.at(inside[row, column], near, 1)
-                above[row, column] += np.count_nonzero(bits >= low) - len(near)
+    def seek(row: int, rank: int) -> Seeker:
+        if rank not in bounds:
+            return _Outermost(rank, total)
+        low, middle, high = bounds[rank][:, row].tolist()
+        if high - low >= _WIDTH and 2 * _MARGIN * total <= _KEPT:
+            return _Between(rank, np.uint32(low), np.uint32(high))
+        low = max(low, middle - _WIDTH // 2)
+        return _Window(rank, np.uint32(low), min(high + 1 - low, _WIDTH))
 
-    above, inside = _counted(
-        reader, parts, count, lambda: _zeros(lows.shape), lambda: _zeros((*lows.shape, _WIDTH))
-    )
-    found = np.zeros(lows.shape, dtype=np.uint32)
-    for row, column in np.ndindex(*lows.shape):
-        rank = ranks[column] - int(above[row, column])
-        cell, _ = _descend(inside[row, column], rank)
-        if rank < 1 or cell < 0:
+    def meet(block: Block, seekers: list[list[Seeker]]) -> None:
+        for bits, row in zip(keys(block), seekers, strict=True):
+            for seeker in row:
+                seeker.add(bits)
+
+    def begin() -> list[list[Seeker]]:
+        return [[seek(row, rank) for rank in ranks] for row in range(len(reader))]
+
+    found = np.zeros((len(ranks), len(reader)), dtype=np.uint32)
+    first, *others = _by_worker(reader, parts, begin, meet)
+    for row, column in np.ndindex(len(reader), len(ranks)):
+        key = first[row][column].join([other[row][column] for other in others])
+        if key is None:
             return None
-        found[row, column] = lows[row, column] + np.uint32(cell)
-    return np.ascontiguousarray(found.T)
+        found[column, row] = key
+    return found
 
 
 def _sample(reader: Reader, keys: Callable[[Block], Keys], parts: Sequence[Stretch]) -> Keys:
@@ -131,53 +245,38 @@ def _sample(reader: Reader, keys: Callable[[Block], Keys], parts: Sequence[Stret
     for piece, found in reader.each(lambda block: keys(block).copy(), pieces):
         sample[:, at : at + piece.size] = found
         at += piece.size
+    sample.sort(axis=1)
     return sample
 
 
-def _bounds(sample: Keys, shares: Sequence[float]) -> tuple[Keys, Keys]:
-    """(N, len(shares)): the smallest key, and how many from there on are looked at."""
-    sample.sort(axis=1)
+def _bounds(sample: Keys, share: float) -> NDArray[np.int64]:
+    """(3, N): between what the key lies, and where about, by each vector's sorted sample."""
     last = sample.shape[1] - 1
-    lows, widths = [], []
-    for share in shares:
-        low, middle, high = (
-            sample[:, min(max(round((1 - share + shift) * last), 0), last)].astype(np.int64)
-            for shift in (-_MARGIN, 0.0, _MARGIN)
-        )
-        low = np.maximum(low, middle - _WIDTH // 2).clip(min=0)
-        lows.append(low)
-        widths.append(np.minimum(high + 1 - low, _WIDTH))
-    return (
-        np.stack(lows, axis=1).astype(np.uint32),
-        np.stack(widths, axis=1).astype(np.uint32),
-    )
+    places = [round((1 - share + shift) * last) for shift in (-_MARGIN, 0.0, _MARGIN)]
+    found: NDArray[np.int64] = sample[:, np.clip(places, 0, last)].T.astype(np.int64)
+    return found
 
 
 def _by_halves(
     reader: Reader, keys: Callable[[Block], Keys], parts: Sequence[Stretch], ranks: Sequence[int]
 ) -> Keys:
     """Two passes: a histogram of the upper halves of the keys, then of the lower ones within."""
-    shape = (len(reader), len(ranks))
 
-    def upper(block: Block, counts: Counts, _: Counts) -> None:
+    def upper(block: Block, counts: Counts) -> None:
         for row, bits in enumerate(keys(block)):
             counts[row] += np.bincount(bits >> _HALF, minlength=1 << _HALF)
 
-    coarse, _ = _counted(
-        reader, parts, upper, lambda: _zeros((len(reader), 1 << _HALF)), lambda: _zeros(())
-    )
+    coarse = _sum(_by_worker(reader, parts, lambda: _zeros(len(reader)), upper))
     places = [[_descend(counts, rank) for rank in ranks] for counts in coarse]
 
-    def lower(block: Block, counts: Counts, _: Counts) -> None:
+    def lower(block: Block, counts: Counts) -> None:
         for row, bits in enumerate(keys(block)):
             heads = bits >> _HALF
             for column, (cell, _left) in enumerate(places[row]):
                 tails = bits[np.flatnonzero(heads == cell)] & ((1 << _HALF) - 1)
                 np.add.at(counts[row, column], tails, 1)
 
-    fine, _ = _counted(
-        reader, parts, lower, lambda: _zeros((*shape, 1 << _HALF)), lambda: _zeros(())
-    )
+    fine = _sum(_by_worker(reader, parts, lambda: _zeros(len(reader), len(ranks)), lower))
     found = np.zeros((len(ranks), len(reader)), dtype=np.uint32)
     for row, cells in enumerate(places):
         for column, (cell, left) in enumerate(cells):
@@ -185,31 +284,34 @@ def _by_halves(
     return found
 
 
-def _counted(
+def _by_worker(
     reader: Reader,
     parts: Sequence[Stretch],
-    count: Callable[[Block, Counts, Counts], None],
-    *make: Callable[[], Counts],
-) -> tuple[Counts, Counts]:
-    """Run `count` over all blocks; each worker has counts of its own, and they are added up."""
-    kept: list[list[Counts]] = []
+    begin: Callable[[], S],
+    meet: Callable[[Block, S], None],
+) -> list[S]:
+    """Show all blocks to what `begin` makes: each worker has its own, all of them are given."""
+    kept: list[S] = []
     mine = threading.local()
 
     def work(block: Block) -> None:
-        if not hasattr(mine, "counts"):
-            mine.counts = [new() for new in make]
-            kept.append(mine.counts)
-        count(block, *mine.counts)
+        if not hasattr(mine, "state"):
+            mine.state = begin()
+            kept.append(mine.state)
+        meet(block, mine.state)
 
     for _ in reader.each(work, parts):
         pass
-    # Counts are whole numbers: workers may add them up in any order.
-    first, second = (sum(columns[1:], columns[0]) for columns in zip(*kept, strict=True))
-    return first, second
+    return kept
 
 
-def _zeros(shape: tuple[int, ...]) -> Counts:
-    return np.zeros(shape, dtype=np.int64)
+def _sum(counts: Sequence[Counts]) -> Counts:
+    # Counts are whole numbers: they may be added up in any order.
+    return sum(counts[1:], counts[0])
+
+
+def _zeros(*shape: int) -> Counts:
+    return np.zeros((*shape, 1 << _HALF), dtype=np.int64)
 
 
 def _descend(histogram: NDArray[Any], rank: int) -> tuple[int, int]:

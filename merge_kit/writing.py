@@ -17,6 +17,7 @@ from merge_kit.notes import Notes
 from merge_kit.parameters import Role
 from merge_kit.recipe import Recipe
 from merge_kit.running import RunningSum, Sums, SumWriter
+from merge_kit.sitemasks import MaskWriter
 from merge_kit.tensorfile import Fingerprint, Tensors, TensorWriter
 
 PROVENANCE = "provenance.json"
@@ -146,7 +147,10 @@ def _write(
     )
     with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
         if not sums:
-            return write_parts(writer, parts)
+            with MaskWriter(folder, material.sources) as masks:
+                fingerprint = write_parts(writer, masks.seen(parts))
+                masks.finish(fingerprint)
+                return fingerprint
         with SumWriter(
             folder / running.FOLDER, material.base_fingerprint, base.specs, groups, sums
         ) as kept:

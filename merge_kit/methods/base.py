@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -56,6 +56,10 @@ class Vectors(Protocol):
     def sites(self) -> tuple[str, ...]:
         """The site of each vector."""
 
+    @property
+    def size(self) -> int:
+        """Number of values of each vector."""
+
     def total(self, measure: Callable[[Block], Tensor]) -> Tensor:
         """Sum of a measure over all blocks."""
 
@@ -77,6 +81,13 @@ class Vectors(Protocol):
         k = int(fraction d) + 1, of the d values of the whole vector or of each tensor; 0 when there
         are not so many. (N,) float32 by tensor name. `noted` names a measure of one vector that
         does not depend on the others, so that it need not be found twice.
+        """
+
+    def order_statistics(self, measure: Callable[[Block], Tensor], ranks: Sequence[int]) -> Tensor:
+        """The exact k-th largest value of each row of a measure (N, n), of any sign, for several k.
+
+        Ranks run from 1, the largest, to `size`, the smallest. (len(ranks), N) float32, mostly in
+        one pass however many ranks there are.
         """
 
 

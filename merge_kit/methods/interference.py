@@ -145,26 +145,6 @@ def fedgma(
     return mask * weighted_sum(vectors, weights / size if reduction == "mean" else weights)
 
 
-def tall_masks(vectors: Tensor, merged: Tensor, strictness: float) -> Tensor:
-    """m_i = 1 where |tau_i| > lambda |tau_M - tau_i| (TALL masks, arXiv 2405.07813, section 4.1).
-
-    (N, n) and (n,) float64 give (N, n) of True and False; theta_0 + m_i * tau_M is close to site
-    i's own model. fusion_bench puts theta_0 where tau_i stands on the left; this is the paper's.
-    """
-    return torch.stack([tau.abs() > strictness * (merged - tau).abs_() for tau in vectors])
-
-
-def consensus(vectors: Tensor, weights: Tensor, strictness: float, agree: int) -> Tensor:
-    """tau_M where at least k of the masks are 1, else 0 (arXiv 2405.07813, section 4.2).
-
-    tau_M = sum_i w_i tau_i. k = 2 removes what matters to one site only (the paper's selfish
-    weights) or to none (catastrophic ones). (N, n), (N,) give (n,) float64.
-    """
-    merged = weighted_sum(vectors, weights)
-    votes = tall_masks(vectors, merged, strictness).sum(dim=0)
-    return merged * (votes >= agree)
-
-
 class TiesOptions(Document):
     """Options of TIES."""
 
@@ -236,27 +216,8 @@ class FedGmaOptions(Document):
     """Damp the mean (arXiv 2201.11986) or the sum (arXiv 2411.18607)."""
 
 
-class ConsensusOptions(Document):
-    """Options of consensus task arithmetic."""
-
-    strictness: float = Field(default=0.4, ge=0)
-    """lambda of the masks; the paper chooses it from 0.2 to 0.6 on validation images."""
-    agree: int = Field(default=2, ge=1)
-    """k: number of sites to which a coordinate must matter."""
-
-
-def _too_few(size: int, options: Any) -> str | None:
-    if options.agree > size:
-        return f"'agree' is {options.agree} and the number of vectors {size}: lower it"
-    return None
-
-
 def _fedgma(block: Block, weights: Tensor, options: FedGmaOptions, state: Any) -> Tensor:
     return fedgma(block.values, weights, options.threshold, options.reduction)
-
-
-def _consensus(block: Block, weights: Tensor, options: ConsensusOptions, state: Any) -> Tensor:
-    return consensus(block.values, weights, options.strictness, options.agree)
 
 
 METHODS: tuple[Method, ...] = (
@@ -282,15 +243,5 @@ METHODS: tuple[Method, ...] = (
         paper="arXiv 2201.11986, 2411.18607",
         rule=ByValue(combine=_fedgma),
         options=FedGmaOptions,
-    ),
-    Method(
-        name="consensus",
-        family="interference",
-        summary="the sum, where it matters to at least two sites (TALL masks)",
-        paper="arXiv 2405.07813",
-        rule=ByValue(combine=_consensus),
-        options=ConsensusOptions,
-        normalises=False,
-        refusal=_too_few,
     ),
 )

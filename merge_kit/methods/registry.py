@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from merge_kit.methods import (
+    competition,
     data_free,
     geometry,
     interference,
     linear,
+    masks,
     regression,
     robust,
     sparsify,
@@ -15,7 +17,7 @@ from merge_kit.methods import (
 from merge_kit.methods.base import Method
 
 _FAMILIES = (
-    *(linear, interference, sparsify, geometry),
+    *(linear, interference, competition, masks, sparsify, geometry),
     *(spectral, robust, regression, data_free),
 )
 METHODS: dict[str, Method] = {

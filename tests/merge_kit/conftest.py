@@ -1,15 +1,16 @@
-"""Real file systems that are full or read-only, and the tests' merge job."""
+"""Real file systems that are full or read-only, a reader of blocks, and the tests' merge job."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from torch import Tensor
+import torch
 
 from merge_kit import merging
+from merge_kit.blocks import BlockReader
 from merge_kit.contributions import Entry, check_payloads, list_entries
 from merge_kit.federation import read_federation
 from merge_kit.hub import FolderHub
@@ -77,11 +78,11 @@ def merge(hub: FolderHub, tmp_path: Path) -> Callable[..., merging.Merged]:
 
 
 @pytest.fixture
-def open_file(tmp_path: Path) -> Iterator[Callable[[Mapping[str, Tensor]], TensorFile]]:
+def open_file(tmp_path: Path) -> Iterator[Callable[[Mapping[str, torch.Tensor]], TensorFile]]:
     """Write tensors and open them until the test ends."""
     opened: list[TensorFile] = []
 
-    def make(tensors: Mapping[str, Tensor]) -> TensorFile:
+    def make(tensors: Mapping[str, torch.Tensor]) -> TensorFile:
         path = tmp_path / f"{len(opened)}.safetensors"
         write_tensors(path, tensors)
         opened.append(TensorFile(path))
@@ -90,3 +91,16 @@ def open_file(tmp_path: Path) -> Iterator[Callable[[Mapping[str, Tensor]], Tenso
     yield make
     for file in opened:
         file.close()
+
+
+@pytest.fixture
+def read(
+    open_file: Callable[[Mapping[str, torch.Tensor]], TensorFile],
+) -> Callable[..., BlockReader]:
+    """A reader of vectors given as dictionaries of tensors, over a base of ones."""
+
+    def make(vectors: Sequence[Mapping[str, torch.Tensor]], workers: int = 1) -> BlockReader:
+        base = open_file({name: torch.ones_like(tensor) for name, tensor in vectors[0].items()})
+        return BlockReader(base, [open_file(v) for v in vectors], tuple(vectors[0]), workers)
+
+    return make

@@ -15,26 +15,6 @@ from merge_kit.tensorfile import TensorFile, TensorSpec, write_tensors
 from tests.merge_kit.helpers import quick
 
 
-@pytest.fixture
-def read(tmp_path):
-    """A reader of vectors given as dictionaries of tensors, over a base of ones."""
-    opened = []
-
-    def make(vectors, workers=1):
-        def file(tensors):
-            path = tmp_path / f"{len(opened)}.safetensors"
-            write_tensors(path, tensors)
-            opened.append(TensorFile(path))
-            return opened[-1]
-
-        base = file({name: torch.ones_like(tensor) for name, tensor in vectors[0].items()})
-        return BlockReader(base, [file(v) for v in vectors], tuple(vectors[0]), workers)
-
-    yield make
-    for file in opened:
-        file.close()
-
-
 def pair(sizes, seed=0, sites=2):
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -119,6 +99,43 @@ def test_ties_zeros_and_the_smallest_floats_are_found(tmp_path, values, fraction
     rank = int(fraction * len(values))
     ordered = sorted(tensor.tolist(), reverse=True)
     assert found == (ordered[rank] if rank < len(values) else 0.0)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_order_statistics_are_exact_whatever_the_sign(read, workers):
+    vectors = pair(SIZES)
+    reader = read(vectors, workers)
+    ranks = [1, 2, 5000, reader.size // 2, reader.size - 1, reader.size]
+    found = reader.order_statistics(lambda block: block.values, ranks)
+    whole = torch.stack([torch.cat(list(vector.values())) for vector in vectors])
+    assert reader.size == whole.shape[1] == 3 * BLOCK + 22
+    ordered = whole.sort(dim=1, descending=True).values
+    assert torch.equal(found, ordered[:, [rank - 1 for rank in ranks]].T)
+
+
+@quick
+@given(
+    st.lists(
+        st.sampled_from([0.0, 1e-45, -1e-45, 0.5, -0.5, -0.50000006, 1.0, 3e38, -3e38]),
+        min_size=1,
+        max_size=40,
+    ),
+)
+def test_ties_zeros_and_the_smallest_floats_have_their_rank(tmp_path, values):
+    tensor = torch.tensor(values)
+    for name in ("base", "vector"):
+        write_tensors(tmp_path / name, {"w": tensor})
+    with TensorFile(tmp_path / "base") as base, TensorFile(tmp_path / "vector") as vector:
+        reader = BlockReader(base, [vector], ("w",), 1)
+        found = reader.order_statistics(lambda b: b.values, range(1, len(values) + 1))
+    assert found[:, 0].tolist() == sorted(tensor.tolist(), reverse=True)
+
+
+def test_order_statistics_of_nothing_are_zero(tmp_path):
+    write_tensors(tmp_path / "base", {"w": torch.zeros(1)})
+    with TensorFile(tmp_path / "base") as base:
+        reader = BlockReader(base, [base, base], (), 1)
+        assert reader.order_statistics(lambda block: block.values, [1]).tolist() == [[0.0, 0.0]]
 
 
 def test_a_first_pass_inside_a_block_leaves_the_block_alone(read):

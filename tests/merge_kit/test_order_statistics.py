@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from merge_kit import order_statistics
 from merge_kit.methods.base import Block
-from merge_kit.order_statistics import Stretch, keys_of, kth_largest
+from merge_kit.order_statistics import Stretch, keys_of, kth_largest, signed_keys_of, values_of
 from tests.merge_kit.helpers import quick
 
 
@@ -29,6 +31,23 @@ class Rows:
             self.read += part.size
             values = self.values[:, part.begin : part.begin + part.size]
             yield part, function(Block("w", (), part.begin, values, values[0], (), (), 0))
+
+
+class Workers(Rows):
+    """The same, read by several threads at once."""
+
+    def __init__(self, values, workers):
+        super().__init__(values)
+        self.workers, self.pieces = workers, []
+
+    def each(self, function, parts=None):
+        self.pieces += [part.size for part in parts]
+
+        def work(part):
+            return next(super(Workers, self).each(function, [part]))
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            yield from pool.map(work, parts)
 
 
 def parts_of(size, step=4096):
@@ -64,6 +83,52 @@ def test_the_values_are_read_once_and_the_sample_besides():
     found = select(rows, [400_000])
     np.testing.assert_array_equal(found, by_sorting(rows, [400_000]))
     assert rows.read < 1.2 * 2_000_000
+
+
+@pytest.mark.parametrize("rank", [1, 200, 40_000, 1_960_001, 1_999_999, 2_000_000])
+def test_ranks_near_the_ends_take_one_reading_and_no_sample(rank):
+    """A sample of one value in eight would hardly know the 200 largest."""
+    rows = Rows(normal(5, 2, 2_000_000))
+    np.testing.assert_array_equal(select(rows, [rank]), by_sorting(rows, [rank]))
+    assert rows.read == 2_000_000
+
+
+def test_values_that_are_far_apart_are_kept_and_not_counted():
+    """Near the rank there are forty times as many floats as the histogram has cells."""
+    rows = Rows(np.exp(15 * normal(6, 2, 2_000_000), dtype=np.float32))
+    np.testing.assert_array_equal(select(rows, [200_000]), by_sorting(rows, [200_000]))
+    assert rows.read < 1.15 * 2_000_000
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_a_sample_that_misleads_about_values_far_apart_costs_no_exactness_either(factor):
+    """Looked for too low, then too high."""
+    values = np.exp(10 * normal(6, 2, 600_000), dtype=np.float32)
+    for part in parts_of(600_000):
+        values[:, part.begin : part.begin + 1800] *= factor
+    rows = Rows(values)
+    np.testing.assert_array_equal(select(rows, [120_000]), by_sorting(rows, [120_000]))
+    assert rows.read > 3 * 600_000
+
+
+def test_negative_values_have_keys_that_sort_like_them():
+    values = [-3e38, -1.0, -0.5, -1e-45, 0.0, 1e-45, 0.5, 1.0, 3e38]
+    keys = signed_keys_of(torch.tensor([values]))
+    assert keys[0].tolist() == sorted(keys[0].tolist())
+    assert values_of(keys)[0].tolist() == torch.tensor(values).tolist()
+
+
+def test_ranks_of_every_kind_are_found_together_by_several_workers():
+    """Each worker meets only some of the blocks."""
+    values = normal(7, 3, 300_000) - 0.5
+    values[1] = np.exp(15 * values[1])
+    reader = Workers(values, 3)
+    ranks = [1, 3_000, 90_000, 299_990]
+    parts = parts_of(300_000)
+    keys = kth_largest(reader, lambda b: signed_keys_of(b.values), parts, ranks)
+    np.testing.assert_array_equal(values_of(keys), by_sorting(reader, ranks))
+    # The sample, and once.
+    assert sum(reader.pieces) < 2 * 300_000
 
 
 def test_a_sample_that_misleads_costs_two_more_readings_and_no_exactness():

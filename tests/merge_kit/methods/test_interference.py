@@ -1,4 +1,4 @@
-"""TIES, MagMax, FedGMA, consensus."""
+"""TIES, MagMax, FedGMA."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_kit.methods.interference import (
-    consensus,
     disjoint_merge,
     elect,
     fedgma,
@@ -189,13 +188,6 @@ def test_fedgma_damps_what_is_disputed():
     )
 
 
-def test_consensus_keeps_what_matters_to_two():
-    """tau_M = 3, 6; |tau| > 0.4 |tau_M - tau|: 1 > .8, 2 > .4, 0 > 1.2 no; 6 > 0, 0, 0."""
-    vectors = torch.tensor([[1.0, 6.0], [2.0, 0.0], [0.0, 0.0]])
-    assert consensus(vectors, ONES, 0.4, 2).tolist() == [3.0, 0.0]
-    assert consensus(vectors, ONES, 0.4, 1).tolist() == [3.0, 6.0]
-
-
 @quick
 @given(st.integers(0, 999), st.integers(1, 6))
 def test_element_by_element(seed, sites):
@@ -208,7 +200,3 @@ def test_element_by_element(seed, sites):
         agreement = abs(sum(np.sign(column))) / sites
         mask = 1.0 if agreement >= 0.5 else agreement
         assert fedgma(vectors, even, 0.5)[p] == pytest.approx(mask * sum(column) / sites)
-        total = sum(column)
-        votes = sum(abs(v) > 0.4 * abs(total - v) for v in column)
-        wanted = total if votes >= 2 else 0.0
-        assert consensus(vectors, even, 0.4, 2)[p] == pytest.approx(wanted, abs=1e-12)
