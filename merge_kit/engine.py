@@ -34,6 +34,8 @@ class Source:
     class_counts: tuple[float, ...]
     """Training images of each class, in the order of the head's rows."""
     steps: int
+    statistics: TensorFile | None = None
+    """What the site published beside the vector, where the method asks for it."""
 
     @property
     def examples(self) -> float:

@@ -15,11 +15,19 @@ import jinja2
 import torch
 
 from merge_kit import engine
-from merge_kit.contributions import Contribution, Entry, Trust, check_payload, current
-from merge_kit.errors import ContributionError, UsageError
+from merge_kit.contributions import (
+    Contribution,
+    Entry,
+    Trust,
+    check_payload,
+    current,
+    speaks_of,
+)
+from merge_kit.errors import ContributionError, RecipeError, UsageError
 from merge_kit.federation import Federation, check_base
 from merge_kit.files import new_folder, write_atomic
 from merge_kit.manifest import count_of
+from merge_kit.methods.base import Statistics
 from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.recipe import Recipe
 from merge_kit.tensorfile import Fingerprint, TensorFile, TensorWriter
@@ -47,9 +55,10 @@ def choose(
     sites: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> tuple[list[Contribution], list[Entry]]:
-    """The contributions to merge, and the entries that were left out because of a problem.
+    """The vectors to merge, and the entries that were left out because of a problem.
 
-    Entries should have passed `check_payloads`: what is unsound replaces nothing.
+    Statistics are passed over: see `find_statistics`. Entries should have passed `check_payloads`:
+    what is unsound replaces nothing.
 
     A contribution that is given twice counts once.
 
@@ -67,7 +76,7 @@ def choose(
     chosen, refused = [], []
     once = {(entry.site, entry.id): entry for entry in current(entries)}
     for entry in once.values():
-        if (sites and entry.site not in sites) or entry.site in exclude:
+        if (sites and entry.site not in sites) or entry.site in exclude or entry.kind != "vector":
             continue
         problem = entry.problem or _distrust(entry, allow_unsigned)
         if problem and not skip_refused:
@@ -98,6 +107,28 @@ def _distrust(entry: Entry, allow_unsigned: bool) -> str | None:
     )
 
 
+def find_statistics(
+    contributions: Sequence[Contribution], kind: Statistics, there: Sequence[Contribution]
+) -> list[Contribution]:
+    """For each vector the statistics that its site published about it; the latest of several.
+
+    Raises
+    ------
+    RecipeError
+        Names the first site that has published none.
+    """
+    found = []
+    for contribution in contributions:
+        own = [s for s in there if s.kind == kind and speaks_of(s, contribution)]
+        if not own:
+            raise RecipeError(
+                f"site '{contribution.site}' has published no {kind} statistics for its vector: "
+                "ask it to run 'merge-kit statistics', or take another method."
+            )
+        found.append(max(own, key=lambda s: (s.manifest.created_at, s.id)))
+    return found
+
+
 def merge(
     federation: Federation,
     base_weights: Path,
@@ -105,13 +136,15 @@ def merge(
     recipe: Recipe,
     out: Path,
     *,
+    statistics: Sequence[Contribution] = (),
     refused: Sequence[Entry] = (),
     replace: bool = False,
 ) -> Merged:
     """Merge contributions into a folder that timm loads, with provenance and model card.
 
-    `refused` is what was left out, for the provenance. With `replace` an existing merged model
-    gives way; any other folder is never touched.
+    `statistics` is where a method that needs them finds what the sites published beside their
+    vectors; `refused` is what was left out, for the provenance. With `replace` an existing merged
+    model gives way; any other folder is never touched.
 
     Everything is checked before any work starts. The folder appears whole or not at all, and its
     bytes depend only on the base, the set of contributions and the recipe.
@@ -119,22 +152,28 @@ def merge(
     Raises
     ------
     MergeKitError
-        The base is not the federation's, a contribution is unsound, or `out` exists.
+        The base is not the federation's, a contribution is unsound, statistics are missing, or
+        `out` exists.
     """
     if out.exists() and not replace:
         raise UsageError(f"{out} exists already: choose another --out, or pass --replace.")
     if replace and out.exists() and not (out / PROVENANCE).is_file():
         raise UsageError(f"{out} is no merged model: --replace does not remove it.")
     ordered = sorted(contributions, key=lambda c: c.id)
+    needed = recipe.merging_rule[0].statistics
+    beside: Sequence[Contribution | None] = [None] * len(ordered)
+    if needed:
+        beside = find_statistics(ordered, needed, statistics)
     with ExitStack() as stack:
         base_file = stack.enter_context(TensorFile(base_weights))
         check_base(federation, base_weights, str(base_weights))
         roles = roles_of(base_file.specs, federation.classifier)
         expected = vector_specs(base_file.specs, roles)
-        for contribution in ordered:
+        for contribution in (*ordered, *filter(None, beside)):
             if not contribution.checked:
                 check_payload(contribution, federation, expected, roles)
-        sources = [_source(c, federation, stack) for c in ordered]
+        pairs = zip(ordered, beside, strict=True)
+        sources = [_source(c, found, federation, stack) for c, found in pairs]
         engine.check_sites(sources, recipe)
         weights = engine.weigh(sources, recipe).shares
         with new_folder(out, replace=replace) as folder:
@@ -142,7 +181,7 @@ def merge(
             with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
                 fingerprint = write_parts(writer, engine.merge(base_file, sources, roles, recipe))
             write_atomic(folder / CONFIG, federation.model_config_json)
-            record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
+            record = provenance(federation, ordered, beside, weights, recipe, fingerprint, refused)
             write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
             write_atomic(folder / "README.md", model_card(federation, ordered, record))
     return Merged(out, fingerprint, tuple(ordered), tuple(weights))
@@ -159,7 +198,12 @@ def write_parts(writer: TensorWriter, parts: Iterable[engine.Part]) -> str:
     return str(found)
 
 
-def _source(contribution: Contribution, federation: Federation, stack: ExitStack) -> engine.Source:
+def _source(
+    contribution: Contribution,
+    statistics: Contribution | None,
+    federation: Federation,
+    stack: ExitStack,
+) -> engine.Source:
     counts = contribution.manifest.class_counts
     return engine.Source(
         id=contribution.id,
@@ -167,12 +211,14 @@ def _source(contribution: Contribution, federation: Federation, stack: ExitStack
         file=stack.enter_context(TensorFile(contribution.payload)),
         class_counts=tuple(count_of(counts[name]) for name in federation.classes),
         steps=contribution.manifest.training.steps,
+        statistics=stack.enter_context(TensorFile(statistics.payload)) if statistics else None,
     )
 
 
 def provenance(
     federation: Federation,
     contributions: Sequence[Contribution],
+    beside: Sequence[Contribution | None],
     weights: Sequence[float],
     recipe: Recipe,
     fingerprint: str,
@@ -194,8 +240,9 @@ def provenance(
                 "public_key": c.key,
                 "signature": c.signature,
                 "weight": weight,
+                **({"statistics": found.id} if found else {}),
             }
-            for c, weight in zip(contributions, weights, strict=True)
+            for c, found, weight in zip(contributions, beside, weights, strict=True)
         ],
         "refused": [{"site": entry.site, "id": entry.id} for entry in refused],
         "software": {

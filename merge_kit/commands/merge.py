@@ -10,7 +10,7 @@ from rich.console import Console
 
 from merge_kit import merging
 from merge_kit.commands.options import next_step, shown, typed_pairs
-from merge_kit.contributions import Entry, check_payloads, list_entries, read_local
+from merge_kit.contributions import Entry, check_payloads, current, list_entries, read_local
 from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.hub import open_hub
@@ -74,10 +74,13 @@ def merge(
     federation = federation_on(opened)
     if folders:
         local = [read_local(folder, federation) for folder in folders]
-        entries = [Entry(c.site, c.id, c, None) for c in local]
+        entries = [Entry(c.site, c.id, c, None, c.kind) for c in local]
     else:
         entries = list_entries(opened, federation)
     base = opened.fetch(BASE_WEIGHTS)
+    # Statistics are larger than vectors: those that the method does not ask for are not read.
+    asked = ("vector", chosen.merging_rule[0].statistics)
+    entries = [entry for entry in entries if entry.kind in asked]
     with Console(stderr=True).status("checking what has arrived"):
         entries = check_payloads(entries, federation, base)
     contributions, refused = merging.choose(
@@ -89,10 +92,18 @@ def merge(
     )
     for entry in refused:
         click.echo(f"Left out: {entry.problem}", err=True)
+    found = [entry.contribution for entry in current(entries)]
     target = out or Path(f"merged-{chosen.method}")
     with Console(stderr=True).status(f"merging {len(contributions)} contributions"):
         merged = merging.merge(
-            federation, base, contributions, chosen, target, refused=refused, replace=replace
+            federation,
+            base,
+            contributions,
+            chosen,
+            target,
+            statistics=[contribution for contribution in found if contribution],
+            refused=refused,
+            replace=replace,
         )
     click.echo(f"Merged model in {target}: {chosen.method} of {len(contributions)} contributions")
     for contribution, weight in zip(merged.contributions, merged.weights, strict=True):
