@@ -24,6 +24,7 @@ from finetune.pixels import Images, decode
 from finetune.progress import Progress
 from merge_kit import engine, merging, writing
 from merge_kit.commands.merging_options import (
+    Gathered,
     contribution_options,
     gather,
     recipe_of,
@@ -31,7 +32,7 @@ from merge_kit.commands.merging_options import (
     weights_of,
 )
 from merge_kit.commands.options import next_step, pairs, shown
-from merge_kit.contributions import Contribution, list_entries
+from merge_kit.contributions import list_entries
 from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.files import write_atomic
@@ -144,10 +145,11 @@ def select(
     )
     cases = selection.validation_cases(cases, split, str(data))
     base = opened.fetch(BASE_WEIGHTS)
-    contributions, refused, _ = gather(
+    arrived = gather(
         list_entries(opened, federation),
         federation,
         base,
+        start,
         sites=sites,
         exclude=exclude,
         skip_refused=skip_refused,
@@ -157,13 +159,13 @@ def select(
         plan,
         federation,
         base,
-        contributions,
+        arrived,
         cases,
         chosen_device,
         site_column=site_column,
         skip_unreadable=skip_unreadable,
     )
-    left_out = sorted({c.site for c in contributions} - set(found.chosen.sites))
+    left_out = sorted({c.site for c in arrived.chosen} - set(found.chosen.sites))
     Console().print(_table(found))
     click.echo(f"Chosen: {_name(found)}. {OPTIMISTIC}")
     write_atomic(out_recipe, _comment(found, left_out) + found.chosen.recipe.to_yaml())
@@ -183,10 +185,11 @@ def select(
     merged = merging.merge(
         federation,
         base,
-        [c for c in contributions if c.site in found.chosen.sites],
+        [c for c in arrived.chosen if c.site in found.chosen.sites],
         found.chosen.recipe,
         out,
-        refused=refused,
+        statistics=arrived.statistics,
+        refused=arrived.refused,
         replace=replace,
     )
     click.echo(f"Merged model in {out}, fingerprint {merged.fingerprint}")
@@ -200,14 +203,16 @@ def _search(
     plan: Plan,
     federation: Federation,
     base: Path,
-    contributions: Sequence[Contribution],
+    arrived: Gathered,
     cases: Sequence[Case],
     device: torch.device,
     *,
     site_column: str,
     skip_unreadable: bool,
 ) -> Selection:
-    with merging.opened(federation, base, contributions) as material, Progress() as progress:
+    beside = merging.beside_of(arrived.chosen, plan.recipes[0], arrived.statistics)
+    opened = merging.opened(federation, base, arrived.chosen, beside=beside)
+    with opened as material, Progress() as progress:
         for recipe in plan.recipes:
             engine.check_sites(material.sources, recipe)
             engine.groups_of(material.roles, recipe)

@@ -1,7 +1,8 @@
-"""merge-kit finetune."""
+"""merge-kit finetune and merge-kit statistics."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from finetune import run as runs
+from finetune import run_statistics
 from finetune.cases import load_cases
 from finetune.image_options import image_options
 from finetune.network import choose_device
@@ -17,6 +19,9 @@ from finetune.progress import Progress
 from finetune.splits import assign_splits
 from merge_kit.commands.options import next_step, pairs, shown
 from merge_kit.errors import UsageError
+from merge_kit.methods.base import Statistics
+from merge_kit.publishing import payload_file
+from merge_kit.runs import latest_run
 from merge_kit.schema import read_yaml
 from merge_kit.site import open_site
 
@@ -104,7 +109,9 @@ def finetune(
         )
         for sentence in material.skipped:
             click.echo(f"Left out: {sentence}", err=True)
-        finished = runs.finetune(site, material, options, target, chosen, progress)
+        finished = runs.finetune(
+            site, material, options, target, chosen, progress, data=data, images=images
+        )
     _close(finished)
     if any(case.split == "test" for case in cases):
         click.echo(
@@ -152,3 +159,95 @@ def _interval(estimate: dict[str, float | None]) -> str:
     if estimate["low"] is None or estimate["high"] is None:
         return f"{estimate['value']:.3f}"
     return f"{estimate['value']:.3f} (95 % {estimate['low']:.3f} to {estimate['high']:.3f})"
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--kind",
+    "kinds",
+    required=True,
+    multiple=True,
+    type=click.Choice(["fisher", "gram"]),
+    help="What the merge method asks for (repeatable).",
+)
+@click.option("--run", type=click.Path(path_type=Path), help="Run folder [the latest finished].")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Where the run's images are [where they were]."
+)
+@click.option("--images", type=click.Path(path_type=Path), help="Image root [the CSV's folder].")
+@click.option(
+    "--examples",
+    type=click.IntRange(min=1),
+    default=run_statistics.EXAMPLES,
+    show_default=True,
+    help="Most training images to look at.",
+)
+@click.option(
+    "--max-width",
+    type=click.IntRange(min=1),
+    default=run_statistics.MAX_WIDTH,
+    show_default=True,
+    help="Leave layers with more input columns out of gram.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+def statistics(
+    folder: Path,
+    kinds: tuple[Statistics, ...],
+    run: Path | None,
+    data: Path | None,
+    images: Path | None,
+    examples: int,
+    max_width: int,
+    device: str,
+) -> None:
+    """Make what some merge methods ask for beside the vector of the site in FOLDER.
+
+    fisher: how much each weight matters to the site's own model. gram: how the inputs of each layer
+    go together. Both are measured on training images of the latest finished run and published
+    together with its vector. They give away more of the images than a vector does.
+    """
+    site = open_site(folder)
+    chosen = run or latest_run(site.root)
+    if chosen is None:
+        raise UsageError(f"{folder} has no finished run: run 'merge-kit finetune {folder}' first.")
+    if images and not data:
+        raise UsageError("--images says where the paths of --data start: give --data, too.")
+    missing = []
+    for kind in dict.fromkeys(kinds):
+        if run_statistics.is_made(chosen, kind):
+            place = chosen / payload_file(kind)
+            click.echo(f"{place} is there already; remove it to make it again.")
+        else:
+            missing.append(kind)
+    if missing:
+        target = choose_device(device)
+        with Progress() as progress:
+            found, skipped = run_statistics.find_images(
+                site,
+                chosen,
+                examples,
+                data=data,
+                images=images,
+                progress=partial(progress.stage, "decoding"),
+            )
+            for sentence in skipped:
+                click.echo(f"Left out: {sentence}", err=True)
+            click.echo(f"Site '{site.name}': {len(found)} training images, on {target}")
+            for kind in missing:
+                made = run_statistics.make(
+                    site,
+                    chosen,
+                    kind,
+                    found,
+                    target,
+                    partial(progress.stage, kind),
+                    max_width=max_width,
+                )
+                for sentence in made.left_out:
+                    click.echo(f"Left out: {sentence}", err=True)
+                click.echo(f"  {kind:<8} {made.path} ({made.size / 2**20:.1f} MiB)")
+    next_step(
+        f"see what would leave the site with\n"
+        f"  merge-kit publish {shown(site.root)} --run {shown(chosen)} --dry-run"
+    )

@@ -128,10 +128,14 @@ def finetune(
     folder: Path,
     device: torch.device,
     report: training.Report,
+    *,
+    data: Path | None = None,
+    images: Path | None = None,
 ) -> Run:
     """Train, or go on where a killed run stopped, and write everything that the run gives.
 
-    `summary.json` comes last: a folder without it is unfinished.
+    `summary.json` comes last: a folder without it is unfinished. `data` and `images` say where the
+    cases were found, for whoever looks at them again (see `finetune.statistics`).
 
     Raises
     ------
@@ -140,11 +144,12 @@ def finetune(
     BaseMismatchError
         The site's copy of the base is not what the contract says.
     """
-    with _alone(folder):
+    with alone(folder):
         if (folder / SUMMARY).is_file():
             return Run(folder, json.loads((folder / SUMMARY).read_text(encoding="utf-8")), True)
         check_base(site.federation, site.root / COPY / BASE_WEIGHTS, str(site.base_folder))
-        write_atomic(folder / RECORD, json.dumps(_record(site, options, device), indent=2))
+        record = _record(site, options, device, data, images)
+        write_atomic(folder / RECORD, json.dumps(record, indent=2))
         log = _Log(folder / METRICS, report)
         model = network.load(site.base_folder)
         labels = material.train.labels()
@@ -177,7 +182,7 @@ def finetune(
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Keep a second process out of a run; the lock ends with the process that holds it."""
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +191,7 @@ def _alone(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise TrainingError(
-            f"{folder} is being trained by another process: wait for it, or stop it."
+            f"{folder} is being worked on by another process: wait for it, or stop it."
         ) from None
     else:
         yield
@@ -194,11 +199,19 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _record(site: Site, options: TrainingOptions, device: torch.device) -> dict[str, Any]:
+def _record(
+    site: Site,
+    options: TrainingOptions,
+    device: torch.device,
+    data: Path | None,
+    images: Path | None,
+) -> dict[str, Any]:
     return {
         "federation": site.config.federation,
         "options": options.model_dump(mode="json"),
         "device": device.type,
+        "data": os.path.abspath(data) if data else None,
+        "images": os.path.abspath(images) if images else None,
     }
 
 
@@ -248,14 +261,24 @@ def _draft(
             balanced_accuracy=_estimate(figures["balanced_accuracy"]),
             macro_auroc=_estimate(figures["macro_auroc"]),
         ),
-        software=Software(
-            merge_kit=importlib.metadata.version("merge-kit"),
-            python=platform.python_version(),
-            torch=importlib.metadata.version("torch"),
-            timm=importlib.metadata.version("timm"),
-        ),
-        created_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        software=software(),
+        created_at=now(),
     )
+
+
+def software() -> Software:
+    """The versions that a manifest names."""
+    return Software(
+        merge_kit=importlib.metadata.version("merge-kit"),
+        python=platform.python_version(),
+        torch=importlib.metadata.version("torch"),
+        timm=importlib.metadata.version("timm"),
+    )
+
+
+def now() -> str:
+    """The time of this moment as a manifest gives it."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _estimate(interval: scores.Interval) -> Estimate:

@@ -18,6 +18,10 @@ COMMANDS = {
     "join": ("merge_kit.commands.join:join", "Join a federation as a site: base and key pair."),
     "admit": ("merge_kit.commands.admit:admit", "Admit a site's public key to a federation."),
     "finetune": ("finetune.command:finetune", "Fine-tune the base on a site's own images."),
+    "statistics": (
+        "finetune.command:statistics",
+        "Make what some merge methods need beside a vector.",
+    ),
     "publish": ("merge_kit.commands.publish:publish", "Sign a vector and put it on the hub."),
     "status": ("merge_kit.commands.status:status", "Show what lies on a hub."),
     "merge": ("merge_kit.commands.merge:merge", "Merge contributions into one model."),

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from merge_kit import signing, vector
+from merge_kit import signing, statistics, vector
 from merge_kit.errors import ContributionError, MergeKitError, SignatureError
 from merge_kit.federation import Federation
 from merge_kit.files import canonical_json, sha256_file
 from merge_kit.hub import FolderHub, Hub
-from merge_kit.manifest import Manifest, parse_manifest
+from merge_kit.manifest import Kind, Manifest, parse_manifest
 from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.tensorfile import TensorFile, TensorSpec
 
@@ -52,6 +52,11 @@ class Contribution:
         return self.manifest.site
 
     @property
+    def kind(self) -> Kind:
+        """A vector, or statistics that speak of one."""
+        return self.manifest.kind
+
+    @property
     def label(self) -> str:
         """How messages name it."""
         return f"contribution {self.site}/{self.id[:12]}"
@@ -65,6 +70,8 @@ class Entry:
     id: str
     contribution: Contribution | None
     problem: str | None
+    kind: Kind = "vector"
+    """Where the manifest cannot be trusted, a vector: what may be one must not be overlooked."""
 
 
 def bundle(
@@ -109,7 +116,7 @@ def _entry(hub: Hub, federation: Federation, site: str, name: str) -> Entry:
         return Entry(site, name, None, str(error))
     except OSError as error:
         return Entry(site, name, None, f"{ROOT}/{site}/{name} cannot be read: {error.strerror}.")
-    return Entry(site, name, found, None)
+    return Entry(site, name, found, None, found.kind)
 
 
 def check_payloads(
@@ -127,7 +134,7 @@ def check_payloads(
                 found = replace(entry.contribution, checked=True)
                 entry = replace(entry, contribution=found)
             except MergeKitError as error:
-                entry = Entry(entry.site, entry.id, None, str(error))
+                entry = Entry(entry.site, entry.id, None, str(error), entry.kind)
         checked.append(entry)
     return checked
 
@@ -222,24 +229,37 @@ def check_payload(
             f"{stated.size} announced): it is damaged or replaced; remove its folder from the hub "
             "and let the site publish again."
         )
+    kind = contribution.kind
     with TensorFile(contribution.payload) as file:
-        header = vector.read_header(file)
+        if kind == "vector":
+            header = vector.read_header(file)
+        else:
+            header = statistics.check_header(file, kind, contribution.manifest.about, where)
         vector.check_header(header, federation.base_fingerprint, federation.contract_hash, where)
         if header.site != contribution.site:
             raise ContributionError(
                 f"{where}: the payload is of site '{header.site}': it is refused."
             )
-        vector.check_specs(file, expected)
-        norm = vector.norm(file, roles)
+        if kind == "vector":
+            vector.check_specs(file, expected)
+            norm = vector.norm(file, roles)
+        else:
+            norm = statistics.check(file, kind, expected, roles)
     if abs(norm - stated.norm) > 1e-4 * norm:
         raise ContributionError(
             f"{where} has the norm {norm:.4g}, its manifest says {stated.norm:.4g}: it is refused."
         )
     bound = federation.policy.maximum_norm
-    if bound is not None and norm > bound:
+    if kind == "vector" and bound is not None and norm > bound:
         raise ContributionError(
             f"{where} has the norm {norm:.4g}, above the policy's {bound:.4g}: it is refused."
         )
+
+
+def speaks_of(statistic: Contribution, vector: Contribution) -> bool:
+    """Whether statistics are about this very vector, by the site and the key that published it."""
+    about = (statistic.site, statistic.key, statistic.manifest.about)
+    return about == (vector.site, vector.key, vector.manifest.payload.sha256)
 
 
 def without_superseded(contributions: Sequence[Contribution]) -> list[Contribution]:

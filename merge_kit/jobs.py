@@ -77,7 +77,7 @@ def _check_method(method: Method, options: Document, sources: Sequence[Source]) 
         raise RecipeError(f"'{method.name}' cannot be used: {reason}.")
     if method.statistics:
         for source in sources:
-            if source.statistics is None:
+            if method.statistics not in source.statistics:
                 raise RecipeError(
                     f"site '{source.site}' has published no {method.statistics} statistics for "
                     "its vector: ask it to run 'merge-kit statistics', or take another method."
@@ -214,7 +214,7 @@ def _reader(
         def change(block: Block) -> Tensor:
             return sparse.change(block, options)
 
-    statistics = [s.statistics for s in sources if s.statistics] if method.statistics else []
+    kind = method.statistics
     return BlockReader(
         base,
         [source.file for source in sources],
@@ -227,6 +227,6 @@ def _reader(
         change=change,
         changed_by=changed_by,
         notes=notes,
-        statistics=statistics,
-        kind=method.statistics,
+        statistics=[source.statistics[kind] for source in sources] if kind else (),
+        kind=kind,
     )

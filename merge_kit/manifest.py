@@ -6,9 +6,16 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 from merge_kit.errors import ContributionError
 from merge_kit.files import canonical_json, sha256_bytes
@@ -20,6 +27,7 @@ def _check_time(text: str) -> str:
     return text
 
 
+Kind = Literal["vector", "fisher", "gram"]
 LARGEST = 10**12  # numbers from outside stay within what floats and tensors can hold
 Number = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Number | Annotated[str, StringConstraints(pattern=r"^<[1-9][0-9]{0,8}$")]
@@ -38,6 +46,7 @@ class Payload(Document):
     sha256: Digest
     size: int = Field(ge=0)
     norm: float = Field(ge=0)
+    """L2 norm: of a vector over weights and heads, of statistics over all values."""
 
 
 class Training(Document):
@@ -82,10 +91,12 @@ class Privacy(Document):
 
 
 class Draft(Document):
-    """What `finetune` knows; `publish` adds what the contribution replaces."""
+    """What `finetune` and `statistics` know; `publish` adds what the contribution replaces."""
 
     format: Literal[1] = 1
-    kind: Literal["vector"] = "vector"
+    kind: Kind = "vector"
+    about: Digest | None = None
+    """Of statistics: digest of the payload of the vector that they speak of. A vector lacks it."""
     site: SiteName
     federation: Digest
     base: Digest
@@ -97,6 +108,20 @@ class Draft(Document):
     privacy: Privacy | None = None
     software: Software
     created_at: Timestamp
+
+    @model_validator(mode="after")
+    def _statistics_speak_of_a_vector(self) -> Draft:
+        if (self.kind == "vector") != (self.about is None):
+            raise ValueError("statistics name the vector that they are about, a vector names none")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_an_empty_field(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A vector's manifest must keep the bytes, and so the id, that it had before statistics.
+        fields: dict[str, Any] = serialize(self)
+        if self.about is None:
+            del fields["about"]
+        return fields
 
 
 class Manifest(Draft):
@@ -157,14 +182,14 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def read_draft(path: Path) -> Draft:
-    """Read the draft that `finetune` left in a run folder."""
+def read_draft(path: Path, command: str = "finetune") -> Draft:
+    """Read the draft that a command left in a run folder."""
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ContributionError(
-            f"{path} does not exist: the run is not finished; run 'merge-kit finetune' again."
+            f"{path} does not exist: the run is not finished; run 'merge-kit {command}' again."
         ) from None
     except ValueError as error:
-        raise ContributionError(f"{path} is not JSON: run 'merge-kit finetune' again.") from error
+        raise ContributionError(f"{path} is not JSON: run 'merge-kit {command}' again.") from error
     return parse(Draft, data, str(path), ContributionError)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -15,16 +16,26 @@ import torch
 
 from merge_kit import engine
 from merge_kit.configuration import CONFIG
-from merge_kit.contributions import Contribution, Entry, Trust, check_payload, current
-from merge_kit.errors import ContributionError
+from merge_kit.contributions import (
+    Contribution,
+    Entry,
+    Trust,
+    check_payload,
+    current,
+    speaks_of,
+)
+from merge_kit.errors import ContributionError, RecipeError
 from merge_kit.federation import Federation, check_base
 from merge_kit.manifest import count_of
+from merge_kit.methods.base import Statistics
 from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.recipe import Recipe
 from merge_kit.tensorfile import TensorFile
 from merge_kit.writing import PROVENANCE, Material, Written, check_target, write_folder
 
 CARD = "README.md"
+Beside = Mapping[Statistics, Sequence[Contribution]]
+"""Statistics of each kind, one for each vector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +63,8 @@ def choose(
 ) -> tuple[list[Contribution], list[Entry]]:
     """The contributions to merge, and the entries that were left out because of a problem.
 
-    Entries should have passed `check_payloads`: what is unsound replaces nothing.
+    Statistics are passed over: see `find_statistics`. Entries should have passed `check_payloads`:
+    what is unsound replaces nothing.
 
     A contribution that is given twice counts once.
 
@@ -70,7 +82,7 @@ def choose(
     chosen, refused = [], []
     once = {(entry.site, entry.id): entry for entry in current(entries)}
     for entry in once.values():
-        if (sites and entry.site not in sites) or entry.site in exclude:
+        if (sites and entry.site not in sites) or entry.site in exclude or entry.kind != "vector":
             continue
         problem = entry.problem or _distrust(entry, allow_unsigned)
         if problem and not skip_refused:
@@ -101,6 +113,41 @@ def _distrust(entry: Entry, allow_unsigned: bool) -> str | None:
     )
 
 
+def find_statistics(
+    contributions: Sequence[Contribution], kind: Statistics, there: Sequence[Contribution]
+) -> list[Contribution]:
+    """For each vector the statistics that its site published about it; the latest of several.
+
+    Raises
+    ------
+    RecipeError
+        Names the first site that has published none.
+    """
+    found = []
+    for contribution in contributions:
+        own = [s for s in there if s.kind == kind and speaks_of(s, contribution)]
+        if not own:
+            raise RecipeError(
+                f"site '{contribution.site}' has published no {kind} statistics for its vector: "
+                "ask it to run 'merge-kit statistics', or take another method."
+            )
+        found.append(max(own, key=lambda s: (s.manifest.created_at, s.id)))
+    return found
+
+
+def asked_of(recipe: Recipe) -> set[Statistics]:
+    """The kinds of statistics that a recipe's methods need."""
+    return {kind for rule in recipe.rules if (kind := rule.merging_rule[0].statistics)}
+
+
+def beside_of(
+    contributions: Sequence[Contribution], recipe: Recipe, there: Sequence[Contribution]
+) -> Beside:
+    """The statistics that a recipe's methods need, for each vector in the order of the ids."""
+    ordered = sorted(contributions, key=lambda c: c.id)
+    return {kind: find_statistics(ordered, kind, there) for kind in sorted(asked_of(recipe))}
+
+
 def merge(
     federation: Federation,
     base_weights: Path,
@@ -108,6 +155,7 @@ def merge(
     recipe: Recipe,
     out: Path,
     *,
+    statistics: Sequence[Contribution] = (),
     refused: Sequence[Entry] = (),
     gone: Sequence[Contribution] = (),
     replace: bool = False,
@@ -115,6 +163,7 @@ def merge(
 ) -> Merged:
     """Merge contributions into a folder that timm loads, with provenance and model card.
 
+    `statistics` is where methods that need them find what the sites published beside their vectors;
     `refused` is what was left out, for the provenance. With `replace` an existing merged model
     gives way; any other folder is never touched. With `keep_sum`, or where the model that gives way
     has one, an exact running sum is kept beside the model; `gone` are contributions that may be in
@@ -126,16 +175,18 @@ def merge(
     Raises
     ------
     MergeKitError
-        The base is not the federation's, a contribution is unsound, or `out` exists.
+        The base is not the federation's, a contribution is unsound, statistics are missing, or
+        `out` exists.
     """
     check_target(out, replace=replace)
     ordered = sorted(contributions, key=lambda c: c.id)
-    with opened(federation, base_weights, ordered, gone) as material:
+    beside = beside_of(ordered, recipe, statistics)
+    with opened(federation, base_weights, ordered, gone, beside) as material:
         engine.check_sites(material.sources, recipe)
         weights = engine.weigh(material.sources, recipe).shares
 
         def texts(fingerprint: str) -> dict[str, str]:
-            record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
+            record = provenance(federation, ordered, beside, weights, recipe, fingerprint, refused)
             return {
                 CONFIG: federation.model_config_json,
                 PROVENANCE: json.dumps(record, indent=2, ensure_ascii=False),
@@ -152,8 +203,11 @@ def opened(
     base_weights: Path,
     contributions: Sequence[Contribution],
     gone: Sequence[Contribution] = (),
+    beside: Beside = MappingProxyType({}),
 ) -> Iterator[Material]:
     """Open the base and the vectors, and check what has not been checked yet.
+
+    `beside` holds statistics for each of the contributions, in the order of their ids.
 
     Raises
     ------
@@ -166,19 +220,27 @@ def opened(
         check_base(federation, base_weights, str(base_weights))
         roles = roles_of(base.specs, federation.classifier)
         expected = vector_specs(base.specs, roles)
-        for contribution in (*ordered, *gone):
+        for contribution in (*ordered, *gone, *(c for those in beside.values() for c in those)):
             if not contribution.checked:
                 check_payload(contribution, federation, expected, roles)
         yield Material(
             base,
             federation.base_fingerprint,
-            tuple(_source(c, federation, stack) for c in ordered),
+            tuple(
+                _source(c, {kind: those[i] for kind, those in beside.items()}, federation, stack)
+                for i, c in enumerate(ordered)
+            ),
             roles,
-            tuple(_source(c, federation, stack) for c in gone),
+            tuple(_source(c, {}, federation, stack) for c in gone),
         )
 
 
-def _source(contribution: Contribution, federation: Federation, stack: ExitStack) -> engine.Source:
+def _source(
+    contribution: Contribution,
+    statistics: Mapping[Statistics, Contribution],
+    federation: Federation,
+    stack: ExitStack,
+) -> engine.Source:
     counts = contribution.manifest.class_counts
     return engine.Source(
         id=contribution.id,
@@ -186,12 +248,17 @@ def _source(contribution: Contribution, federation: Federation, stack: ExitStack
         file=stack.enter_context(TensorFile(contribution.payload)),
         class_counts=tuple(count_of(counts[name]) for name in federation.classes),
         steps=contribution.manifest.training.steps,
+        statistics={
+            kind: stack.enter_context(TensorFile(found.payload))
+            for kind, found in statistics.items()
+        },
     )
 
 
 def provenance(
     federation: Federation,
     contributions: Sequence[Contribution],
+    beside: Beside,
     weights: Sequence[float],
     recipe: Recipe,
     fingerprint: str,
@@ -213,8 +280,9 @@ def provenance(
                 "public_key": c.key,
                 "signature": c.signature,
                 "weight": weight,
+                **_named(beside, index),
             }
-            for c, weight in zip(contributions, weights, strict=True)
+            for index, (c, weight) in enumerate(zip(contributions, weights, strict=True))
         ],
         "refused": [{"site": entry.site, "id": entry.id} for entry in refused],
         "software": software(),
@@ -224,6 +292,11 @@ def provenance(
 def software() -> dict[str, str]:
     """The versions that a merged model's bytes may depend on."""
     return {"merge_kit": importlib.metadata.version("merge-kit"), "torch": torch.__version__}
+
+
+def _named(beside: Beside, index: int) -> dict[str, Any]:
+    found = {kind: those[index].id for kind, those in sorted(beside.items())}
+    return {"statistics": found} if found else {}
 
 
 def model_card(

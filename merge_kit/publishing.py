@@ -1,9 +1,10 @@
-"""From a finished run to a contribution on the hub."""
+"""From a finished run to contributions on the hub: the vector, then statistics that speak of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from merge_kit import signing
 from merge_kit.contributions import (
@@ -18,27 +19,52 @@ from merge_kit.contributions import (
 from merge_kit.errors import ContributionError, VectorError
 from merge_kit.files import sha256_file, write_atomic
 from merge_kit.hub import Hub
-from merge_kit.manifest import Draft, Manifest, parse_manifest, read_draft, suppress
+from merge_kit.manifest import Draft, Kind, Manifest, parse_manifest, read_draft, suppress
 from merge_kit.site import Site, check_pinned, federation_on
 
 VECTOR = "vector.safetensors"
 DRAFT = "manifest.draft.json"
 
 
+def payload_file(kind: Kind) -> str:
+    """Name of a contribution's tensors in a run folder."""
+    return f"{kind}.safetensors"
+
+
+def draft_file(kind: Kind) -> str:
+    """Name of what a run folder holds of a contribution's manifest before it is published."""
+    return DRAFT if kind == "vector" else f"{kind}.{DRAFT}"
+
+
+def _manifest_file(kind: Kind) -> str:
+    return MANIFEST if kind == "vector" else f"{kind}.{MANIFEST}"
+
+
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """Exactly what leaves the site: the vector's file and the manifest; the signature follows."""
+    """Exactly what leaves the site: the tensors' file and the manifest; the signature follows."""
 
     manifest: Manifest
-    vector: Path
+    payload: Path
     replaces: Contribution | None
 
 
-def prepare(site: Site, run: Path, hub: Hub, *, alongside: bool = False) -> Parcel:
+def prepare_all(site: Site, run: Path, hub: Hub, *, alongside: bool = False) -> list[Parcel]:
+    """The vector of a run, then the statistics that have been made for it: see `prepare`."""
+    kinds: list[Kind] = [
+        kind for kind in get_args(Kind) if kind == "vector" or (run / draft_file(kind)).is_file()
+    ]
+    return [prepare(site, run, hub, kind, alongside=alongside) for kind in kinds]
+
+
+def prepare(
+    site: Site, run: Path, hub: Hub, kind: Kind = "vector", *, alongside: bool = False
+) -> Parcel:
     """Check a run against the contract on the hub and make its final manifest.
 
     Once it has been published the manifest stays as it was: publishing again gives the same
-    contribution. It replaces the site's latest contribution unless `alongside`.
+    contribution. A vector replaces the site's latest one unless `alongside`; statistics replace
+    those of the same kind about the same vector.
 
     Raises
     ------
@@ -46,20 +72,27 @@ def prepare(site: Site, run: Path, hub: Hub, *, alongside: bool = False) -> Parc
         The run is unfinished, was changed, or is another site's; or the hub's contract is not the
         one that was joined.
     """
-    draft = read_draft(run / DRAFT)
-    vector = run / VECTOR
-    if not vector.is_file() or sha256_file(vector) != draft.payload.sha256:
+    command = "finetune" if kind == "vector" else "statistics"
+    draft = read_draft(run / draft_file(kind), command)
+    payload = run / payload_file(kind)
+    if not payload.is_file() or sha256_file(payload) != draft.payload.sha256:
+        what = "the vector that the run made" if kind == "vector" else f"the {kind} that was made"
         raise ContributionError(
-            f"{vector} is not the vector that the run made: it is missing or was changed; "
-            "run 'merge-kit finetune' again."
+            f"{payload} is not {what}: it is missing or was changed; "
+            f"run 'merge-kit {command}' again."
         )
-    _check_origin(site, run, draft)
+    check_origin(site, run, draft)
+    if kind != "vector" and draft.about != read_draft(run / DRAFT).payload.sha256:
+        raise ContributionError(
+            f"{payload} speaks of another vector than {run / VECTOR}: "
+            f"run 'merge-kit statistics' again, or remove {run / draft_file(kind)}."
+        )
     federation = federation_on(hub)
     check_pinned(site.config, federation, hub.uri)
     bound = federation.policy.maximum_norm
-    if bound is not None and draft.payload.norm > bound:
+    if kind == "vector" and bound is not None and draft.payload.norm > bound:
         raise VectorError(
-            f"{vector} has the norm {draft.payload.norm:.4g}, above the policy's {bound:.4g}: "
+            f"{payload} has the norm {draft.payload.norm:.4g}, above the policy's {bound:.4g}: "
             "train with fewer steps or a lower learning rate."
         )
     key = signing.public_key(site.key_file)
@@ -68,15 +101,23 @@ def prepare(site: Site, run: Path, hub: Hub, *, alongside: bool = False) -> Parc
         for entry in list_entries(hub, federation)
         if entry.contribution and entry.site == site.name and entry.contribution.key == key
     ]
+    own = [c for c in own if (c.kind, c.manifest.about) == (kind, draft.about)]
     draft = draft.model_copy(
         update={"class_counts": suppress(draft.class_counts, federation.policy.minimum_class_count)}
     )
-    manifest = _manifest(run, draft, hub, [] if alongside else own)
+    manifest = _manifest(run, draft, hub, [] if alongside and kind == "vector" else own)
     replaces = next((c for c in own if f"sha256:{c.id}" == manifest.supersedes), None)
-    return Parcel(manifest, vector, replaces)
+    return Parcel(manifest, payload, replaces)
 
 
-def _check_origin(site: Site, run: Path, draft: Draft) -> None:
+def check_origin(site: Site, run: Path, draft: Draft) -> None:
+    """Refuse a run of another site or for another contract.
+
+    Raises
+    ------
+    ContributionError
+        Names both.
+    """
     if draft.site != site.name:
         raise ContributionError(
             f"{run} is a run of site '{draft.site}' and not of '{site.name}': "
@@ -90,7 +131,7 @@ def _check_origin(site: Site, run: Path, draft: Draft) -> None:
 
 
 def _manifest(run: Path, draft: Draft, hub: Hub, own: list[Contribution]) -> Manifest:
-    path = run / MANIFEST
+    path = run / _manifest_file(draft.kind)
     if path.is_file():
         final = parse_manifest(path.read_bytes(), str(path))
         # One that never arrived is made anew: meanwhile another run may have been published.
@@ -110,10 +151,10 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
         What is there is damaged; nothing on a hub is ever overwritten.
     """
     data = parcel.manifest.to_bytes()
-    write_atomic(run / MANIFEST, data)
+    write_atomic(run / _manifest_file(parcel.manifest.kind), data)
     signature = signing.sign(site.key_file, signing.MANIFEST_CONTEXT, data)
     folder = folder_of(parcel.manifest)
-    if hub.publish(folder, bundle(parcel.manifest, parcel.vector, signature)):
+    if hub.publish(folder, bundle(parcel.manifest, parcel.payload, signature)):
         return True
     there = hub.fetch(f"{folder}/{PAYLOAD}")
     if sha256_file(there) != parcel.manifest.payload.sha256:

@@ -16,6 +16,7 @@ from merge_kit.contributions import (
     Trust,
     check_payloads,
     list_entries,
+    speaks_of,
     without_superseded,
 )
 from merge_kit.federation import BASE_WEIGHTS, Federation
@@ -25,9 +26,10 @@ from merge_kit.tensorfile import TensorFile
 
 
 def survey(hub: Hub, federation: Federation, now: datetime | None = None) -> list[dict[str, Any]]:
-    """One row for each contribution on the hub, whole ones first, then what is refused.
+    """One row for each vector on the hub, whole ones first, then what is refused.
 
-    Every payload is read and checked as `merge` would check it. ``cosine`` is the cosine between a
+    Every payload is read and checked as `merge` would check it. ``statistics`` names the kinds that
+    the site has published about this vector. ``cosine`` is the cosine between a
     vector's weights and the plain mean of the current ones: far below the others means that the
     site trained towards something else.
     """
@@ -36,13 +38,18 @@ def survey(hub: Hub, federation: Federation, now: datetime | None = None) -> lis
     entries = check_payloads(list_entries(hub, federation), federation, weights)
     with TensorFile(weights) as base:
         roles = roles_of(base.specs, federation.classifier)
-    live = without_superseded([entry.contribution for entry in entries if entry.contribution])
+    current = without_superseded([entry.contribution for entry in entries if entry.contribution])
+    live = [c for c in current if c.kind == "vector"]
+    beside = [c for c in current if c.kind != "vector"]
     cosines = dict(zip([c.id for c in live], cosines_to_mean(live, roles), strict=True))
-    rows = [_row(entry, cosines, now) for entry in entries]
+    shown = [entry for entry in entries if entry.problem or entry.kind == "vector"]
+    rows = [_row(entry, cosines, beside, now) for entry in shown]
     return sorted(rows, key=lambda row: (row["problem"] is not None, row["site"], row["created"]))
 
 
-def _row(entry: Entry, cosines: Mapping[str, float], now: datetime) -> dict[str, Any]:
+def _row(
+    entry: Entry, cosines: Mapping[str, float], beside: Sequence[Contribution], now: datetime
+) -> dict[str, Any]:
     found = entry.contribution
     if found is None:
         return {
@@ -73,6 +80,7 @@ def _row(entry: Entry, cosines: Mapping[str, float], now: datetime) -> dict[str,
         "bytes": manifest.payload.size,
         "norm": manifest.payload.norm,
         "cosine": cosines.get(entry.id),
+        "statistics": sorted({s.kind for s in beside if speaks_of(s, found)}),
         "signature": found.trust.value,
     }
 

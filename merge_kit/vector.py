@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from merge_kit.schema import Digest, Document, SiteName, parse
 from merge_kit.tensorfile import StoredTensors, TensorFile, Tensors, TensorSpec, TensorWriter
 
 METADATA_KEY = "merge-kit"
+TRAIN_AGAIN = "the site must train again and publish a sound vector."
 
 
 class VectorHeader(Document):
@@ -26,6 +27,9 @@ class VectorHeader(Document):
     base: Digest
     federation: Digest
     site: SiteName
+
+
+H = TypeVar("H", bound=VectorHeader)
 
 
 def subtract(
@@ -81,16 +85,21 @@ def read_header(file: StoredTensors) -> VectorHeader:
     VectorError
         The file was not written by merge-kit, or its header breaks the format.
     """
+    return parse_header(file, VectorHeader, "is no task vector")
+
+
+def parse_header(file: StoredTensors, model: type[H], otherwise: str) -> H:
+    """The one metadata key of a file; `otherwise` says in an error what a file without it is."""
     text = file.metadata.get(METADATA_KEY)
     if text is None or len(file.metadata) != 1:
         raise VectorError(
-            f"{file.path} is no task vector: its header lacks the metadata '{METADATA_KEY}'."
+            f"{file.path} {otherwise}: its header lacks the metadata '{METADATA_KEY}'."
         )
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise VectorError(f"{file.path}: the metadata '{METADATA_KEY}' is not JSON.") from error
-    return parse(VectorHeader, data, str(file.path), VectorError)
+    return parse(model, data, str(file.path), VectorError)
 
 
 def check_header(header: VectorHeader, base: str, federation: str, where: str) -> None:
@@ -136,7 +145,7 @@ def check_finite(
     tensor: torch.Tensor,
     name: str,
     where: str,
-    remedy: str = "the site must train again and publish a sound vector.",
+    remedy: str = TRAIN_AGAIN,
 ) -> None:
     """Refuse NaN and infinity; `remedy` ends the sentence.
 
@@ -158,11 +167,11 @@ def check_finite(
     )
 
 
-def read_checked(file: TensorFile) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor of a vector, refused when not finite."""
+def read_checked(file: TensorFile, remedy: str = TRAIN_AGAIN) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor of a file, refused when not finite."""
     for name in file.specs:
         tensor = file.read(name)
-        check_finite(tensor, name, str(file.path))
+        check_finite(tensor, name, str(file.path), remedy)
         yield name, tensor
 
 

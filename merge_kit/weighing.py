@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from merge_kit.errors import RecipeError
 from merge_kit.exact import round_weight
+from merge_kit.methods.base import Statistics
 from merge_kit.recipe import Rule
 from merge_kit.tensorfile import Tensors
 
@@ -23,8 +24,8 @@ class Source:
     class_counts: tuple[float, ...]
     """Training images of each class, in the order of the head's rows."""
     steps: int
-    statistics: Tensors | None = None
-    """What the site published beside its vector, of the kind that the method asks for."""
+    statistics: Mapping[Statistics, Tensors] = field(default_factory=dict)
+    """What the site published beside its vector, by kind."""
 
     @property
     def examples(self) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -12,15 +13,25 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from merge_kit import publishing, signing, site, vector
+from merge_kit import publishing, signing, site, statistics, vector
 from merge_kit.cli import main
 from merge_kit.creation import create
 from merge_kit.federation import FEDERATION_FILE, Federation, Policy, read_federation
-from merge_kit.files import sha256_file
+from merge_kit.files import canonical_json, sha256_file
 from merge_kit.hub import FolderHub
-from merge_kit.manifest import Draft, Estimate, Payload, Software, Training, Validation, suppress
-from merge_kit.parameters import roles_of
-from merge_kit.tensorfile import TensorFile, read_all
+from merge_kit.manifest import (
+    Draft,
+    Estimate,
+    Payload,
+    Software,
+    Training,
+    Validation,
+    read_draft,
+    suppress,
+)
+from merge_kit.methods.base import Statistics
+from merge_kit.parameters import roles_of, vector_specs
+from merge_kit.tensorfile import TensorFile, read_all, write_tensors
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 CLASSES = ("round", "lobed", "granular")
@@ -109,6 +120,7 @@ def contribute(hub: FolderHub, tmp_path: Path) -> Contribute:
         steps: int = 10,
         admit: bool = True,
         change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+        beside: Sequence[Statistics] = (),
     ) -> publishing.Parcel:
         joined = site.join(hub, name, tmp_path / name)
         if admit:
@@ -116,9 +128,12 @@ def contribute(hub: FolderHub, tmp_path: Path) -> Contribute:
             hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
         run = tmp_path / name / "runs" / f"seed{seed}"
         write_run(joined, run, seed=seed, counts=counts, steps=steps, change=change)
-        parcel = publishing.prepare(joined, run, hub)
-        publishing.publish(joined, run, hub, parcel)
-        return parcel
+        for kind in beside:
+            write_statistics(joined, run, kind, seed=seed)
+        parcels = publishing.prepare_all(joined, run, hub)
+        for parcel in parcels:
+            publishing.publish(joined, run, hub, parcel)
+        return parcels[0]
 
     return make
 
@@ -171,3 +186,46 @@ def write_run(
         created_at="2026-11-23T12:00:00Z",
     )
     (run / publishing.DRAFT).write_text(draft.model_dump_json())
+
+
+def write_statistics(
+    joined: site.Site,
+    run: Path,
+    kind: Statistics,
+    *,
+    seed: int = 0,
+    created_at: str = "2026-11-23T13:00:00Z",
+    alter: Callable[[dict[str, torch.Tensor]], object] = lambda tensors: None,
+    header: Mapping[str, str] | None = None,
+) -> None:
+    """What `statistics` leaves for `publish` beside a run's vector, with random figures.
+
+    Only narrow layers have a Gram matrix here.
+    """
+    generator, federation = torch.Generator().manual_seed(seed), joined.federation
+    told = read_draft(run / publishing.DRAFT)
+    with TensorFile(joined.base_folder / "model.safetensors") as base:
+        roles = roles_of(base.specs, federation.classifier)
+        expected = vector_specs(base.specs, roles)
+    specs = {"fisher": statistics.fisher_specs, "gram": statistics.gram_specs}[kind]
+    tensors = {}
+    for name, spec in specs(expected, roles).items():
+        values = torch.rand(spec.shape, generator=generator)
+        if kind == "fisher":
+            tensors[name] = values
+        elif len(values) <= 300:
+            tensors[name] = (values + values.T) / 2
+    alter(tensors)
+    says = {
+        "base": told.base, "federation": told.federation, "site": told.site,
+        "kind": kind, "about": told.payload.sha256, **(header or {}),
+    }  # fmt: skip
+    text = canonical_json(statistics.StatisticsHeader.model_validate(says).model_dump())
+    path = run / publishing.payload_file(kind)
+    write_tensors(path, tensors, (vector.METADATA_KEY, text.decode()))
+    norm = math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+    norm = norm if math.isfinite(norm) else 1.0
+    payload = Payload(sha256=sha256_file(path), size=path.stat().st_size, norm=norm)
+    changes = {"kind": kind, "about": told.payload.sha256, "payload": payload}
+    draft = Draft(**{**told.model_dump(), **changes, "created_at": created_at})
+    (run / publishing.draft_file(kind)).write_text(draft.model_dump_json())

@@ -181,18 +181,22 @@ def test_nothing_of_a_site_but_what_it_must_say_is_published(hub, canaries, use)
     options = ("--steps", 2, "--validations", 1, "--head-steps", 10, "--device", "cpu")
     use("finetune", root, "--data", table, *options)
     run = (latest_run(root)).rename(root / "runs" / canaries.plant("name of the run's folder"))
+    kinds = ("--kind", "fisher", "--kind", "gram", "--max-width", 300)
+    use("statistics", root, *kinds, "--device", "cpu")
     use("publish", root)
     use("merge", hub.root, "--out", Path("model"))
-    (contribution,) = (hub.root / "contributions" / "north").iterdir()
-    assert {path.name for path in contribution.iterdir()} == {
-        "payload.safetensors", "manifest.json", "manifest.sig",
-    }  # fmt: skip
+    contributions = list((hub.root / "contributions" / "north").iterdir())
+    assert len(contributions) == 3
+    for contribution in contributions:
+        assert {path.name for path in contribution.iterdir()} == {
+            "payload.safetensors", "manifest.json", "manifest.sig",
+        }  # fmt: skip
     assert canaries.found(hub.root) == {}
     assert canaries.found(Path("model")) == {}
     secret = site.open_site(root).key_file.read_bytes().split(b"\n")[1]
     assert not any(secret in p.read_bytes() for p in hub.root.rglob("*") if p.is_file())
     # The search finds what is there: the site's own papers and images are full of canaries.
-    assert {"file name", "patient"} <= canaries.found(run).keys()
+    assert {"file name", "patient", "folder of the images"} <= canaries.found(run).keys()
     images = canaries.found(data)
     expected = {"file name", "another column", "PNG text", "compressed PNG text", "EXIF Artist"}
     assert expected | {"JPEG comment", "DICOM PatientName", "DICOM StationName"} <= images.keys()

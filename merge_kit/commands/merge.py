@@ -94,37 +94,40 @@ def merge(
     federation = federation_on(opened)
     if folders:
         local = [read_local(folder, federation) for folder in folders]
-        entries = [Entry(c.site, c.id, c, None) for c in local]
+        entries = [Entry(c.site, c.id, c, None, c.kind) for c in local]
     else:
         entries = list_entries(opened, federation)
     base = opened.fetch(BASE_WEIGHTS)
-    contributions, refused, others = gather(
+    found = gather(
         entries,
         federation,
         base,
+        chosen,
         sites=sites,
         exclude=exclude,
         skip_refused=skip_refused,
         allow_unsigned=allow_unsigned,
     )
     if dry_run:
-        with merging.opened(federation, base, contributions) as material:
+        beside = merging.beside_of(found.chosen, chosen, found.statistics)
+        with merging.opened(federation, base, found.chosen, beside=beside) as material:
             names = [f"{source.site} {source.id[:12]}" for source in material.sources]
             _show(estimate(material.base, material.sources, material.roles, chosen), names, target)
         return
-    with Console(stderr=True).status(f"merging {len(contributions)} contributions"):
+    with Console(stderr=True).status(f"merging {len(found.chosen)} contributions"):
         merged = merging.merge(
             federation,
             base,
-            contributions,
+            found.chosen,
             chosen,
             target,
-            refused=refused,
-            gone=others,
+            statistics=found.statistics,
+            refused=found.refused,
+            gone=found.others,
             replace=replace,
             keep_sum=keep_sum,
         )
-    click.echo(f"Merged model in {target}: {chosen.method} of {len(contributions)} contributions")
+    click.echo(f"Merged model in {target}: {chosen.method} of {len(found.chosen)} contributions")
     for contribution, weight in zip(merged.contributions, merged.weights, strict=True):
         click.echo(
             f"  {contribution.site:<20} {contribution.id[:12]}  weight {weight:.3f}  "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from merge_kit import merging
 from merge_kit.commands.options import typed_pairs
-from merge_kit.contributions import Contribution, Entry, check_payloads
+from merge_kit.contributions import Contribution, Entry, check_payloads, current
 from merge_kit.errors import UsageError
 from merge_kit.federation import Federation
 from merge_kit.recipe import Recipe, make_recipe, read_recipe
@@ -88,23 +89,37 @@ def weights_of(text: str | None) -> str | dict[str, object] | None:
     return dict(typed_pairs(tuple(text.split(",")), "--weights"))
 
 
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What has arrived, checked."""
+
+    chosen: list[Contribution]
+    """What is merged."""
+    statistics: list[Contribution]
+    """What the methods may ask for beside the vectors."""
+    refused: list[Entry]
+    others: list[Contribution]
+    """Whole vectors that are not merged."""
+
+
 def gather(
     entries: Sequence[Entry],
     federation: Federation,
     base_weights: Path,
+    recipe: Recipe,
     *,
     sites: Sequence[str],
     exclude: Sequence[str],
     skip_refused: bool,
     allow_unsigned: bool,
-) -> tuple[list[Contribution], list[Entry], list[Contribution]]:
-    """Check what has arrived and choose of it; says on stderr what was left out.
-
-    Gives what is chosen, what is refused, and the other contributions that are whole.
-    """
+) -> Gathered:
+    """Check what has arrived and choose of it; says on stderr what was left out."""
+    # Statistics are larger than vectors: those that no method asks for are not read.
+    asked = {"vector", *merging.asked_of(recipe)}
     with Console(stderr=True).status("checking what has arrived"):
-        checked = check_payloads(entries, federation, base_weights)
-    contributions, refused = merging.choose(
+        wanted = [entry for entry in entries if entry.kind in asked]
+        checked = check_payloads(wanted, federation, base_weights)
+    chosen, refused = merging.choose(
         checked,
         allow_unsigned=allow_unsigned,
         skip_refused=skip_refused,
@@ -113,6 +128,12 @@ def gather(
     )
     for entry in refused:
         click.echo(f"Left out: {entry.problem}", err=True)
-    chosen = {contribution.id for contribution in contributions}
-    others = [e.contribution for e in checked if e.contribution and e.id not in chosen]
-    return contributions, refused, others
+    alive = [entry.contribution for entry in current(checked) if entry.contribution]
+    taken = {contribution.id for contribution in chosen}
+    whole = [entry.contribution for entry in checked if entry.contribution]
+    return Gathered(
+        chosen,
+        [c for c in alive if c.kind != "vector"],
+        refused,
+        [c for c in whole if c.kind == "vector" and c.id not in taken],
+    )

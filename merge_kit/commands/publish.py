@@ -25,31 +25,34 @@ from merge_kit.site import open_site
 def publish(
     folder: Path, run: Path | None, hub: str | None, alongside: bool, dry_run: bool
 ) -> None:
-    """Publish the vector of a finished run of the site in FOLDER.
+    """Publish the vector of a finished run of the site in FOLDER, and its statistics if it has any.
 
-    Shows exactly what leaves the site: the vector, the manifest below, and its signature.
+    Shows exactly what leaves the site: the tensors, the manifests below, and their signatures.
     """
     site = open_site(folder)
     chosen = run or latest_run(site.root)
     if chosen is None:
         raise UsageError(f"{folder} has no finished run: run 'merge-kit finetune {folder}' first.")
     opened = open_hub(hub or site.config.hub)
-    parcel = publishing.prepare(site, chosen, opened, alongside=alongside)
-    size = parcel.manifest.payload.size
+    parcels = publishing.prepare_all(site, chosen, opened, alongside=alongside)
     click.echo("What leaves the site:")
-    click.echo(f"  the vector   {parcel.vector} ({size / 2**20:.1f} MiB)")
+    for parcel in parcels:
+        what, size = f"the {parcel.manifest.kind}", parcel.manifest.payload.size
+        click.echo(f"  {what:<12} {parcel.payload} ({size / 2**20:.1f} MiB)")
     click.echo(f"  signed with  {signing.public_key(site.key_file)}")
-    click.echo("  the manifest")
-    text = json.dumps(parcel.manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    click.echo("\n".join(f"    {line}" for line in text.splitlines()))
-    if parcel.replaces:
-        click.echo(f"It replaces the site's contribution {parcel.replaces.id[:12]}.")
-    target = f"{opened.uri}/{folder_of(parcel.manifest)}"
-    if dry_run:
-        click.echo(f"Dry run: nothing was sent to {target}.")
-        return
-    if publishing.publish(site, chosen, opened, parcel):
-        click.echo(f"Published: {target}")
-    else:
-        click.echo(f"Already published: {target}")
-    next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")
+    for parcel in parcels:
+        click.echo(f"  the manifest of the {parcel.manifest.kind}")
+        text = json.dumps(parcel.manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        click.echo("\n".join(f"    {line}" for line in text.splitlines()))
+        if parcel.replaces:
+            click.echo(f"It replaces the site's contribution {parcel.replaces.id[:12]}.")
+    for parcel in parcels:
+        target = f"{opened.uri}/{folder_of(parcel.manifest)}"
+        if dry_run:
+            click.echo(f"Dry run: nothing was sent to {target}.")
+        elif publishing.publish(site, chosen, opened, parcel):
+            click.echo(f"Published: {target}")
+        else:
+            click.echo(f"Already published: {target}")
+    if not dry_run:
+        next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")

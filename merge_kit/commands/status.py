@@ -40,8 +40,13 @@ def status(hub: str, as_json: bool) -> None:
     ready = sum(row["state"] == "ready" for row in rows)
     waiting = sorted({site.name for site in federation.sites} - {row["site"] for row in rows})
     console.print(_table(federation.name, rows))
-    if sound := [row for row in rows if not row["problem"]]:
+    sound = [row for row in rows if not row["problem"]]
+    if sound:
         console.print(_counts(federation.classes, sound))
+    for row in sound:
+        if row["statistics"]:
+            kinds = " and ".join(row["statistics"])
+            click.echo(f"Statistics of {row['site']} {row['id'][:8]}: {kinds}")
     for row in rows:
         if row["problem"]:
             click.echo(f"Refused: {row['problem']}")

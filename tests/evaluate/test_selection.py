@@ -15,6 +15,7 @@ from evaluate.candidates import Judge, base_network, scaled, states
 from finetune.cases import Case, load_cases
 from finetune.pixels import decode
 from merge_kit import merging
+from merge_kit.checkpoints import WEIGHTS
 from merge_kit.contributions import check_payloads, list_entries
 from merge_kit.errors import DataError, RecipeError, UsageError
 from merge_kit.federation import BASE_WEIGHTS, read_federation
@@ -193,7 +194,7 @@ def test_states_are_the_very_merged_models(hub, contribute, tmp_path, held, star
     for factor, state in zip(factors, found, strict=True):
         out = tmp_path / f"at {factor}"
         merging.merge(contract, base, contributions, scaled(recipe, factor), out)
-        with TensorFile(out / merging.WEIGHTS) as file:
+        with TensorFile(out / WEIGHTS) as file:
             written = dict(read_all(file))
         assert written.keys() == state.keys()
         for name, tensor in written.items():

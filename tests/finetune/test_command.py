@@ -201,3 +201,86 @@ def test_steps_and_epochs_together_are_refused(finetune, table):
     refused = finetune(table, "--steps", 2, "--epochs", 1)
     assert refused.exit_code == 2
     assert "--steps and --epochs both set the length: give one of them." in refused.stderr
+
+
+# Statistics
+
+
+@pytest.fixture
+def finished(finetune, root, table) -> Path:
+    """The run that `statistics` takes."""
+    assert finetune(table).exit_code == 0
+    return latest_run(root)
+
+
+def test_statistics_are_made_and_what_comes_next_is_said(finished, root, run_cli):
+    result = run_cli(
+        "statistics", root, "--kind", "fisher", "--kind", "gram", "--max-width", 300,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Site 'north': 20 training images, on cpu\n" in result.stdout
+    for kind in ("fisher", "gram"):
+        size = (finished / f"{kind}.safetensors").stat().st_size
+        line = f"  {kind:<8} {finished / kind}.safetensors ({size / 2**20:.1f} MiB)\n"
+        assert line in result.stdout
+    wide = re.findall(r"^Left out: (\S+) has \d+ input columns, above --max", result.stderr, re.M)
+    assert "layer4.0.conv1.weight" in wide
+    assert result.stdout.endswith(f"  merge-kit publish {root} --run {finished} --dry-run\n")
+    published = run_cli("publish", root)
+    assert published.stdout.count("\nPublished: ") == 3
+
+
+def test_statistics_that_are_there_are_not_made_again(finished, root, run_cli):
+    first = run_cli("statistics", root, "--kind", "fisher", "--device", "cpu")
+    path = finished / "fisher.safetensors"
+    before = path.stat().st_mtime_ns
+    second = run_cli("statistics", root, "--kind", "fisher", "--kind", "fisher", "--device", "cpu")
+    sentence = f"{path} is there already; remove it to make it again.\n"
+    assert sentence not in first.stdout
+    assert second.stdout.count(sentence) == 1
+    assert path.stat().st_mtime_ns == before
+    path.unlink()
+    assert run_cli("statistics", root, "--kind", "fisher", "--device", "cpu").exit_code == 0
+    assert path.is_file()
+
+
+def test_statistics_of_an_earlier_run_and_of_few_images(finished, finetune, root, table, run_cli):
+    assert finetune(table, "--seed", 1).exit_code == 0
+    assert latest_run(root) != finished
+    options = ("--kind", "fisher", "--run", finished, "--examples", 6, "--device", "cpu")
+    result = run_cli("statistics", root, *options)
+    assert "Site 'north': 6 training images, on cpu\n" in result.stdout
+    assert (finished / "fisher.safetensors").is_file()
+    assert not (latest_run(root) / "fisher.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "sentence"),
+    [
+        ((), 2, "Missing option '--kind'"),
+        (("--kind", "hessian"), 2, "'hessian' is not one of 'fisher', 'gram'"),
+        (("--kind", "gram", "--max-width", 0), 2, "Invalid value for '--max-width'"),
+        (("--kind", "gram", "--max-width", 1), 2, "no layer is left with --max-width 1: give a"),
+        (("--kind", "gram", "--images", "x"), 2, "--images says where the paths of --data start"),
+        (("--kind", "gram", "--device", "cuda:99"), 2, "the device 'cuda:99' is not there"),
+        (("--kind", "gram", "--data", "missing.csv"), 1, "missing.csv does not exist: give a "),
+        (("--kind", "gram", "--run", "elsewhere"), 1, "elsewhere is no finished run: run "),
+        (("--kind", "gram", "--examples", 2), 1, "statistics of 2 images would give them away"),
+    ],
+    ids=str,
+)
+def test_wrong_use_of_statistics_is_one_sentence(
+    finished, root, run_cli, options, status, sentence
+):
+    result = run_cli("statistics", root, *options)
+    assert result.exit_code == status
+    assert sentence in result.stderr
+    assert "Traceback" not in result.output
+    assert not (finished / "gram.safetensors").exists()
+
+
+def test_without_a_run_statistics_say_what_to_do_first(root, run_cli):
+    result = run_cli("statistics", root, "--kind", "fisher")
+    assert result.exit_code == 2
+    assert f"{root} has no finished run: run 'merge-kit finetune {root}' first." in result.stderr

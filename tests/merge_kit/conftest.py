@@ -11,7 +11,7 @@ import torch
 
 from merge_kit import merging
 from merge_kit.blocks import BlockReader
-from merge_kit.contributions import Entry, check_payloads, list_entries
+from merge_kit.contributions import Entry, check_payloads, current, list_entries
 from merge_kit.federation import read_federation
 from merge_kit.hub import FolderHub
 from merge_kit.recipe import make_recipe
@@ -64,14 +64,21 @@ def merge(hub: FolderHub, tmp_path: Path) -> Callable[..., merging.Merged]:
         federation = read_federation(hub.root)
         base = hub.fetch("base/model.safetensors")
         found = list_entries(hub, federation) if entries is None else entries
+        found = check_payloads(found, federation, base)
         chosen, refused = merging.choose(
-            check_payloads(found, federation, base),
-            allow_unsigned=allow_unsigned,
-            skip_refused=skip_refused,
+            found, allow_unsigned=allow_unsigned, skip_refused=skip_refused
         )
+        there = [entry.contribution for entry in current(found) if entry.contribution]
         complete = make_recipe({"method": "mean", **recipe}, "test")
         return merging.merge(
-            federation, base, chosen, complete, tmp_path / out, refused=refused, replace=replace
+            federation,
+            base,
+            chosen,
+            complete,
+            tmp_path / out,
+            statistics=there,
+            refused=refused,
+            replace=replace,
         )
 
     return run

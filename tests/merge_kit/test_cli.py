@@ -8,10 +8,12 @@ import sys
 
 import pytest
 
+from merge_kit import site
 from merge_kit.cli import COMMANDS
 from merge_kit.commands.options import pairs, typed_pairs
 from merge_kit.errors import UsageError
 from merge_kit.recipe import make_recipe, read_recipe
+from tests.conftest import write_statistics
 from tests.merge_kit.helpers import listing, says
 
 HEAVY = ("torch", "timm", "numpy", "pydantic", "safetensors", "cryptography", "sklearn")
@@ -165,6 +167,25 @@ def test_a_dry_run_shows_what_leaves_and_sends_nothing(contribute, hub, run_cli,
     assert "Dry run: nothing was sent" in result.stdout
     sent = run_cli("publish", tmp_path / "north", "--run", run)
     assert "Already published: " in sent.stdout
+
+
+def test_statistics_are_shown_before_they_leave_and_published_with_the_vector(
+    contribute, hub, run_cli, tmp_path
+):
+    contribute("north")
+    root, run = tmp_path / "north", tmp_path / "north" / "runs" / "seed0"
+    write_statistics(site.open_site(root), run, "fisher")
+    shown = run_cli("publish", root, "--run", run, "--dry-run")
+    size = (run / "fisher.safetensors").stat().st_size
+    assert f"  the fisher   {run / 'fisher.safetensors'} ({size / 2**20:.1f} MiB)\n" in shown.stdout
+    assert shown.stdout.count("Dry run: nothing was sent to ") == 2
+    assert '"kind": "fisher"' in shown.stdout
+    assert f'"size": {size}' in shown.stdout
+    assert len(listing(hub.root / "contributions" / "north")) == 1
+    sent = run_cli("publish", root, "--run", run)
+    assert sent.stdout.count("Already published: ") == 1
+    assert sent.stdout.count("\nPublished: ") == 1
+    assert len(listing(hub.root / "contributions" / "north")) == 2
 
 
 def test_methods_are_listed_with_their_papers(run_cli):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from merge_kit.contributions import (
     folder_of,
     list_entries,
     read_local,
+    speaks_of,
     without_superseded,
 )
 from merge_kit.errors import BaseMismatchError, ContributionError, VectorError
@@ -29,7 +31,7 @@ from merge_kit.files import canonical_json, sha256_file
 from merge_kit.manifest import Manifest
 from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.tensorfile import TensorFile, write_tensors
-from tests.conftest import write_run
+from tests.conftest import write_run, write_statistics
 from tests.merge_kit.helpers import load, says
 
 ZEROS = "sha256:" + "0" * 64
@@ -218,7 +220,7 @@ def test_a_manifest_for_something_else_is_refused(
     contribute, hub, federation, post, changes, sentence
 ):
     parcel = contribute("north")
-    manifest = post(altered(parcel, **changes), parcel.vector)
+    manifest = post(altered(parcel, **changes), parcel.payload)
     found = {e.id: e.problem for e in list_entries(hub, read_federation(hub.root))}
     sentence = sentence.replace("BASE", federation.base_fingerprint)
     sentence = sentence.replace("CONTRACT", federation.contract_hash)
@@ -284,7 +286,7 @@ def resigned(parcel, post, path):
 def test_the_vector_of_another_site_is_refused(contribute, hub, post, check):
     contribute("south", seed=2)
     parcel, stolen = contribute("north"), contribute("south", seed=3)
-    manifest = resigned(parcel, post, stolen.vector)
+    manifest = resigned(parcel, post, stolen.payload)
     entries = {e.id: e.contribution for e in list_entries(hub, read_federation(hub.root))}
     with says(
         ContributionError,
@@ -294,7 +296,7 @@ def test_the_vector_of_another_site_is_refused(contribute, hub, post, check):
 
 
 def with_metadata(parcel):
-    with TensorFile(parcel.vector) as file:
+    with TensorFile(parcel.payload) as file:
         return next(iter(file.metadata.items()))
 
 
@@ -320,7 +322,7 @@ def test_a_signed_payload_that_does_not_fit_is_refused(
     contribute, hub, post, check, tmp_path, change, error, sentence
 ):
     parcel = contribute("north")
-    tensors = {k: v for k, v in {**load(parcel.vector), **change}.items() if v is not None}
+    tensors = {k: v for k, v in {**load(parcel.payload), **change}.items() if v is not None}
     write_tensors(tmp_path / "odd", tensors, with_metadata(parcel))
     manifest = resigned(parcel, post, tmp_path / "odd")
     entries = {e.id: e.contribution for e in list_entries(hub, read_federation(hub.root))}
@@ -335,7 +337,7 @@ def test_a_vector_of_another_base_is_refused_whatever_the_manifest_says(
     parcel = contribute("north")
     key, text = with_metadata(parcel)
     text = text.replace(federation.base_fingerprint, ZEROS)
-    write_tensors(tmp_path / "odd", load(parcel.vector), (key, text))
+    write_tensors(tmp_path / "odd", load(parcel.payload), (key, text))
     manifest = resigned(parcel, post, tmp_path / "odd")
     entries = {e.id: e.contribution for e in list_entries(hub, read_federation(hub.root))}
     with says(
@@ -366,7 +368,7 @@ def test_a_later_contribution_replaces_the_earlier_one(contribute, hub):
 
 def test_a_site_cannot_replace_what_another_one_published(contribute, hub, post):
     theirs, mine = contribute("south"), contribute("north")
-    other = post(altered(mine, supersedes=f"sha256:{theirs.manifest.id}"), mine.vector)
+    other = post(altered(mine, supersedes=f"sha256:{theirs.manifest.id}"), mine.payload)
     alive = {entry.id for entry in current(list_entries(hub, read_federation(hub.root)))}
     assert alive == {theirs.manifest.id, mine.manifest.id, other.id}
 
@@ -377,7 +379,7 @@ def test_nobody_can_replace_a_contribution_in_a_sites_name(contribute, hub, post
     real = contribute("north")
     claim = altered(real, supersedes=f"sha256:{real.manifest.id}")
     signing.create_key(tmp_path / "forger" / site.KEY_FILE)
-    post(claim, real.vector, "forger", sign=signed)
+    post(claim, real.payload, "forger", sign=signed)
     kept = [e.contribution for e in list_entries(hub, read_federation(hub.root)) if e.contribution]
     assert real.manifest.id in {c.id for c in without_superseded(kept)}
 
@@ -409,7 +411,7 @@ def test_what_is_on_the_hub_is_what_was_shown(contribute, place):
     folder = place(parcel.manifest)
     assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, SIGNATURE, PAYLOAD]
     assert (folder / MANIFEST).read_bytes() == parcel.manifest.to_bytes()
-    assert (folder / PAYLOAD).read_bytes() == parcel.vector.read_bytes()
+    assert (folder / PAYLOAD).read_bytes() == parcel.payload.read_bytes()
     assert set(json.loads((folder / SIGNATURE).read_bytes())) == {"key", "signature"}
 
 
@@ -430,7 +432,7 @@ def test_a_norm_other_than_the_manifest_says_is_refused(contribute, hub, post, c
     """Policy and status speak of the norm: it must be the payload's own."""
     parcel = contribute("north")
     stated = {**parcel.manifest.payload.model_dump(), "norm": 0.001}
-    manifest = post(altered(parcel, payload=stated), parcel.vector)
+    manifest = post(altered(parcel, payload=stated), parcel.payload)
     entries = {e.id: e.contribution for e in list_entries(hub, read_federation(hub.root))}
     with says(
         ContributionError,
@@ -451,3 +453,132 @@ def test_an_unsound_payload_replaces_nothing(contribute, hub, place):
     assert problems.keys() == {first.manifest.id, second.manifest.id}
     assert problems[first.manifest.id] is None
     assert "(0 bytes, " in problems[second.manifest.id]
+
+
+# Statistics beside a vector
+
+
+@pytest.fixture
+def beside(hub):
+    """The contribution of one kind on the hub."""
+
+    def find(kind):
+        entries = list_entries(hub, read_federation(hub.root))
+        (found,) = [entry.contribution for entry in entries if entry.kind == kind]
+        return found
+
+    return find
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gram"])
+def test_statistics_are_listed_and_checked_with_their_vector(contribute, hub, beside, check, kind):
+    vector = contribute("north", beside=[kind]).manifest
+    found = beside(kind)
+    assert found.trust is Trust.ADMITTED
+    assert speaks_of(found, beside("vector"))
+    assert found.manifest.about == vector.payload.sha256
+    check(found)
+    federation = read_federation(hub.root)
+    entries = check_payloads(
+        list_entries(hub, federation), federation, hub.fetch("base/model.safetensors")
+    )
+    assert {entry.kind: entry.contribution.checked for entry in entries} == {
+        "vector": True, kind: True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gram"])
+def test_a_bound_on_the_norm_is_for_vectors_alone(contribute, beside, check, federation, kind):
+    contribute("north", beside=[kind])
+    norm = beside("vector").manifest.payload.norm
+    strict = federation.model_copy(update={"policy": Policy(maximum_norm=1.01 * norm)})
+    assert beside(kind).manifest.payload.norm > 1.01 * norm
+    check(beside("vector"), strict)
+    check(beside(kind), strict)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "sentence"),
+    [
+        ("vector", "fisher", ": unknown key 'about'"),
+        ("gram", "fisher", " is announced as gram and holds fisher: it is refused."),
+        ("fisher", "gram", " is announced as fisher and holds gram: it is refused."),
+        ("fisher", "vector", ": the key 'kind' is missing."),
+    ],
+)
+def test_a_signed_payload_of_another_kind_is_refused(
+    contribute, hub, post, check, beside, kind, other, sentence
+):
+    parcel = contribute("north", beside=["fisher", "gram"])
+    payload = beside(other).payload
+    stated = {"sha256": sha256_file(payload), "size": payload.stat().st_size, "norm": 1.0}
+    changes = {"payload": stated, "created_at": "2026-11-24T12:00:00Z", "kind": kind}
+    if kind != "vector":
+        changes["about"] = parcel.manifest.payload.sha256
+    manifest = post(altered(parcel, **changes), payload)
+    entries = {e.id: e.contribution for e in list_entries(hub, read_federation(hub.root))}
+    with pytest.raises((ContributionError, VectorError)) as caught:
+        check(entries[manifest.id])
+    assert sentence in str(caught.value)
+
+
+def test_statistics_announced_for_another_vector_are_refused(contribute, hub, post, check, beside):
+    """Else a site's figures could be hung on a vector that they do not speak of."""
+    contribute("north", beside=["fisher"])
+    found = beside("fisher")
+    changed = {**found.manifest.model_dump(), "about": ZEROS}
+    manifest = post(Manifest.model_validate(changed), found.payload)
+    entries = {e.id: e.contribution for e in list_entries(hub, read_federation(hub.root))}
+    with says(
+        ContributionError,
+        f"contribution north/{manifest.id[:12]} is announced for the vector {ZEROS} and holds the "
+        f"fisher of {found.manifest.about}: it is refused.",
+    ):
+        check(entries[manifest.id])
+
+
+@pytest.mark.parametrize(
+    ("header", "sentence"),
+    [
+        ({"site": "south"}, ": the payload is of site 'south': it is refused."),
+        ({"base": ZEROS}, f" was taken from the base {ZEROS}, this federation's base is "),
+        ({"federation": ZEROS}, f" was made for the federation {ZEROS}, this one is "),
+    ],
+    ids=["site", "base", "federation"],
+)
+def test_statistics_of_another_site_or_contract_are_refused(
+    contribute, hub, check, beside, tmp_path, header, sentence
+):
+    contribute("north")
+    joined, run = site.open_site(tmp_path / "north"), tmp_path / "north" / "runs" / "seed0"
+    write_statistics(joined, run, "fisher", header=header)
+    publishing.publish(joined, run, hub, publishing.prepare(joined, run, hub, "fisher"))
+    with pytest.raises((ContributionError, BaseMismatchError)) as caught:
+        check(beside("fisher"))
+    assert sentence in str(caught.value)
+
+
+def test_damaged_statistics_say_what_they_were(contribute, hub, beside, place):
+    contribute("north", beside=["gram"])
+    (place(beside("gram").manifest) / PAYLOAD).write_bytes(b"")
+    federation = read_federation(hub.root)
+    entries = check_payloads(
+        list_entries(hub, federation), federation, hub.fetch("base/model.safetensors")
+    )
+    assert {entry.kind: entry.problem is None for entry in entries} == {
+        "vector": True, "gram": False,
+    }  # fmt: skip
+
+
+def test_nobody_elses_statistics_speak_of_a_vector(contribute, hub):
+    """The same figures by another site, under another key or none, about another vector."""
+    parcel = contribute("north", beside=["fisher"])
+    contribute("south", beside=["fisher"])
+    found = {(e.site, e.kind): e.contribution for e in list_entries(hub, read_federation(hub.root))}
+    fisher, vector = found["north", "fisher"], found["north", "vector"]
+    assert speaks_of(fisher, vector)
+    assert not speaks_of(found["south", "fisher"], vector)
+    assert not speaks_of(replace(fisher, key=None), vector)
+    assert not speaks_of(replace(fisher, key=found["south", "fisher"].key), vector)
+    other = altered(parcel, kind="fisher", about=ZEROS)
+    assert not speaks_of(replace(fisher, manifest=other), vector)

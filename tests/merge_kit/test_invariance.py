@@ -54,7 +54,7 @@ def many(open_file, count=9, kind=None):
             "head.weight": torch.randn(3, 64, generator=generator),
         }
         counts = tuple(torch.randint(0, 50, (3,), generator=generator).double().tolist())
-        statistics = open_file(measured(tensors, kind, generator)) if kind else None
+        statistics = {kind: open_file(measured(tensors, kind, generator))} if kind else {}
         made.append(
             engine.Source(
                 f"{index}", f"s{index}", open_file(tensors), counts, index + 1, statistics

@@ -71,6 +71,29 @@ def test_the_id_is_golden():
     assert manifest.id == "d5d82eacc165bc522cd99940b839f479497966616ca789e2b10b3936d0e93309"
 
 
+def test_statistics_name_the_vector_that_they_are_about():
+    """Golden: the one new field of the manifest, and its id."""
+    content = {**CONTENT, "kind": "fisher", "about": "sha256:" + "4" * 64}
+    manifest = parse_manifest(canonical_json(content), "here")
+    assert manifest.to_bytes() == canonical_json(content)
+    assert manifest.to_bytes().startswith(b'{"about":"sha256:4444')
+    assert manifest.id == "f03db29ecf36948e8ab97cdc0b8ed22f663756031b54894a493a091b08b79b5b"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kind": "gram"}, {"kind": "gram", "about": None}, {"about": DIGEST}],
+    ids=["left out", "null", "of a vector"],
+)
+def test_statistics_without_a_vector_and_vectors_with_one_are_refused(changes):
+    with says(
+        ContributionError,
+        "here: 'the document': statistics name the vector that they are about, "
+        "a vector names none.",
+    ):
+        parse_manifest(canonical_json({**CONTENT, **changes}), "here")
+
+
 @pytest.mark.parametrize("field", ["site", "payload.sha256", "class_counts.round", "supersedes"])
 def test_the_id_changes_with_every_field(field):
     value = {"site": "south", "class_counts.round": 21}.get(field, DIGEST)
@@ -89,8 +112,19 @@ def test_the_id_changes_with_every_field(field):
         canonical_json(CONTENT).replace(b'"norm":1.5', b'"norm":1.50'),
         canonical_json(CONTENT).replace("größer".encode(), b"gr\\u00f6\\u00dfer"),
         canonical_json(CONTENT).replace(b',"privacy":null', b""),
+        canonical_json({**CONTENT, "about": None}),
     ],
-    ids=["spaces", "line end", "twice", "float", "text", "digits", "escape", "default left out"],
+    ids=[
+        "spaces",
+        "line end",
+        "twice",
+        "float",
+        "text",
+        "digits",
+        "escape",
+        "default left out",
+        "empty about",
+    ],
 )
 def test_bytes_that_are_not_canonical_are_refused(data):
     with says(
@@ -104,11 +138,15 @@ def test_bytes_that_are_not_canonical_are_refused(data):
     ("field", "value", "sentence"),
     [
         ("user", "root", "unknown key 'user'; known are "),
-        ("training.host", "gpu1", "unknown key 'training.host'."),
+        ("training.host", "gpu1", "unknown key 'training.host'; known are steps,"),
         ("training.optimizer", "/home/x", "'training.optimizer': string should match pattern"),
         ("software.torch", "2.0 (root@host)", "'software.torch': string should match pattern"),
         ("site", "North", "'site': a name has 1 to 63 characters"),
-        ("kind", "moments", "'kind': input should be 'vector' (got 'moments')."),
+        (
+            "kind",
+            "moments",
+            "'kind': input should be 'vector', 'fisher' or 'gram' (got 'moments').",
+        ),
         ("payload.norm", -1.0, "'payload.norm': input should be greater than or equal to 0"),
         ("training.steps", -1, "'training.steps': input should be greater than or equal to 0"),
         ("training.steps", 10**400, "'training.steps': input should be less than or equal to"),

@@ -11,12 +11,13 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from merge_kit import merging, signing, site, vector
+from merge_kit import merging, publishing, signing, site, vector
 from merge_kit.contributions import (
     PAYLOAD,
     SIGNATURE,
     Trust,
     bundle,
+    current,
     folder_of,
     list_entries,
 )
@@ -25,6 +26,7 @@ from merge_kit.federation import FEDERATION_FILE, Policy, read_federation
 from merge_kit.manifest import Manifest
 from merge_kit.recipe import make_recipe
 from merge_kit.tensorfile import fingerprint_file, write_tensors
+from tests.conftest import write_statistics
 from tests.merge_kit.helpers import listing, load, says
 
 FILES = ["README.md", "config.json", "model.safetensors", "provenance.json"]
@@ -38,8 +40,8 @@ def provenance(folder):
     return json.loads((folder / "provenance.json").read_bytes())
 
 
-def unsign(hub, parcel):
-    (hub.root / folder_of(parcel.manifest) / SIGNATURE).unlink()
+def unsign(hub, published):
+    (hub.root / folder_of(published.manifest) / SIGNATURE).unlink()
 
 
 def test_merged_folder_loads_in_timm_without_our_code(contribute, merge):
@@ -62,7 +64,7 @@ def test_the_folder_has_four_files_and_nothing_else_is_left(contribute, merge, t
 
 def test_merging_one_contribution_gives_back_its_model(hub, contribute, merge):
     parcel = contribute("north", seed=1)
-    merged, tau = load(merge().folder / "model.safetensors"), load(parcel.vector)
+    merged, tau = load(merge().folder / "model.safetensors"), load(parcel.payload)
     for name, start in load(hub.fetch("base/model.safetensors")).items():
         expected = vector.apply(start, tau[name]) if name in tau else start
         torch.testing.assert_close(merged[name], expected.to(start.dtype), rtol=1e-6, atol=1e-7)
@@ -153,7 +155,7 @@ def test_the_model_card_shows_what_a_site_reports(
     manifest = Manifest.model_validate({**parcel.manifest.model_dump(), **changes})
     key = tmp_path / "north" / site.KEY_FILE
     signature = signing.sign(key, signing.MANIFEST_CONTEXT, manifest.to_bytes())
-    hub.publish(folder_of(manifest), bundle(manifest, parcel.vector, signature))
+    hub.publish(folder_of(manifest), bundle(manifest, parcel.payload, signature))
     assert shown in (merge().folder / "README.md").read_text()
 
 
@@ -311,3 +313,171 @@ def test_no_path_of_this_machine_is_in_a_merged_model(contribute, hub, merge, tm
     (hub.root / folder_of(contribute("south").manifest) / PAYLOAD).unlink()
     for name, data in content(merge(skip_refused=True).folder).items():
         assert str(tmp_path).encode() not in data, name
+
+
+# Methods that need statistics
+
+
+@pytest.fixture
+def there(hub):
+    """All current contributions on the hub."""
+
+    def find():
+        entries = current(list_entries(hub, read_federation(hub.root)))
+        return [entry.contribution for entry in entries if entry.contribution]
+
+    return find
+
+
+def missing(name):
+    return (
+        f"site '{name}' has published no fisher statistics for its vector: "
+        "ask it to run 'merge-kit statistics', or take another method."
+    )
+
+
+def vectors(contributions):
+    return [c for c in contributions if c.kind == "vector"]
+
+
+def republish(hub, root, run, **options):
+    """Publish other statistics of a run."""
+    joined = site.open_site(root)
+    write_statistics(joined, run, "fisher", **options)
+    parcel = publishing.prepare(joined, run, hub, "fisher")
+    publishing.publish(joined, run, hub, parcel)
+    return parcel.manifest
+
+
+def test_statistics_change_nothing_for_a_method_that_does_not_ask(contribute, merge):
+    contribute("north", seed=1)
+    contribute("south", seed=2)
+    before = content(merge("a").folder)
+    contribute("south", seed=2, beside=["fisher", "gram"])
+    assert content(merge("b").folder) == before
+
+
+def test_a_method_gets_the_statistics_of_each_vector(contribute, there, hub, merge):
+    """Provenance says which."""
+    contribute("south", seed=2, beside=["gram", "fisher"])
+    contribute("north", seed=1, beside=["fisher"])
+    found = merging.find_statistics(vectors(there()), "fisher", there())
+    assert [s.site for s in found] == [c.site for c in vectors(there())]
+    assert [s.manifest.about for s in found] == [
+        c.manifest.payload.sha256 for c in vectors(there())
+    ]
+    record = provenance(merge(method="fisher").folder)["contributions"]
+    assert [c["statistics"] for c in record] == [{"fisher": s.id} for s in found]
+    assert [c["id"] for c in record] == [c.id for c in vectors(there())]
+    assert all("statistics" not in c for c in provenance(merge("b").folder)["contributions"])
+
+
+def test_the_merge_weighs_values_by_the_statistics(contribute, there, hub, merge):
+    """sum c_i F_i tau_i / sum c_i F_i with c_i = 1 / |F_i|, from the very files on the hub."""
+    contribute("north", seed=1, beside=["fisher"])
+    contribute("south", seed=2, beside=["fisher"])
+    merged = load(merge(method="fisher").folder / "model.safetensors")
+    base, name = load(hub.root / "base" / "model.safetensors"), "conv1.0.weight"
+    tau = {c.site: load(c.payload)[name].double() for c in there() if c.kind == "vector"}
+    files = {c.site: load(c.payload) for c in there() if c.kind == "fisher"}
+    weights = {
+        site: value
+        for site, file in files.items()
+        for value in [file[name].double().clamp(min=1e-6) / norm_of_weights(file)]
+    }
+    total = sum(weights[site] * tau[site] for site in tau)
+    wanted = base[name].double() + total / sum(weights.values())
+    torch.testing.assert_close(merged[name].double(), wanted, rtol=1e-6, atol=1e-8)
+
+
+def norm_of_weights(file):
+    """Of the tensors that the method merges: all but the head."""
+    body = [t.double().flatten() for n, t in file.items() if not n.startswith("fc.")]
+    return torch.cat(body).norm()
+
+
+def test_a_site_without_statistics_is_named_before_any_work(contribute, merge, tmp_path):
+    contribute("north", seed=1, beside=["fisher"])
+    contribute("south", seed=2, beside=["gram"])
+    with says(RecipeError, missing("south")):
+        merge(method="fisher")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_method_behind_dare_gets_its_statistics(contribute, merge):
+    contribute("north", seed=1)
+    contribute("south", seed=2)
+    with says(RecipeError, missing(sites_in_order(merge)[0])):
+        merge("b", method="dare", options={"rule": "fisher"})
+
+
+def sites_in_order(merge):
+    return [c["site"] for c in provenance(merge("order").folder)["contributions"]]
+
+
+def test_statistics_of_a_replaced_vector_are_not_used(contribute, merge):
+    contribute("north", seed=1, beside=["fisher"])
+    contribute("north", seed=2)
+    with says(RecipeError, missing("north")):
+        merge(method="fisher")
+
+
+def test_unsigned_statistics_do_not_speak_of_a_signed_vector(contribute, merge, hub):
+    """Anybody could have put them there."""
+    contribute("north", beside=["fisher"])
+    for entry in list_entries(hub, read_federation(hub.root)):
+        if entry.kind == "fisher":
+            unsign(hub, entry.contribution)
+    with says(RecipeError, missing("north")):
+        merge(method="fisher", allow_unsigned=True)
+
+
+def test_the_latest_of_several_statistics_is_used(contribute, there, hub, tmp_path):
+    """Whatever the order in which they are found."""
+    contribute("north", beside=["fisher"])
+    root = tmp_path / "north"
+    first = vectors(there())
+    later = republish(hub, root, root / "runs" / "seed0", seed=7, created_at="2026-11-25T00:00:00Z")
+    entries = list_entries(hub, read_federation(hub.root))
+    every = [entry.contribution for entry in entries]
+    assert sum(c.kind == "fisher" for c in every) == 2
+    (found,) = merging.find_statistics(first, "fisher", every)
+    assert found.id == later.id
+    (found,) = merging.find_statistics(first, "fisher", every[::-1])
+    assert found.id == later.id
+
+
+def test_unsound_statistics_replace_nothing(contribute, merge, hub, tmp_path):
+    contribute("north", beside=["fisher"])
+    root = tmp_path / "north"
+    later = republish(hub, root, root / "runs" / "seed0", seed=7)
+    assert later.supersedes is not None
+    (hub.root / folder_of(later) / PAYLOAD).write_bytes(b"")
+    record = provenance(merge(method="fisher").folder)["contributions"]
+    assert [f"sha256:{c['statistics']['fisher']}" for c in record] == [later.supersedes]
+
+
+def test_damaged_statistics_stop_only_a_method_that_asks_for_them(
+    contribute, hub, run_cli, tmp_path
+):
+    parcel = contribute("north", beside=["fisher"])
+    for payload in hub.root.glob(f"contributions/north/*/{PAYLOAD}"):
+        if parcel.manifest.id not in str(payload):
+            payload.write_bytes(b"")
+    result = run_cli("merge", hub.root, "--out", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    result = run_cli("merge", hub.root, "--method", "fisher", "--out", tmp_path / "b")
+    assert (result.exit_code, result.stderr) == (1, f"Error: {missing('north')}\n")
+
+
+def test_the_command_finds_the_statistics(contribute, hub, run_cli, tmp_path):
+    contribute("north", seed=1, beside=["fisher", "gram"])
+    contribute("south", seed=2, beside=["fisher"])
+    result = run_cli("merge", hub.root, "--method", "fisher", "--out", tmp_path / "m")
+    assert result.exit_code == 0, result.output
+    assert "asking of 2 contributions" in result.stdout
+    assert all(c["statistics"] for c in provenance(tmp_path / "m")["contributions"])
+    local = list(hub.root.glob("contributions/*/*"))
+    result = run_cli("merge", hub.root, *local, "--method", "fisher", "--out", tmp_path / "l")
+    assert result.exit_code == 0, result.output
+    assert content(tmp_path / "l") == content(tmp_path / "m")

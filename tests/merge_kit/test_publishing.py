@@ -9,7 +9,7 @@ from merge_kit.contributions import MANIFEST, PAYLOAD, SIGNATURE, current, folde
 from merge_kit.errors import ContributionError, FederationError, VectorError
 from merge_kit.federation import FEDERATION_FILE, Policy, read_federation
 from merge_kit.manifest import Manifest
-from tests.conftest import write_run
+from tests.conftest import write_run, write_statistics
 from tests.merge_kit.helpers import listing, says
 
 
@@ -212,3 +212,115 @@ def test_a_norm_above_the_policy_is_refused_at_the_site(north, hub, run, federat
         "train with fewer steps or a lower learning rate.",
     ):
         publishing.prepare(north, folder, hub)
+
+
+# Statistics beside a vector
+
+
+def publish_all(north, hub, run, **options):
+    parcels = publishing.prepare_all(north, run, hub, **options)
+    return [(p.manifest, publishing.publish(north, run, hub, p)) for p in parcels]
+
+
+@pytest.fixture
+def full(north, run):
+    """A finished run with statistics of both kinds."""
+
+    def make(seed=0):
+        folder = run(seed)
+        for kind in ("gram", "fisher"):
+            write_statistics(north, folder, kind, seed=seed)
+        return folder
+
+    return make
+
+
+def test_the_vector_goes_first_and_then_the_statistics_that_there_are(north, hub, run):
+    folder = run()
+    assert [m.kind for m, _ in publish_all(north, hub, folder)] == ["vector"]
+    write_statistics(north, folder, "gram")
+    assert [(m.kind, new) for m, new in publish_all(north, hub, folder)] == [
+        ("vector", False),
+        ("gram", True),
+    ]
+
+
+def test_each_is_a_contribution_of_its_own(north, hub, full):
+    published = publish_all(north, hub, full())
+    vector = published[0][0]
+    assert [m.kind for m, _ in published] == ["vector", "fisher", "gram"]
+    assert [m.about for m, _ in published] == [None, *[vector.payload.sha256] * 2]
+    for manifest, _ in published:
+        assert listing(hub.root / folder_of(manifest)) == [MANIFEST, SIGNATURE, PAYLOAD]
+        assert hub.read(f"{folder_of(manifest)}/{MANIFEST}") == manifest.to_bytes()
+    assert sorted(alive(hub)) == sorted(m.id for m, _ in published)
+
+
+def test_publishing_everything_twice_changes_nothing(north, hub, full):
+    folder = full()
+    first, again = publish_all(north, hub, folder), publish_all(north, hub, folder)
+    assert [m for m, _ in again] == [m for m, _ in first]
+    assert [new for _, new in again] == [False] * 3
+
+
+def test_a_vector_replaces_a_vector_and_statistics_their_like_about_the_same(north, hub, full):
+    old, folder = publish_all(north, hub, full(1)), full(2)
+    new = publish_all(north, hub, folder)
+    assert [m.supersedes for m, _ in new] == [f"sha256:{old[0][0].id}", None, None]
+    write_statistics(north, folder, "fisher", seed=9)
+    again = publish_all(north, hub, folder)
+    assert [m.supersedes for m, _ in again] == [
+        f"sha256:{old[0][0].id}",
+        f"sha256:{new[1][0].id}",
+        None,
+    ]
+    assert new[1][0].id not in alive(hub)
+
+
+def test_a_vector_alongside_keeps_the_other_and_its_statistics(north, hub, full):
+    folder = full(2)
+    first = publish_all(north, hub, full(1))
+    second = publish_all(north, hub, folder, alongside=True)
+    assert sorted(alive(hub)) == sorted(m.id for m, _ in (*first, *second))
+    write_statistics(north, folder, "gram", seed=9)
+    third = publish_all(north, hub, folder, alongside=True)
+    assert third[2][0].supersedes == f"sha256:{second[2][0].id}"
+
+
+def test_statistics_of_another_vector_are_refused_at_the_site(north, hub, full):
+    """The run was made again, on a GPU, and gave other bytes."""
+    folder = full()
+    write_run(north, folder, seed=5)
+    with says(
+        ContributionError,
+        f"{folder}/fisher.safetensors speaks of another vector than {folder}/vector.safetensors: "
+        f"run 'merge-kit statistics' again, or remove {folder}/fisher.manifest.draft.json.",
+    ):
+        publishing.prepare_all(north, folder, hub)
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_changed_statistics_are_refused(north, hub, full, damage):
+    folder = full()
+    path = folder / "gram.safetensors"
+    path.unlink()
+    if damage == "changed":
+        path.write_bytes(b"x")
+    with says(
+        ContributionError,
+        f"{path} is not the gram that was made: it is missing or was changed; "
+        "run 'merge-kit statistics' again.",
+    ):
+        publishing.prepare_all(north, folder, hub)
+
+
+def test_the_policy_hides_small_counts_of_statistics_too(north, hub, full, federation):
+    """The bound on the norm is one for vectors alone: statistics have other units."""
+    folder = full()
+    norm = publishing.read_draft(folder / publishing.DRAFT).payload.norm
+    policy = Policy(minimum_class_count=50, maximum_norm=1.01 * norm)
+    strict = federation.model_copy(update={"policy": policy})
+    hub.replace(FEDERATION_FILE, strict.to_yaml().encode())
+    for manifest, _ in publish_all(north, hub, folder):
+        assert set(manifest.class_counts.values()) == {"<50"}
+        assert (manifest.payload.norm > 1.01 * norm) is (manifest.kind != "vector")

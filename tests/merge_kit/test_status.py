@@ -32,7 +32,7 @@ def rows(hub):
 
 def weights_of(parcel):
     """All weights of a vector, without head and statistics, as one float64 array."""
-    tensors = load(parcel.vector)
+    tensors = load(parcel.payload)
     roles = roles_of(specs_of(tensors), ("fc",))
     return np.concatenate(
         [t.double().numpy().ravel() for n, t in tensors.items() if roles[n] is Role.WEIGHT]
@@ -56,10 +56,11 @@ def test_a_row_says_what_the_site_said(contribute, rows):
         "bytes": size,
         "norm": parcel.manifest.payload.norm,
         "cosine": pytest.approx(1.0, abs=1e-12),
+        "statistics": [],
         "signature": "admitted",
         "compatible": True,
     }
-    assert size == parcel.vector.stat().st_size
+    assert size == parcel.payload.stat().st_size
 
 
 def test_cosines_are_to_the_mean_of_the_current_vectors(contribute, rows):
@@ -192,3 +193,39 @@ def test_a_vector_without_change_of_the_body_has_no_cosine(hub, contribute, run_
     assert "nan" not in shown.stdout
     found = json.loads(run_cli("status", hub.root, "--json").stdout)
     assert [row["cosine"] is None for row in found["contributions"]] == [False, True]
+
+
+def test_a_vector_has_one_row_whatever_lies_beside_it(contribute, rows):
+    contribute("north", beside=["gram", "fisher"])
+    contribute("south", seed=1)
+    found = {row["site"]: (row["state"], row["statistics"]) for row in rows()}
+    assert len(rows()) == 2
+    assert found == {"north": ("ready", ["fisher", "gram"]), "south": ("ready", [])}
+    assert all(row["cosine"] < 1 for row in rows())
+
+
+def test_statistics_stay_with_the_vector_that_they_speak_of(contribute, rows):
+    old = contribute("north", seed=1, beside=["fisher"])
+    new = contribute("north", seed=2)
+    found = {row["id"]: row["statistics"] for row in rows()}
+    assert found == {old.manifest.id: ["fisher"], new.manifest.id: []}
+
+
+def test_damaged_statistics_are_refused_and_do_not_count(contribute, hub, rows):
+    parcel = contribute("north", beside=["fisher"])
+    for payload in hub.root.glob(f"contributions/north/*/{PAYLOAD}"):
+        if parcel.manifest.id not in str(payload):
+            payload.write_bytes(b"")
+    vector, fisher = rows()
+    assert (vector["state"], vector["statistics"]) == ("ready", [])
+    assert fisher["state"] == "refused"
+    assert "the payload is not what the site signed" in fisher["problem"]
+
+
+def test_the_command_names_the_statistics_of_each_vector(contribute, hub, run_cli):
+    parcel = contribute("north", beside=["gram", "fisher"])
+    contribute("south", seed=1)
+    result = run_cli("status", hub.root)
+    assert f"Statistics of north {parcel.manifest.id[:8]}: fisher and gram\n" in result.stdout
+    assert "Statistics of south" not in result.stdout
+    assert "Next: merge the 2 that are ready" in result.stdout

@@ -37,7 +37,7 @@ def base(hub):
 @pytest.fixture
 def vectors(contribute):
     """Three sites have published; their vectors by name."""
-    return {name: load(contribute(name, seed=seed).vector) for name, seed in SITES.items()}
+    return {name: load(contribute(name, seed=seed).payload) for name, seed in SITES.items()}
 
 
 @pytest.fixture

@@ -1,0 +1,131 @@
+"""What sites may publish beside a vector: the diagonal Fisher information and Gram matrices.
+
+Checked as strictly as vectors: what names a tensor of the base must fit it, and its values must be
+such as the figures can have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from merge_kit import vector
+from merge_kit.errors import ContributionError, VectorError
+from merge_kit.manifest import Kind
+from merge_kit.parameters import Role
+from merge_kit.schema import Digest
+from merge_kit.tensorfile import TensorFile, TensorSpec
+from merge_kit.vector import VectorHeader
+
+REMEDY = "the site must make its statistics again."
+_MERGED = (Role.WEIGHT, Role.HEAD)
+
+
+class StatisticsHeader(VectorHeader):
+    """What a file of statistics says of itself, in its one metadata key."""
+
+    kind: Literal["fisher", "gram"]
+    about: Digest
+
+
+def fisher_specs(
+    expected: Mapping[str, TensorSpec], roles: Mapping[str, Role]
+) -> dict[str, TensorSpec]:
+    """What a diagonal Fisher holds of the tensors of a vector: weights and heads, float32."""
+    return {name: spec for name, spec in expected.items() if roles[name] in _MERGED}
+
+
+def gram_specs(
+    expected: Mapping[str, TensorSpec], roles: Mapping[str, Role]
+) -> dict[str, TensorSpec]:
+    """What Gram matrices may hold: (d, d) float32 for a weight of shape (out, d) or (out, i, k, l),
+    d = i k l.
+    """
+    return {
+        name: TensorSpec(torch.float32, (columns, columns))
+        for name, spec in fisher_specs(expected, roles).items()
+        if name.endswith("weight") and (columns := _columns(spec.shape))
+    }
+
+
+def _columns(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[1:]) if len(shape) in (2, 4) else 0
+
+
+def check_header(file: TensorFile, kind: Kind, about: str | None, where: str) -> StatisticsHeader:
+    """The header of a file of statistics, which must be what its manifest says.
+
+    Raises
+    ------
+    VectorError
+        The header breaks the format.
+    ContributionError
+        The file is of another kind or speaks of another vector.
+    """
+    header = vector.parse_header(file, StatisticsHeader, "holds no statistics")
+    if header.kind != kind:
+        raise ContributionError(
+            f"{where} is announced as {kind} and holds {header.kind}: it is refused."
+        )
+    if header.about != about:
+        raise ContributionError(
+            f"{where} is announced for the vector {about} and holds the {kind} of {header.about}: "
+            "it is refused."
+        )
+    return header
+
+
+def check(
+    file: TensorFile, kind: Kind, expected: Mapping[str, TensorSpec], roles: Mapping[str, Role]
+) -> float:
+    """Check names, shapes, dtypes and every value; gives the L2 norm of all values.
+
+    A Fisher diagonal has every weight and head of the base, finite and not negative. Gram matrices
+    may be there for some weights only; each is finite and symmetric, its diagonal not negative.
+
+    Parameters
+    ----------
+    expected
+        What a vector of this base holds.
+
+    Raises
+    ------
+    VectorError
+        Names the tensor and what is wrong with it.
+    """
+    if kind == "fisher":
+        vector.check_specs(file, fisher_specs(expected, roles))
+    else:
+        _check_gram_specs(file, gram_specs(expected, roles))
+    total = 0.0
+    for name, tensor in vector.read_checked(file, REMEDY):
+        if kind == "gram" and not torch.equal(tensor, tensor.T):
+            raise VectorError(f"{file.path}: tensor '{name}' is not symmetric: {REMEDY}")
+        squares = tensor if kind == "fisher" else tensor.diagonal()
+        if bad := int((squares < 0).sum()):
+            where = "" if kind == "fisher" else " on its diagonal"
+            raise VectorError(
+                f"{file.path}: tensor '{name}' holds {bad} value(s) below 0{where}, "
+                f"where squares belong: {REMEDY}"
+            )
+        total += float(tensor.double().square().sum())
+    return math.sqrt(total)
+
+
+def _check_gram_specs(file: TensorFile, allowed: Mapping[str, TensorSpec]) -> None:
+    if not file.specs:
+        raise VectorError(f"{file.path} holds no Gram matrix: {REMEDY}")
+    for name, spec in file.specs.items():
+        if name not in allowed:
+            raise VectorError(
+                f"{file.path} has the tensor '{name}', which is no linear or convolutional weight "
+                "of the base."
+            )
+        if spec != allowed[name]:
+            raise VectorError(
+                f"{file.path}: tensor '{name}' is {spec}, the Gram matrix of this weight is "
+                f"{allowed[name]}."
+            )
