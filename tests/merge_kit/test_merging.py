@@ -475,7 +475,7 @@ def test_the_command_finds_the_statistics(contribute, hub, run_cli, tmp_path):
     contribute("south", seed=2, beside=["fisher"])
     result = run_cli("merge", hub.root, "--method", "fisher", "--out", tmp_path / "m")
     assert result.exit_code == 0, result.output
-    assert "asking of 2 contributions" in result.stdout
+    assert "fisher of 2 contributions" in result.stdout
     assert all(c["statistics"] for c in provenance(tmp_path / "m")["contributions"])
     local = list(hub.root.glob("contributions/*/*"))
     result = run_cli("merge", hub.root, *local, "--method", "fisher", "--out", tmp_path / "l")
