@@ -22,6 +22,7 @@ from merge_kit.parameters import Role
 from merge_kit.pooling import Pooling
 from merge_kit.recipe import DTYPES, Group, Lines, Recipe
 from merge_kit.running import Sums
+from merge_kit.surveys import Survey
 from merge_kit.tensorfile import Tensors, TensorSpec
 from merge_kit.weighing import Source, Weighing, weigh
 
@@ -232,7 +233,7 @@ def _lengths(job: Job) -> tuple[float, float]:
         merged = job.combine(block).at(job.scale) - block.start
         return torch.stack([plain.abs().sum(), merged.abs().sum()])
 
-    found = job.reader.totals(measure)
+    found = Survey(job.reader).totals(measure)
     return (
         sum(float(part[0]) for part in found.values()),
         sum(float(part[1]) for part in found.values()),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_kit.blocks import BlockReader, sum_in_order
+from merge_kit.blocks import BlockReader
 from merge_kit.errors import RecipeError, VectorError
 from merge_kit.exact import Pair, affine, affine_of_sum
 from merge_kit.methods.base import Block, ByValue, FromGram, Linear, Method, Sparsify
@@ -19,6 +19,7 @@ from merge_kit.notes import Notes
 from merge_kit.recipe import Rule
 from merge_kit.running import Sums
 from merge_kit.schema import Document
+from merge_kit.surveys import Survey, sum_in_order
 from merge_kit.tensorfile import Tensors
 from merge_kit.weighing import Source, weigh
 
@@ -107,7 +108,8 @@ def plan(
         As `weigh`; or a vector has no direction and the method measures angles.
     """
     read = sources if sums is None else [source for source, _ in sums.changes]
-    reader = _reader(base, read, names, rule, workers, seed, notes)
+    reader, changed_by = _reader(base, read, names, rule, workers, seed)
+    survey = Survey(reader, notes, changed_by)
     (method, options), weighing = rule.merging_rule, weigh(sources, rule)
     weights = torch.tensor(weighing.shares, dtype=torch.float64)
     everyone = (True,) * len(sources)
@@ -130,15 +132,15 @@ def plan(
 
         return Job(reader, rule.scale, exactly, everyone)
     if isinstance(method.rule, FromGram):
-        return _from_gram(reader, sources, rule, weights)
+        return _from_gram(survey, sources, rule, weights)
     assert isinstance(method.rule, ByValue)
-    return _by_value(reader, method.rule, rule.scale, weights, options)
+    return _by_value(survey, method.rule, rule.scale, weights, options)
 
 
 def _by_value(
-    reader: BlockReader, rule: ByValue, scale: float, weights: Tensor, options: Document
+    survey: Survey, rule: ByValue, scale: float, weights: Tensor, options: Document
 ) -> Job:
-    state: Any = rule.survey(reader, options) if rule.survey else None
+    state: Any = rule.survey(survey, options) if rule.survey else None
 
     def combine(block: Block) -> Combined:
         tau = rule.combine(block, weights, options, state)
@@ -148,13 +150,13 @@ def _by_value(
         )
 
     rescalers = rule.rescalers(state) if rule.rescalers else None
-    return Job(reader, scale, combine, (True,) * len(reader), rescalers)
+    return Job(survey.reader, scale, combine, (True,) * len(survey), rescalers)
 
 
-def _from_gram(reader: BlockReader, sources: Sequence[Source], rule: Rule, weights: Tensor) -> Job:
+def _from_gram(survey: Survey, sources: Sequence[Source], rule: Rule, weights: Tensor) -> Job:
     method, options = rule.merging_rule
     assert isinstance(method.rule, FromGram)
-    chosen = _coefficients(reader, sources, method, weights, options)
+    chosen = _coefficients(survey, sources, method, weights, options)
     on_weights = method.rule.on_weights(options)
 
     def combine(block: Block) -> Combined:
@@ -167,18 +169,18 @@ def _from_gram(reader: BlockReader, sources: Sequence[Source], rule: Rule, weigh
     keeps = (True,) * len(sources)
     if method.rule.selects and chosen:
         keeps = tuple((next(iter(chosen.values())) > 0).tolist())
-    return Job(reader, rule.scale, combine, keeps)
+    return Job(survey.reader, rule.scale, combine, keeps)
 
 
 def _coefficients(
-    reader: BlockReader,
+    survey: Survey,
     sources: Sequence[Source],
     method: Method,
     weights: Tensor,
     options: Document,
 ) -> dict[str, Tensor]:
     assert isinstance(method.rule, FromGram)
-    grams = reader.inner_products(on_weights=method.rule.on_weights(options))
+    grams = survey.inner_products(on_weights=method.rule.on_weights(options))
     whole = sum_in_order(grams) if grams else torch.zeros(len(sources), len(sources))
     for source, square in zip(sources, whole.diagonal().tolist(), strict=True):
         if method.directions and square == 0:
@@ -199,13 +201,13 @@ def _reader(
     rule: Rule,
     workers: int,
     seed: int,
-    notes: Notes | None,
-) -> BlockReader:
+) -> tuple[BlockReader, tuple[object, ...]]:
+    """A reader for a rule, and what tells its changes to the values from others."""
     first, options = rule.entry.rule, rule.checked_options
     method, then = rule.merging_rule
     whole = isinstance(method.rule, ByValue) and method.rule.whole(then)
     change: Callable[[Block], Tensor] | None = None
-    changed_by: Sequence[object] = ()
+    changed_by: tuple[object, ...] = ()
     if isinstance(first, Sparsify):
         changed_by = (rule.method, options.model_dump(mode="json"), seed)
         whole = whole or first.whole(options)
@@ -215,18 +217,17 @@ def _reader(
             return sparse.change(block, options)
 
     kind = method.statistics
-    return BlockReader(
+    reader = BlockReader(
         base,
-        [source.file for source in sources],
-        names,
+        tuple(source.file for source in sources),
+        tuple(names),
         workers,
         ids=tuple(source.id for source in sources),
         sites=tuple(source.site for source in sources),
         seed=seed,
         whole=whole,
         change=change,
-        changed_by=changed_by,
-        notes=notes,
-        statistics=[source.statistics[kind] for source in sources] if kind else (),
+        statistics=tuple(source.statistics[kind] for source in sources) if kind else (),
         kind=kind,
     )
+    return reader, changed_by

@@ -28,6 +28,7 @@ from merge_kit.methods.base import ByValue
 from merge_kit.methods.sparsify import drawn, uniform_bits
 from merge_kit.parameters import roles_of
 from merge_kit.recipe import make_recipe
+from merge_kit.surveys import Survey
 from merge_kit.tensorfile import TensorFile, write_tensors
 
 StateDict = dict[str, Tensor]
@@ -164,8 +165,8 @@ def for_site(index: int, recipe: Mapping[str, Any]) -> Merge:
         weights, found = torch.ones(len(inputs.tuned), dtype=torch.float64), {}
         with opened(inputs) as (base, sources):
             files = [source.file for source in sources]
-            reader = BlockReader(base, files, list(base.specs), 1, whole=True)
-            state = rule.survey(reader, options)
+            reader = BlockReader(base, tuple(files), tuple(base.specs), 1, whole=True)
+            state = rule.survey(Survey(reader), options)
             factor = rule.rescalers(state)[index] if rule.rescalers else 1.0
             for stretch in reader.stretches:
                 block = reader.block(stretch)

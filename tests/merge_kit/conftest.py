@@ -15,6 +15,7 @@ from merge_kit.contributions import Entry, check_payloads, current, list_entries
 from merge_kit.federation import read_federation
 from merge_kit.hub import FolderHub
 from merge_kit.recipe import make_recipe
+from merge_kit.surveys import Survey
 from merge_kit.tensorfile import TensorFile, write_tensors
 
 
@@ -108,6 +109,13 @@ def read(
 
     def make(vectors: Sequence[Mapping[str, torch.Tensor]], workers: int = 1) -> BlockReader:
         base = open_file({name: torch.ones_like(tensor) for name, tensor in vectors[0].items()})
-        return BlockReader(base, [open_file(v) for v in vectors], tuple(vectors[0]), workers)
+        files = tuple(open_file(v) for v in vectors)
+        return BlockReader(base, files, tuple(vectors[0]), workers)
 
     return make
+
+
+@pytest.fixture
+def survey(read: Callable[..., BlockReader]) -> Callable[..., Survey]:
+    """First passes over vectors given as dictionaries of tensors."""
+    return lambda vectors, workers=1: Survey(read(vectors, workers))

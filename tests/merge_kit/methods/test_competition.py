@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from merge_kit.blocks import BLOCK
+from merge_kit.blocks import BLOCK, BlockReader
 from merge_kit.methods import METHODS
 from merge_kit.methods.competition import PcbOptions, PcbState, min_max, pcb, scores
 from tests.merge_kit.helpers import quick
@@ -178,7 +178,7 @@ def test_many_vectors_do_not_overflow():
 
 
 @pytest.mark.parametrize("inter", INTER)
-def test_the_first_passes_see_the_whole_vector(read, inter):
+def test_the_first_passes_see_the_whole_vector(survey, inter):
     generator = torch.Generator().manual_seed(3)
     sizes = {"bias": 30, "matrix": BLOCK + 5000, "other": 400}
     vectors = [
@@ -186,27 +186,29 @@ def test_the_first_passes_see_the_whole_vector(read, inter):
     ]
     whole = torch.stack([torch.cat(list(vector.values())) for vector in vectors])
     options = PcbOptions(inter=inter, clamp=0.01)
-    found, wanted = RULE.survey(read(vectors), options), state_of(whole, options)
+    found, wanted = RULE.survey(survey(vectors), options), state_of(whole, options)
     assert torch.equal(found.low, wanted.low)
     assert torch.equal(found.high, wanted.high)
     torch.testing.assert_close(found.cut, wanted.cut, rtol=1e-6, atol=0)
     torch.testing.assert_close(found.top, wanted.top, rtol=1e-6, atol=0)
 
 
-def test_without_a_value_nothing_competes(read):
-    assert RULE.survey(read([{}, {}]), PcbOptions()).top.tolist() == [0.0, 0.0]
+def test_without_a_value_nothing_competes(survey):
+    assert RULE.survey(survey([{}, {}]), PcbOptions()).top.tolist() == [0.0, 0.0]
 
 
-def test_two_passes_come_before_the_merge(read, monkeypatch):
+def test_two_passes_come_before_the_merge(survey, monkeypatch):
     """And a sample of the scores."""
     generator = torch.Generator().manual_seed(0)
     blocks = 60
-    reader = read([{"w": torch.randn(blocks * BLOCK, generator=generator)} for _ in range(2)])
-    seen, plain = [], reader.block
+    vectors = [{"w": torch.randn(blocks * BLOCK, generator=generator)} for _ in range(2)]
+    seen, plain = [], BlockReader.block
     monkeypatch.setattr(
-        reader, "block", lambda stretch: seen.append(stretch.size) or plain(stretch)
+        BlockReader,
+        "block",
+        lambda reader, stretch: seen.append(stretch.size) or plain(reader, stretch),
     )
-    RULE.survey(reader, PcbOptions())
+    RULE.survey(survey(vectors), PcbOptions())
     assert 2 * blocks * BLOCK < sum(seen) < 2.2 * blocks * BLOCK
 
 

@@ -130,7 +130,7 @@ def test_the_unified_vector_scales_and_the_rest_does_not(seed, factor):
 
 
 @pytest.mark.parametrize("rescale", ["sums", "means"])
-def test_the_first_pass_measures_the_whole_vector(read, rescale):
+def test_the_first_pass_measures_the_whole_vector(survey, rescale):
     """A matrix of several blocks beside a bias: the means let the bias count as much."""
     generator = torch.Generator().manual_seed(3)
     sizes = {"bias": 3, "matrix": BLOCK + 5000}
@@ -142,12 +142,12 @@ def test_the_first_pass_measures_the_whole_vector(read, rescale):
         share = size if rescale == "means" else 1
         own += np.abs(tau).sum(axis=1) / share
         kept += np.abs(unified * masks).sum(axis=1) / share
-    found = EMR.rescalers(EMR.survey(read(vectors), EmrOptions(rescale=rescale)))
+    found = EMR.rescalers(EMR.survey(survey(vectors), EmrOptions(rescale=rescale)))
     np.testing.assert_allclose(found, own / kept, rtol=1e-12)
 
 
-def test_without_a_value_there_is_nothing_to_scale(read):
-    assert EMR.rescalers(EMR.survey(read([{}, {}]), EmrOptions())).tolist() == [1.0, 1.0]
+def test_without_a_value_there_is_nothing_to_scale(survey):
+    assert EMR.rescalers(EMR.survey(survey([{}, {}]), EmrOptions())).tolist() == [1.0, 1.0]
 
 
 def test_the_site_behind_a_mask_is_closer_than_the_unified_model():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,7 @@ from merge_kit.errors import VectorError
 from merge_kit.methods import METHODS
 from merge_kit.methods.base import Block
 from merge_kit.methods.regression import divide, fisher, regmean, shrink
-from merge_kit.tensorfile import TensorFile, write_tensors
+from merge_kit.surveys import Survey
 from tests.merge_kit.helpers import quick, says
 
 EVEN = torch.ones(2, dtype=torch.float64)
@@ -232,33 +230,26 @@ def test_options_reach_the_rules():
     assert torch.equal(merged, wanted)
 
 
-class Reader(BlockReader):
-    """Reads what the sites published beside their vectors, (N, n), from memory."""
-
-    published: torch.Tensor
-
-    def block(self, stretch):
-        found = super().block(stretch)
-        if stretch.tensor == "bias":
-            return found
-        end = stretch.begin + stretch.size
-        return replace(found, statistics=self.published[:, stretch.begin : end])
-
-
 @pytest.fixture
-def survey(tmp_path):
+def survey(open_file):
     """The first pass over two sites' tensor of two blocks, and a tensor without statistics."""
     tensors = {"bias": torch.ones(2), "weight": torch.ones(BLOCK + 3)}
-    write_tensors(tmp_path / "v.safetensors", tensors)
-    method = METHODS["fisher"]
-    with TensorFile(tmp_path / "v.safetensors") as file:
+    file, rule = open_file(tensors), METHODS["fisher"]
 
-        def run(known, **options):
-            reader = Reader(file, [file, file], tuple(tensors), 1, sites=("north", "south"))
-            reader.published = known
-            return method.rule.survey(reader, method.options(**options))
+    def run(known, **options):
+        statistics = tuple(open_file({"weight": row.clone()}) for row in known)
+        reader = BlockReader(
+            file,
+            (file, file),
+            tuple(tensors),
+            1,
+            sites=("north", "south"),
+            statistics=statistics,
+            kind="fisher",
+        )
+        return rule.rule.survey(Survey(reader), rule.options(**options))
 
-        yield run
+    return run
 
 
 def test_each_sites_fisher_information_is_brought_to_length_1(survey):
