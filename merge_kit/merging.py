@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,14 +14,14 @@ import jinja2
 import torch
 
 from merge_kit import engine
-from merge_kit.contributions import Contribution, Entry, Trust, check_payload, current
+from merge_kit.contributions import Contribution, Entry, Trust, current
 from merge_kit.errors import ContributionError, UsageError
-from merge_kit.federation import Federation, check_base
+from merge_kit.federation import Federation
 from merge_kit.files import new_folder, write_atomic
-from merge_kit.manifest import count_of
-from merge_kit.parameters import roles_of, vector_specs
+from merge_kit.inputs import open_inputs
 from merge_kit.recipe import Recipe
-from merge_kit.tensorfile import Fingerprint, TensorFile, TensorWriter
+from merge_kit.remembered import Checked
+from merge_kit.tensorfile import Fingerprint, TensorWriter
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -37,6 +36,7 @@ class Merged:
     fingerprint: str
     contributions: tuple[Contribution, ...]
     weights: tuple[float, ...]
+    base: Checked
 
 
 def choose(
@@ -119,33 +119,28 @@ def merge(
     Raises
     ------
     MergeKitError
-        The base is not the federation's, a contribution is unsound, or `out` exists.
+        The base is not the federation's, a contribution is unsound, a file changed after it was
+        checked, or `out` exists.
     """
     if out.exists() and not replace:
         raise UsageError(f"{out} exists already: choose another --out, or pass --replace.")
     if replace and out.exists() and not (out / PROVENANCE).is_file():
         raise UsageError(f"{out} is no merged model: --replace does not remove it.")
-    ordered = sorted(contributions, key=lambda c: c.id)
-    with ExitStack() as stack:
-        base_file = stack.enter_context(TensorFile(base_weights))
-        check_base(federation, base_weights, str(base_weights))
-        roles = roles_of(base_file.specs, federation.classifier)
-        expected = vector_specs(base_file.specs, roles)
-        for contribution in ordered:
-            if not contribution.checked:
-                check_payload(contribution, federation, expected, roles)
-        sources = [_source(c, federation, stack) for c in ordered]
+    with open_inputs(federation, base_weights, contributions) as inputs:
+        ordered, sources = inputs.contributions, inputs.sources
         engine.check_sites(sources, recipe)
         weights = engine.weigh(sources, recipe).shares
         with new_folder(out, replace=replace) as folder:
-            specs = engine.merged_specs(base_file.specs, recipe)
+            specs = engine.merged_specs(inputs.base.specs, recipe)
+            parts = engine.merge(inputs.base, sources, inputs.roles, recipe)
             with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
-                fingerprint = write_parts(writer, engine.merge(base_file, sources, roles, recipe))
+                fingerprint = write_parts(writer, parts)
+            inputs.check_unchanged()
             write_atomic(folder / CONFIG, federation.model_config_json)
             record = provenance(federation, ordered, weights, recipe, fingerprint, refused)
             write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
             write_atomic(folder / "README.md", model_card(federation, ordered, record))
-    return Merged(out, fingerprint, tuple(ordered), tuple(weights))
+    return Merged(out, fingerprint, ordered, tuple(weights), inputs.base_checked)
 
 
 def write_parts(writer: TensorWriter, parts: Iterable[engine.Part]) -> str:
@@ -157,17 +152,6 @@ def write_parts(writer: TensorWriter, parts: Iterable[engine.Part]) -> str:
         found.values(part.values)
         writer.write_part(part.name, part.begin, part.values)
     return str(found)
-
-
-def _source(contribution: Contribution, federation: Federation, stack: ExitStack) -> engine.Source:
-    counts = contribution.manifest.class_counts
-    return engine.Source(
-        id=contribution.id,
-        site=contribution.site,
-        file=stack.enter_context(TensorFile(contribution.payload)),
-        class_counts=tuple(count_of(counts[name]) for name in federation.classes),
-        steps=contribution.manifest.training.steps,
-    )
 
 
 def provenance(

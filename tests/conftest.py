@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -20,10 +20,19 @@ from merge_kit.files import sha256_file
 from merge_kit.hub import FolderHub
 from merge_kit.manifest import Draft, Estimate, Payload, Software, Training, Validation, suppress
 from merge_kit.parameters import roles_of
+from merge_kit.remembered import VARIABLE
 from merge_kit.tensorfile import TensorFile, read_all
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 CLASSES = ("round", "lobed", "granular")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the tests remember of files is not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def _shared(part: str) -> Path:

@@ -101,7 +101,18 @@ def merge(
             f"{contribution.trust.value}"
         )
     click.echo(f"  fingerprint {merged.fingerprint}")
+    again = f"merge-kit verify {shown(target)} --hub {shown(hub)}"
+    click.echo(f"  {_relied(merged)} ({again} checks all again)")
     next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
+
+
+def _relied(merged: merging.Merged) -> str:
+    size = len(merged.contributions)
+    old = sum(1 for c in merged.contributions if c.checked and c.checked.remembered)
+    base = " and the base"
+    new, earlier = (base, "") if not merged.base.remembered else ("", base)
+    relied = f"{old or 'none'}{earlier}"
+    return f"{size - old} of {size} payloads{new} checked now, {relied} relied on earlier checks"
 
 
 def _weights(text: str | None) -> str | dict[str, object] | None:
