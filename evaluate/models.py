@@ -10,7 +10,7 @@ from typing import Any
 
 from merge_kit.errors import DataError, UsageError, VectorError
 from merge_kit.federation import FEDERATION_FILE, Preprocessing
-from merge_kit.merging import PROVENANCE
+from merge_kit.provenance import PROVENANCE
 from merge_kit.runs import SUMMARY, latest_run
 from merge_kit.schema import parse
 from merge_kit.site import SITE_FILE, open_site

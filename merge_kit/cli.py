@@ -21,6 +21,7 @@ COMMANDS = {
     "publish": ("merge_kit.commands.publish:publish", "Sign a vector and put it on the hub."),
     "status": ("merge_kit.commands.status:status", "Show what lies on a hub."),
     "merge": ("merge_kit.commands.merge:merge", "Merge contributions into one model."),
+    "verify": ("merge_kit.commands.verify:verify", "Make a merged model again and compare."),
     "evaluate": ("evaluate.command:evaluate", "Evaluate models on labelled images."),
     "methods": ("merge_kit.commands.methods:methods", "List the merge methods."),
     "demo": ("evaluate.demo:demo", "Run the whole job on generated or your own images."),

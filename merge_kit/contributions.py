@@ -92,14 +92,15 @@ def list_entries(hub: Hub, federation: Federation) -> list[Entry]:
     Payloads are not read: see `check_payload`.
     """
     entries = [
-        _entry(hub, federation, site, name)
+        entry_at(hub, federation, site, name)
         for site in hub.list(ROOT)
         for name in hub.list(f"{ROOT}/{site}")
     ]
     return sorted(entries, key=lambda entry: entry.id)
 
 
-def _entry(hub: Hub, federation: Federation, site: str, name: str) -> Entry:
+def entry_at(hub: Hub, federation: Federation, site: str, name: str) -> Entry:
+    """What lies at one place of the hub, its manifest and signature checked."""
     try:
         found = _read(hub, federation, f"{ROOT}/{site}/{name}")
         if found.site != site or found.id != name:

@@ -19,13 +19,13 @@ from merge_kit.errors import ContributionError, UsageError
 from merge_kit.federation import Federation
 from merge_kit.files import new_folder, write_atomic
 from merge_kit.inputs import open_inputs
+from merge_kit.provenance import PROVENANCE
 from merge_kit.recipe import Recipe
 from merge_kit.remembered import Checked
 from merge_kit.tensorfile import Fingerprint, TensorWriter
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,9 @@ def rewrite(path):
     """Other bytes in the same file, of the same size."""
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
-        file.write(b"\x3b")
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
 
 
 def spoil(path):
