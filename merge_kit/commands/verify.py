@@ -40,7 +40,7 @@ def verify(folder: Path, hub: str, copies: tuple[Path, ...], as_json: bool) -> N
         report = verifying.verify(folder, opened, local)
     if as_json:
         facts = {"verified": report.verified, "verdict": report.verdict, **asdict(report)}
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(facts, indent=2))
     else:
         _show(report)
     if not report.verified:
@@ -50,9 +50,13 @@ def verify(folder: Path, hub: str, copies: tuple[Path, ...], as_json: bool) -> N
 def _show(report: verifying.Report) -> None:
     width = max(len(check.subject) for check in report.checks)
     for check in report.checks:
-        click.echo(
-            f"{'ok     ' if check.ok else 'DIFFERS'}  {check.subject:<{width}}  {check.text}"
-        )
+        mark = "ok     " if check.ok else "DIFFERS"
+        click.echo(f"{mark}  {check.subject:<{width}}  {_printable(check.text)}")
     for note in report.notes:
         click.echo(f"note     {note}")
     click.echo(f"\n{report.verdict}")
+
+
+def _printable(text: str) -> str:
+    """What a stranger may have written, made safe for a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
