@@ -71,4 +71,5 @@ def listing(folder: Path) -> list[str]:
 def settle(folder: Path) -> None:
     """Wait until every file under a folder has been left alone long enough to be remembered."""
     times = [path.stat().st_ctime_ns for path in folder.rglob("*") if path.is_file()]
-    time.sleep(max(0.0, (max(times) + SETTLED - time.time_ns()) / 1e9 + 0.01))
+    while (left := max(times) + SETTLED - time.time_ns()) > -200_000_000:
+        time.sleep(left / 1e9 + 0.25)

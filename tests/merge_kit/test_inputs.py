@@ -112,13 +112,16 @@ def meddle(monkeypatch):
 
 @changing(rewrite, spoil, exchange, touch)
 def test_a_payload_that_changes_between_check_and_merge_is_refused(
-    payload, checked, merge_checked, tmp_path, change
+    payload, checked, merge_checked, meddle, tmp_path, change
 ):
-    contributions = checked()
+    """Before any work is done."""
+    contributions, begun = checked(), []
     change(payload)
+    meddle(lambda: begun.append(True))
     with says(TensorFileError, refusal(payload)):
-        merge_checked(contributions)
+        merge_checked(contributions, "meddle")
     assert "merged" not in listing(tmp_path)
+    assert not begun
 
 
 @changing(rewrite, spoil, cut, exchange, touch)
