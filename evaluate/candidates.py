@@ -18,8 +18,8 @@ from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG
 from merge_kit.federation import Federation
 from merge_kit.files import write_atomic
+from merge_kit.material import Material
 from merge_kit.recipe import Recipe
-from merge_kit.writing import Material
 
 HELD = 2 * 2**30
 """Bytes of merged models that are in memory at once; one model at least."""

@@ -10,10 +10,10 @@ from typing import Any
 
 from merge_kit.errors import DataError, UsageError, VectorError
 from merge_kit.federation import FEDERATION_FILE, Preprocessing
+from merge_kit.provenance import PROVENANCE
 from merge_kit.runs import SUMMARY, latest_run
 from merge_kit.schema import parse
 from merge_kit.site import SITE_FILE, open_site
-from merge_kit.writing import PROVENANCE
 
 
 @dataclass(frozen=True, slots=True)

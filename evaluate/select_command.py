@@ -37,6 +37,7 @@ from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.files import write_atomic
 from merge_kit.hub import open_hub
+from merge_kit.material import opened as opened_material
 from merge_kit.recipe import Recipe
 from merge_kit.site import federation_on
 
@@ -211,8 +212,8 @@ def _search(
     skip_unreadable: bool,
 ) -> Selection:
     beside = merging.beside_of(arrived.chosen, plan.recipes[0], arrived.statistics)
-    opened = merging.opened(federation, base, arrived.chosen, beside=beside)
-    with opened as material, Progress() as progress:
+    reading = opened_material(federation, base, arrived.chosen, beside=beside)
+    with reading as material, Progress() as progress:
         for recipe in plan.recipes:
             engine.check_sites(material.sources, recipe)
             engine.groups_of(material.roles, recipe)

@@ -27,8 +27,8 @@ from finetune.scores import (
 )
 from finetune.splits import split_of
 from merge_kit.errors import DataError, UsageError
+from merge_kit.material import Material
 from merge_kit.recipe import Recipe, make_recipe
-from merge_kit.writing import Material
 
 Search = Literal["scale", "greedy-soup"]
 Accept = Literal["not-worse", "better"]

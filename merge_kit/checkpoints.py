@@ -27,6 +27,7 @@ from merge_kit.tensorfile import (
     TensorFile,
     Tensors,
     TensorSpec,
+    identity_of,
     is_safe,
 )
 
@@ -56,6 +57,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         weights = _weights_of(path)
+        self._index = weights if weights.name == INDEX else None
         with ExitStack() as stack:
             if weights.name == INDEX:
                 self.metadata, where = _read_index(weights)
@@ -79,7 +81,15 @@ class Checkpoint:
                 name: self._homes[name][0].specs[self._homes[name][1]]
                 for name in sorted(self._homes)
             }
+            self._shards = files
             self._files = stack.pop_all()
+
+    def identity(self) -> tuple[int, ...]:
+        """`TensorFile.identity` of each file, and of the index where there is one."""
+        parts = [shard.identity() for shard in self._shards]
+        if self._index is not None:
+            parts.append(identity_of(self._index.stat()))
+        return tuple(number for part in parts for number in part)
 
     def __enter__(self) -> Checkpoint:
         return self

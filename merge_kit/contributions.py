@@ -9,12 +9,14 @@ from enum import Enum
 from pathlib import Path
 
 from merge_kit import signing, statistics, vector
-from merge_kit.errors import ContributionError, MergeKitError, SignatureError
+from merge_kit.blocks import in_order, one_thread_each
+from merge_kit.errors import ContributionError, MergeKitError, SignatureError, TensorFileError
 from merge_kit.federation import Federation
 from merge_kit.files import canonical_json, sha256_file
 from merge_kit.hub import FolderHub, Hub
 from merge_kit.manifest import Kind, Manifest, parse_manifest
 from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.remembered import Checked, look
 from merge_kit.tensorfile import TensorFile, TensorSpec
 
 PAYLOAD = "payload.safetensors"
@@ -43,8 +45,8 @@ class Contribution:
     trust: Trust
     key: str | None
     signature: str | None = None
-    checked: bool = False
-    """Whether the payload has been read and found sound."""
+    checked: Checked | None = None
+    """The payload's file, once it was found sound."""
 
     @property
     def site(self) -> str:
@@ -97,14 +99,15 @@ def list_entries(hub: Hub, federation: Federation) -> list[Entry]:
     Payloads are not read: see `check_payload`.
     """
     entries = [
-        _entry(hub, federation, site, name)
+        entry_at(hub, federation, site, name)
         for site in hub.list(ROOT)
         for name in hub.list(f"{ROOT}/{site}")
     ]
     return sorted(entries, key=lambda entry: entry.id)
 
 
-def _entry(hub: Hub, federation: Federation, site: str, name: str) -> Entry:
+def entry_at(hub: Hub, federation: Federation, site: str, name: str) -> Entry:
+    """What lies at one place of the hub, its manifest and signature checked."""
     try:
         found = _read(hub, federation, f"{ROOT}/{site}/{name}")
         if found.site != site or found.id != name:
@@ -122,21 +125,23 @@ def _entry(hub: Hub, federation: Federation, site: str, name: str) -> Entry:
 def check_payloads(
     entries: Sequence[Entry], federation: Federation, base_weights: Path
 ) -> list[Entry]:
-    """Read every payload; an entry whose payload is unsound carries the sentence that says why."""
+    """Check every payload; an entry whose payload is unsound carries the sentence that says why."""
     with TensorFile(base_weights) as base:
         roles = roles_of(base.specs, federation.classifier)
         expected = vector_specs(base.specs, roles)
-    checked = []
-    for entry in entries:
-        if entry.contribution:
-            try:
-                check_payload(entry.contribution, federation, expected, roles)
-                found = replace(entry.contribution, checked=True)
-                entry = replace(entry, contribution=found)
-            except MergeKitError as error:
-                entry = Entry(entry.site, entry.id, None, str(error), entry.kind)
-        checked.append(entry)
-    return checked
+
+    def check(entry: Entry) -> Entry:
+        found = entry.contribution
+        if found is None:
+            return entry
+        try:
+            checked = check_payload(found, federation, expected, roles)
+        except MergeKitError as error:
+            return Entry(entry.site, entry.id, None, str(error), entry.kind)
+        return replace(entry, contribution=replace(found, checked=checked))
+
+    with one_thread_each() as workers:
+        return list(in_order(check, entries, workers))
 
 
 def read_local(folder: Path, federation: Federation) -> Contribution:
@@ -213,24 +218,32 @@ def check_payload(
     federation: Federation,
     expected: Mapping[str, TensorSpec],
     roles: Mapping[str, Role],
-) -> None:
+    *,
+    again: bool = False,
+) -> Checked:
     """Check the tensors of a contribution: digest first, then format, fit, values and policy.
+
+    The file is read once, or not at all when the very file was read before, unless `again`.
 
     Raises
     ------
     MergeKitError
         Names what is wrong; nothing of the payload may then be used.
     """
-    stated, where = contribution.manifest.payload, contribution.label
-    size = contribution.payload.stat().st_size
-    if size != stated.size or sha256_file(contribution.payload) != stated.sha256:
-        raise ContributionError(
-            f"{where}: the payload is not what the site signed ({size} bytes, "
-            f"{stated.size} announced): it is damaged or replaced; remove its folder from the hub "
-            "and let the site publish again."
-        )
     kind = contribution.kind
-    with TensorFile(contribution.payload) as file:
+    stated, where, path = contribution.manifest.payload, contribution.label, contribution.payload
+    if path.stat().st_size != stated.size:
+        raise _damaged(contribution)
+    try:
+        file = TensorFile(path)
+    except TensorFileError:
+        if sha256_file(path) != stated.sha256:
+            raise _damaged(contribution) from None
+        raise
+    with file:
+        measured, checked = look(file, vector.Measured, vector.measure, again=again)
+        if measured.sha256 != stated.sha256:
+            raise _damaged(contribution)
         if kind == "vector":
             header = vector.read_header(file)
         else:
@@ -242,7 +255,8 @@ def check_payload(
             )
         if kind == "vector":
             vector.check_specs(file, expected)
-            norm = vector.norm(file, roles)
+            # Where a value is not finite, a second reading finds and names it.
+            norm = vector.norm(file, roles) if measured.norm is None else measured.norm
         else:
             norm = statistics.check(file, kind, expected, roles)
     if abs(norm - stated.norm) > 1e-4 * norm:
@@ -254,6 +268,16 @@ def check_payload(
         raise ContributionError(
             f"{where} has the norm {norm:.4g}, above the policy's {bound:.4g}: it is refused."
         )
+    return checked
+
+
+def _damaged(contribution: Contribution) -> ContributionError:
+    size, stated = contribution.payload.stat().st_size, contribution.manifest.payload
+    return ContributionError(
+        f"{contribution.label}: the payload is not what the site signed ({size} bytes, "
+        f"{stated.size} announced): it is damaged or replaced; remove its folder from the hub "
+        "and let the site publish again."
+    )
 
 
 def speaks_of(statistic: Contribution, vector: Contribution) -> bool:

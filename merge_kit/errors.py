@@ -13,6 +13,7 @@ MergeKitError
 │   └── NonFiniteError    NaN or infinity among the values
 ├── ContributionError     a manifest or payload that may not be merged
 │   └── SignatureError    a signature that is missing, wrong or of a stranger
+├── ProvenanceError       what a merged model says of itself cannot be read
 ├── RecipeError           a merge recipe or a method's options
 ├── HubError              the storage where contributions lie
 └── TrainingError         a fine-tuning run that cannot go on
@@ -82,6 +83,10 @@ class ContributionError(MergeKitError):
 
 class SignatureError(ContributionError):
     """A signature is missing, wrong, or made by a key that the federation does not know."""
+
+
+class ProvenanceError(MergeKitError):
+    """A merged model's provenance is missing, or breaks the format."""
 
 
 class RecipeError(MergeKitError):

@@ -12,8 +12,9 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from merge_kit import signing
 from merge_kit.errors import BaseMismatchError, FederationError
 from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.remembered import Checked, look
 from merge_kit.schema import Digest, Document, SiteName, dump_yaml, parse, read_yaml
-from merge_kit.tensorfile import fingerprint_file
+from merge_kit.tensorfile import TensorFile, fingerprint, read_all
 
 FEDERATION_FILE = "federation.yaml"
 BASE_WEIGHTS = "base/model.safetensors"
@@ -209,17 +210,33 @@ def read_federation(folder: Path) -> Federation:
     return parse_federation(read_yaml(path, FederationError), str(path))
 
 
-def check_base(federation: Federation, weights: Path, where: str) -> None:
+class BaseTensors(Document):
+    """What reading the base's file finds."""
+
+    fingerprint: Digest
+
+
+def _fingerprinted(file: TensorFile) -> BaseTensors:
+    return BaseTensors(fingerprint=fingerprint(read_all(file)))
+
+
+def check_base(
+    federation: Federation, weights: Path, where: str, *, again: bool = False
+) -> Checked:
     """Compare the base weights with the fingerprint in the contract; `where` names them.
+
+    Relies on an earlier reading of the same file unless `again`.
 
     Raises
     ------
     BaseMismatchError
         They are not the weights that the federation was created with.
     """
-    found = fingerprint_file(weights)
-    if found != federation.base_fingerprint:
+    with TensorFile(weights) as file:
+        found, checked = look(file, BaseTensors, _fingerprinted, again=again)
+    if found.fingerprint != federation.base_fingerprint:
         raise BaseMismatchError(
-            f"{where} has the fingerprint {found}, the federation '{federation.name}' expects "
-            f"{federation.base_fingerprint}: fetch the base again."
+            f"{where} has the fingerprint {found.fingerprint}, the federation '{federation.name}' "
+            f"expects {federation.base_fingerprint}: fetch the base again."
         )
+    return checked

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -20,22 +18,19 @@ from merge_kit.contributions import (
     Contribution,
     Entry,
     Trust,
-    check_payload,
     current,
     speaks_of,
 )
 from merge_kit.errors import ContributionError, RecipeError
-from merge_kit.federation import Federation, check_base
-from merge_kit.manifest import count_of
+from merge_kit.federation import Federation
+from merge_kit.material import Beside, opened
 from merge_kit.methods.base import Statistics
-from merge_kit.parameters import roles_of, vector_specs
+from merge_kit.provenance import PROVENANCE
 from merge_kit.recipe import Recipe
-from merge_kit.tensorfile import TensorFile
-from merge_kit.writing import PROVENANCE, Material, Written, check_target, write_folder
+from merge_kit.remembered import Checked
+from merge_kit.writing import Written, check_target, write_folder
 
 CARD = "README.md"
-Beside = Mapping[Statistics, Sequence[Contribution]]
-"""Statistics of each kind, one for each vector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +40,9 @@ class Merged:
     folder: Path
     written: Written
     contributions: tuple[Contribution, ...]
+    """Sorted by id, each checked."""
     weights: tuple[float, ...]
+    base: Checked
 
     @property
     def fingerprint(self) -> str:
@@ -175,8 +172,8 @@ def merge(
     Raises
     ------
     MergeKitError
-        The base is not the federation's, a contribution is unsound, statistics are missing, or
-        `out` exists.
+        The base is not the federation's, a contribution is unsound, statistics are missing, a
+        file changed after it was checked, or `out` exists.
     """
     check_target(out, replace=replace)
     ordered = sorted(contributions, key=lambda c: c.id)
@@ -194,65 +191,7 @@ def merge(
             }
 
         written = write_folder(out, material, recipe, texts, replace=replace, keep_sum=keep_sum)
-    return Merged(out, written, tuple(ordered), tuple(weights))
-
-
-@contextmanager
-def opened(
-    federation: Federation,
-    base_weights: Path,
-    contributions: Sequence[Contribution],
-    gone: Sequence[Contribution] = (),
-    beside: Beside = MappingProxyType({}),
-) -> Iterator[Material]:
-    """Open the base and the vectors, and check what has not been checked yet.
-
-    `beside` holds statistics for each of the contributions, in the order of their ids.
-
-    Raises
-    ------
-    MergeKitError
-        The base is not the federation's, or a contribution is unsound.
-    """
-    ordered = sorted(contributions, key=lambda c: c.id)
-    with ExitStack() as stack:
-        base = stack.enter_context(TensorFile(base_weights))
-        check_base(federation, base_weights, str(base_weights))
-        roles = roles_of(base.specs, federation.classifier)
-        expected = vector_specs(base.specs, roles)
-        for contribution in (*ordered, *gone, *(c for those in beside.values() for c in those)):
-            if not contribution.checked:
-                check_payload(contribution, federation, expected, roles)
-        yield Material(
-            base,
-            federation.base_fingerprint,
-            tuple(
-                _source(c, {kind: those[i] for kind, those in beside.items()}, federation, stack)
-                for i, c in enumerate(ordered)
-            ),
-            roles,
-            tuple(_source(c, {}, federation, stack) for c in gone),
-        )
-
-
-def _source(
-    contribution: Contribution,
-    statistics: Mapping[Statistics, Contribution],
-    federation: Federation,
-    stack: ExitStack,
-) -> engine.Source:
-    counts = contribution.manifest.class_counts
-    return engine.Source(
-        id=contribution.id,
-        site=contribution.site,
-        file=stack.enter_context(TensorFile(contribution.payload)),
-        class_counts=tuple(count_of(counts[name]) for name in federation.classes),
-        steps=contribution.manifest.training.steps,
-        statistics={
-            kind: stack.enter_context(TensorFile(found.payload))
-            for kind, found in statistics.items()
-        },
-    )
+    return Merged(out, written, material.contributions, tuple(weights), material.files[0][1])
 
 
 def provenance(

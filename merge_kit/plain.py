@@ -24,11 +24,15 @@ from merge_kit.checkpoints import (
 from merge_kit.configuration import CONFIG, ModelConfig, read_config
 from merge_kit.errors import BaseMismatchError, RecipeError, VectorError
 from merge_kit.inputs import Input, choose, each_once, named_apart, open_input
+from merge_kit.material import Material
 from merge_kit.merging import CARD, render, software
 from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.provenance import PROVENANCE
 from merge_kit.recipe import Recipe
+from merge_kit.remembered import Checked, look
+from merge_kit.schema import Digest, Document
 from merge_kit.tensorfile import Tensors, TensorSpec
-from merge_kit.writing import PROVENANCE, Material, Written, write_folder
+from merge_kit.writing import Written, write_folder
 
 DEFAULTS = {"weights": "uniform", "head": "method"}
 """What a recipe that does not say it means: checkpoints do not tell how many images they saw."""
@@ -49,6 +53,8 @@ class Job:
     """What the merged model's config.json is."""
     notes: tuple[str, ...]
     """What the user should know of what was found."""
+    files: tuple[tuple[Checkpoint, Checked], ...] = ()
+    """Every file with what was checked of it; the base's comes first."""
 
     @property
     def rows(self) -> int:
@@ -117,28 +123,43 @@ def gather(
                 vector.check_specs(one.file, vector_specs(start.specs, roles))
             else:
                 check_fit(one.file, start, roles)
-        fingerprint, found = _read_all(file, found)
+        fingerprint, found, files = _read_all(file, found)
         once, notes = each_once(found)
         chosen = choose(named_apart(once), sites, exclude)
-        job = Job(start, fingerprint, roles, tuple(chosen), recipe, None, tuple(notes))
+        job = Job(start, fingerprint, roles, tuple(chosen), recipe, None, tuple(notes), files)
         if renewed:
             job = _with_new_head(job, _head(file, classifier))
             own = own.with_classes(job.rows) if own else None
         yield _with_config(job, own)
 
 
-def _read_all(base: Checkpoint, found: Sequence[Input]) -> tuple[str, list[Input]]:
-    """The base's fingerprint, and the inputs with theirs: every value is read, and is finite."""
+class Sound(Document):
+    """What reading a checkpoint finds: all its values are finite."""
+
+    fingerprint: Digest
+
+
+def _sound(file: Checkpoint) -> Sound:
+    return Sound(fingerprint=fingerprint_checked(file))
+
+
+def _read_all(
+    base: Checkpoint, found: Sequence[Input]
+) -> tuple[str, list[Input], tuple[tuple[Checkpoint, Checked], ...]]:
+    """The base's fingerprint, and the inputs with theirs: all is read, or was read before."""
+    files = [base, *(one.file for one in found)]
     with one_thread_each() as workers:
-        files = [base, *(one.file for one in found)]
-        fingerprint, *theirs = in_order(fingerprint_checked, files, workers)
+        looked = list(in_order(lambda file: look(file, Sound, _sound), files, workers))
+    fingerprint, *theirs = (sound.fingerprint for sound, _ in looked)
+    checked = tuple(zip(files, (check for _, check in looked), strict=True))
     for one in found:
         if one.header and one.header.base != fingerprint:
             raise BaseMismatchError(
                 f"{one.path} was taken from the base {one.header.base}, the given base is "
                 f"{fingerprint}: give the base that it was taken from."
             )
-    return fingerprint, [replace(one, fingerprint=f) for one, f in zip(found, theirs, strict=True)]
+    named = [replace(one, fingerprint=f) for one, f in zip(found, theirs, strict=True)]
+    return fingerprint, named, checked
 
 
 def _with_new_head(job: Job, old: Mapping[str, TensorSpec]) -> Job:
@@ -235,7 +256,7 @@ def merge(job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False
     MergeKitError
         The recipe does not fit the number of inputs, or a value overflows.
     """
-    sources, weights = _weighed(job)
+    weights = _weighed(job)[1]
 
     def texts(fingerprint: str) -> dict[str, str]:
         record = provenance(job, weights, fingerprint)
@@ -246,14 +267,16 @@ def merge(job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False
             CARD: render("plain_card.md.j2", record=record, config=job.config),
         }
 
-    found = Material(job.base, job.base_fingerprint, tuple(sources), job.roles)
-    written = write_folder(out, found, job.recipe, texts, replace=give_way, keep_sum=keep_sum)
+    written = write_folder(
+        out, material(job), job.recipe, texts, replace=give_way, keep_sum=keep_sum
+    )
     return Merged(written, tuple(weights))
 
 
 def material(job: Job) -> Material:
     """What the engine reads."""
-    return Material(job.base, job.base_fingerprint, tuple(_weighed(job)[0]), job.roles)
+    sources = tuple(_weighed(job)[0])
+    return Material(job.base, job.base_fingerprint, sources, job.roles, files=job.files)
 
 
 def _weighed(job: Job) -> tuple[list[engine.Source], list[float]]:

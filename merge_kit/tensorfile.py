@@ -94,7 +94,7 @@ class TensorFile:
     """An open safetensors file whose header has been checked.
 
     Use as a context manager. `specs` maps each name, in sorted order, to its dtype and shape;
-    `metadata` is the header's ``__metadata__``.
+    `metadata` is the header's ``__metadata__``; `start` is the bytes before the first tensor's.
 
     Raises
     ------
@@ -113,7 +113,7 @@ class TensorFile:
         try:
             if not os.path.isfile(path):
                 raise TensorFileError(f"{path} is a folder, not a safetensors file.")
-            self.metadata, self.specs, self._offsets = _read_header(self._handle, path)
+            self.start, self.metadata, self.specs, self._offsets = _read_header(self._handle, path)
         except BaseException:
             os.close(self._handle)
             raise
@@ -153,15 +153,23 @@ class TensorFile:
                 )
             view, position = view[count:], position + count
 
+    def in_file_order(self) -> list[str]:
+        """The names in the order of their bytes, which follow `start` without holes."""
+        return sorted(self.specs, key=self._offsets.__getitem__)
+
     def identity(self) -> tuple[int, ...]:
         """Device, inode, size, and times of the open file: they change when its bytes do."""
-        found = os.fstat(self._handle)
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        return identity_of(os.fstat(self._handle))
+
+
+def identity_of(found: os.stat_result) -> tuple[int, ...]:
+    """What tells one state of a file from another without reading it."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _read_header(
     handle: int, path: Path
-) -> tuple[dict[str, str], dict[str, TensorSpec], dict[str, int]]:
+) -> tuple[bytes, dict[str, str], dict[str, TensorSpec], dict[str, int]]:
     size = os.fstat(handle).st_size
     start = os.pread(handle, 10, 0)
     if len(start) < 10:
@@ -181,9 +189,10 @@ def _read_header(
         )
     if 8 + length > size:
         raise TensorFileError(f"{path} is truncated inside its header: copy it again.")
-    header = _parse_header(os.pread(handle, length, 8), path)
+    raw = os.pread(handle, length, 8)
+    header = _parse_header(raw, path)
     metadata = _check_metadata(header.pop("__metadata__", {}), path)
-    return metadata, *_check_entries(header, path, 8 + length, size)
+    return start[:8] + raw, metadata, *_check_entries(header, path, 8 + length, size)
 
 
 def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from merge_kit.checkpoints import WEIGHTS, Checkpoint, fingerprint_checked
 from merge_kit.configuration import CONFIG
 from merge_kit.errors import BaseMismatchError, UsageError, VectorError
 from merge_kit.files import new_folder, write_atomic
+from merge_kit.provenance import PROVENANCE
 from merge_kit.sitemasks import (
     MaskHeader,
     check_masks,
@@ -19,7 +20,7 @@ from merge_kit.sitemasks import (
     unmasked,
 )
 from merge_kit.tensorfile import TensorFile, TensorWriter
-from merge_kit.writing import PROVENANCE, write_parts
+from merge_kit.writing import write_parts
 
 
 @dataclass(frozen=True, slots=True)

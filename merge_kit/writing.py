@@ -13,28 +13,12 @@ from merge_kit.checkpoints import WEIGHTS
 from merge_kit.errors import MergeKitError, TensorFileError, UsageError
 from merge_kit.exact import InexactSumError
 from merge_kit.files import new_folder, write_atomic
-from merge_kit.notes import Notes
-from merge_kit.parameters import Role
+from merge_kit.material import Material
+from merge_kit.provenance import PROVENANCE
 from merge_kit.recipe import Recipe
 from merge_kit.running import RunningSum, Sums, SumWriter
 from merge_kit.sitemasks import MaskWriter
-from merge_kit.tensorfile import Fingerprint, Tensors, TensorWriter
-
-PROVENANCE = "provenance.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What a merge reads: open files that have been checked."""
-
-    base: Tensors
-    base_fingerprint: str
-    sources: tuple[engine.Source, ...]
-    """Sorted by id."""
-    roles: Mapping[str, Role]
-    gone: tuple[engine.Source, ...] = ()
-    """Vectors that are not merged, but may have been when the running sum was made."""
-    notes: Notes | None = None
+from merge_kit.tensorfile import Fingerprint, TensorWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +74,7 @@ def write_folder(
     keep = keep_sum or (running.fits(recipe) and (out / running.FOLDER).is_dir())
     with new_folder(out, replace=replace) as folder:
         fingerprint, kept, read = _write_weights(folder, out, material, recipe, keep)
+        material.check_unchanged()
         for name, text in texts(fingerprint).items():
             write_atomic(folder / name, text)
     return Written(fingerprint, kept, read)

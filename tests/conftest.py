@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -31,10 +31,19 @@ from merge_kit.manifest import (
 )
 from merge_kit.methods.base import Statistics
 from merge_kit.parameters import roles_of, vector_specs
+from merge_kit.remembered import VARIABLE
 from merge_kit.tensorfile import TensorFile, read_all, write_tensors
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 CLASSES = ("round", "lobed", "granular")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the tests remember of files is not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def _shared(part: str) -> Path:

@@ -406,6 +406,14 @@ def evaluate_what_is_no_model(b):
     )
 
 
+@row()
+def verify_what_is_no_merged_model(b):
+    return ["verify", b.data, "--hub", b.hub.root], (
+        f"{b.data} is no merged model: it has no provenance.json; give a folder that "
+        "'merge-kit merge' made."
+    )
+
+
 @row(2)
 def two_models_of_one_name(b):
     return ["evaluate", b.hub.root, b.hub.root, "--data", b.table(GOOD)], (

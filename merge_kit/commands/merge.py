@@ -24,7 +24,9 @@ from merge_kit.errors import UsageError
 from merge_kit.estimate import Estimate, estimate
 from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE
 from merge_kit.hub import open_hub
+from merge_kit.material import opened as opened_material
 from merge_kit.recipe import Recipe
+from merge_kit.remembered import Checked
 from merge_kit.site import federation_on
 from merge_kit.writing import Written, check_target
 
@@ -110,7 +112,7 @@ def merge(
     )
     if dry_run:
         beside = merging.beside_of(found.chosen, chosen, found.statistics)
-        with merging.opened(federation, base, found.chosen, beside=beside) as material:
+        with opened_material(federation, base, found.chosen, beside=beside) as material:
             names = [f"{source.site} {source.id[:12]}" for source in material.sources]
             _show(estimate(material.base, material.sources, material.roles, chosen), names, target)
         return
@@ -134,6 +136,9 @@ def merge(
             f"{contribution.trust.value}"
         )
     _end(merged.written, keep_sum)
+    again = f"merge-kit verify {shown(target)} --hub {shown(hub)}"
+    checks = [merged.base, *(c.checked for c in merged.contributions)]
+    click.echo(f"  {_relied(checks, 'payloads')} ({again} checks all again)")
     next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
 
 
@@ -180,10 +185,23 @@ def _merge_plain(
     for one, weight in zip(job.inputs, merged.weights, strict=True):
         click.echo(f"  {one.name:<20} {one.id[:12]}  weight {weight:.3f}  {one.path}")
     _end(merged.written, keep_sum)
+    click.echo(f"  {_relied([checked for _, checked in job.files], 'checkpoints')}")
     if job.config:
         next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
     else:
         next_step(f"load {shown(target / WEIGHTS)} into your model.")
+
+
+def _relied(checks: Sequence[Checked | None], what: str) -> str:
+    """How much was read now; the base's check comes first."""
+    base, *others = (check is not None and check.remembered for check in checks)
+    old = sum(others)
+    new, earlier = ("", " and the base") if base else (" and the base", "")
+    relied = f"{old or 'none'}{earlier}"
+    return (
+        f"{len(others) - old} of {len(others)} {what}{new} checked now, {relied} relied on earlier "
+        "checks"
+    )
 
 
 def _end(written: Written, asked: bool) -> None:

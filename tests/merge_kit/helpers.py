@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from merge_kit.engine import Part
 from merge_kit.errors import MergeKitError
+from merge_kit.remembered import SETTLED
 from merge_kit.tensorfile import TensorFile, TensorSpec, read_all
 
 quick = settings(
@@ -64,3 +66,10 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 def listing(folder: Path) -> list[str]:
     """Names in a folder, hidden ones too."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def settle(folder: Path) -> None:
+    """Wait until every file under a folder has been left alone long enough to be remembered."""
+    times = [path.stat().st_ctime_ns for path in folder.rglob("*") if path.is_file()]
+    while (left := max(times) + SETTLED - time.time_ns()) > -200_000_000:
+        time.sleep(left / 1e9 + 0.25)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from merge_kit.errors import BaseMismatchError, FederationError
 from merge_kit.federation import Federation, check_base, parse_federation, read_federation
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.schema import dump_yaml
-from tests.merge_kit.helpers import says
+from merge_kit.tensorfile import write_tensors
+from tests.merge_kit.helpers import load, says, settle
 
 KEYS = [
     "ed25519:11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo=",
@@ -237,6 +239,16 @@ def test_another_base_is_refused_with_both_fingerprints(hub, federation):
         f"expects sha256:{'0' * 64}: fetch the base again.",
     ):
         check_base(other, weights, "the base")
+
+
+def test_the_base_is_read_once_until_it_changes(hub, federation):
+    weights = hub.fetch("base/model.safetensors")
+    settle(weights.parent)
+    found = [check_base(federation, weights, "x", again=again) for again in (False, False, True)]
+    assert [checked.remembered for checked in found] == [False, True, False]
+    write_tensors(weights, {**load(weights), "fc.bias": torch.ones(3)})
+    with pytest.raises(BaseMismatchError):
+        check_base(federation, weights, "x")
 
 
 def test_the_file_on_the_hub_is_the_contract_in_order(hub, federation):

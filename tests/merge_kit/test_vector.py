@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from merge_kit import vector
 from merge_kit.errors import BaseMismatchError, NonFiniteError, VectorError
 from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.tensorfile import TensorFile, TensorSpec, specs_of, write_tensors
-from tests.merge_kit.helpers import load, quick, says
+from tests.merge_kit.helpers import blob, entry, load, quick, says
 
 ZEROS, ONES = "sha256:" + "0" * 64, "sha256:" + "1" * 64
 HEADER = vector.VectorHeader(base=ZEROS, federation=ONES, site="north")
@@ -226,3 +227,62 @@ def test_the_norm_refuses_bad_values_in_any_tensor(subtract, tmp_path):
         ),
     ):
         vector.norm(file, ROLES)
+
+
+def measure(path):
+    with TensorFile(path) as file:
+        return vector.measure(file)
+
+
+def test_one_reading_finds_the_digest_and_the_norm(subtract):
+    """The norm as worked out above; the digest as any tool gives it."""
+    path = subtract()
+    expected = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    assert measure(path) == vector.Measured(sha256=expected, norm=math.sqrt(21.25))
+
+
+kinds = st.sampled_from([torch.float32, torch.float16, torch.float64, torch.int64, torch.uint8])
+names = st.sampled_from(["a.weight", "b.bias", "bn.running_mean", "bn.running_var", "head.weight"])
+
+
+@quick
+@given(
+    st.dictionaries(names, st.tuples(kinds, st.sampled_from([0, 1, 5, 16384, 16385, 40000]))),
+    st.integers(0, 9),
+)
+def test_one_reading_finds_what_two_find(tmp_path, tensors, seed):
+    """Whatever lies in the file, in stretches or empty: hashlib, and `norm` with the roles."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {
+        name: (torch.randn(size, generator=generator) * 9).to(dtype)
+        for name, (dtype, size) in tensors.items()
+    }
+    write_tensors(tmp_path / "v", made)
+    found = measure(tmp_path / "v")
+    assert found.sha256 == "sha256:" + hashlib.sha256((tmp_path / "v").read_bytes()).hexdigest()
+    head = ("head",) if "head.weight" in made else ()
+    with TensorFile(tmp_path / "v") as file:
+        expected = vector.norm(file, roles_of(file.specs, head))
+    assert found.norm == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_reading_hashes_a_file_whose_tensors_are_not_in_order(tmp_path):
+    header = {"b": entry(0, 3), "empty": entry(3, 3), "a": entry(3, 5)}
+    (tmp_path / "v").write_bytes(blob(header, b"bbbaa"))
+    expected = hashlib.sha256((tmp_path / "v").read_bytes()).hexdigest()
+    assert measure(tmp_path / "v") == vector.Measured(sha256=f"sha256:{expected}", norm=0.0)
+
+
+@pytest.mark.parametrize("name", ["conv.weight", "bn.running_mean"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_reading_gives_no_norm_where_a_value_is_not_finite(subtract, tmp_path, name, value):
+    made = load(subtract())
+    made[name].view(-1)[0] = value
+    write_tensors(tmp_path / "v", made)
+    assert measure(tmp_path / "v").norm is None
+
+
+def test_large_finite_values_have_a_norm(tmp_path):
+    """Their squares are beyond float32."""
+    write_tensors(tmp_path / "v", {"w": torch.full((4,), 3e38)})
+    assert measure(tmp_path / "v").norm == pytest.approx(6e38, rel=1e-6)

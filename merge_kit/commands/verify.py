@@ -1,0 +1,62 @@
+"""merge-kit verify."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from merge_kit import verifying
+from merge_kit.contributions import read_local
+from merge_kit.hub import open_hub
+from merge_kit.site import federation_on
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--hub", required=True, help="The hub that the model was merged from.")
+@click.option(
+    "--from",
+    "copies",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A contribution in a local folder, in place of the hub's (repeatable).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for a program.")
+def verify(folder: Path, hub: str, copies: tuple[Path, ...], as_json: bool) -> None:
+    """Make the merged model in FOLDER again from what lies on the hub, and compare.
+
+    Reads every file again, checks every signature, and writes nothing. Exits with 0 when all is as
+    the model's provenance.json states, with 1 when anything differs.
+    """
+    opened = open_hub(hub)
+    federation = federation_on(opened)
+    local = [read_local(copy, federation) for copy in copies]
+    with Console(stderr=True).status("reading everything again"):
+        report = verifying.verify(folder, opened, local)
+    if as_json:
+        facts = {"verified": report.verified, "verdict": report.verdict, **asdict(report)}
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        _show(report)
+    if not report.verified:
+        sys.exit(1)
+
+
+def _show(report: verifying.Report) -> None:
+    width = max(len(check.subject) for check in report.checks)
+    for check in report.checks:
+        mark = "ok     " if check.ok else "DIFFERS"
+        click.echo(f"{mark}  {check.subject:<{width}}  {_printable(check.text)}")
+    for note in report.notes:
+        click.echo(f"note     {note}")
+    click.echo(f"\n{report.verdict}")
+
+
+def _printable(text: str) -> str:
+    """What a stranger may have written, made safe for a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,0 +1,126 @@
+"""What a merge reads: files that are opened once, and are the very files that were checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from merge_kit.contributions import Contribution, check_payload
+from merge_kit.errors import MergeKitError
+from merge_kit.federation import Federation, check_base
+from merge_kit.manifest import count_of
+from merge_kit.methods.base import Statistics
+from merge_kit.notes import Notes
+from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.remembered import Checked, Identified, cache_folder, check_unchanged
+from merge_kit.tensorfile import TensorFile, Tensors
+from merge_kit.weighing import Source
+
+Beside = Mapping[Statistics, Sequence[Contribution]]
+"""Statistics of each kind, one for each vector in the order of the ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What the engine needs, open."""
+
+    base: Tensors
+    base_fingerprint: str
+    sources: tuple[Source, ...]
+    """Sorted by id."""
+    roles: Mapping[str, Role]
+    gone: tuple[Source, ...] = ()
+    """Vectors that are not merged, but may have been when a running sum was made."""
+    files: tuple[tuple[Identified, Checked], ...] = ()
+    """Every file with what was checked of it; the base's comes first."""
+    contributions: tuple[Contribution, ...] = ()
+    """What the sources are, each checked; empty without a federation."""
+
+    @property
+    def notes(self) -> Notes | None:
+        """What earlier merges noted of vectors of this base; None where nothing is remembered."""
+        folder = cache_folder("notes")
+        return Notes(folder, self.base_fingerprint) if folder else None
+
+    def check_unchanged(self) -> None:
+        """Refuse what is not, or not any more, what was checked: ask once all has been read.
+
+        Raises
+        ------
+        TensorFileError
+            Names the file.
+        """
+        for file, checked in self.files:
+            check_unchanged(file, checked)
+
+
+@contextmanager
+def opened(
+    federation: Federation,
+    base_weights: Path,
+    contributions: Sequence[Contribution],
+    gone: Sequence[Contribution] = (),
+    beside: Beside = MappingProxyType({}),
+    *,
+    base_checked: Checked | None = None,
+) -> Iterator[Material]:
+    """Open the base and the payloads; what has not been checked before is checked now.
+
+    Raises
+    ------
+    MergeKitError
+        The base is not the federation's, a contribution is unsound, or a file changed after it was
+        checked.
+    """
+    with ExitStack() as stack:
+        base = stack.enter_context(TensorFile(base_weights))
+        files = [(base, base_checked or check_base(federation, base_weights, str(base_weights)))]
+        roles = roles_of(base.specs, federation.classifier)
+        expected = vector_specs(base.specs, roles)
+
+        def ready(found: Contribution) -> tuple[TensorFile, Contribution]:
+            checked = found.checked or check_payload(found, federation, expected, roles)
+            file = stack.enter_context(TensorFile(found.payload))
+            files.append((file, checked))
+            return file, replace(found, checked=checked)
+
+        ordered = [ready(c) for c in sorted(contributions, key=lambda c: c.id)]
+        statistics: dict[Statistics, list[TensorFile]] = {
+            kind: [ready(c)[0] for c in those] for kind, those in beside.items()
+        }
+        sources = [
+            replace(
+                _source(found, file, federation),
+                statistics={kind: those[index] for kind, those in statistics.items()},
+            )
+            for index, (file, found) in enumerate(ordered)
+        ]
+        material = Material(
+            base=base,
+            base_fingerprint=federation.base_fingerprint,
+            sources=tuple(sources),
+            roles=roles,
+            gone=tuple(_source(c, ready(c)[0], federation) for c in gone),
+            files=tuple(files),
+            contributions=tuple(found for _, found in ordered),
+        )
+        material.check_unchanged()
+        try:
+            yield material
+        except MergeKitError:
+            material.check_unchanged()  # otherwise the fault is the change, whatever came of it
+            raise
+
+
+def _source(contribution: Contribution, file: TensorFile, federation: Federation) -> Source:
+    counts = contribution.manifest.class_counts
+    return Source(
+        id=contribution.id,
+        site=contribution.site,
+        file=file,
+        class_counts=tuple(count_of(counts[name]) for name in federation.classes),
+        steps=contribution.manifest.training.steps,
+    )

@@ -1,0 +1,127 @@
+"""What a merged model says it was made of, read strictly: the file may come from anybody."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, field_validator
+
+from merge_kit.contributions import Trust
+from merge_kit.errors import ProvenanceError
+from merge_kit.manifest import Version
+from merge_kit.methods.base import Statistics
+from merge_kit.schema import Digest, Document, SiteName, parse
+
+PROVENANCE = "provenance.json"
+PROVENANCE_LIMIT = 64 << 20
+Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Key = Annotated[str, StringConstraints(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]
+SignatureText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{86}==$")]
+FolderName = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+
+
+class Contract(Document):
+    """The federation that the model belongs to."""
+
+    name: SiteName
+    hash: Digest
+
+
+class Ingredient(Document):
+    """A contribution that was merged."""
+
+    id: Id
+    site: SiteName
+    payload: Digest
+    trust: Trust
+    public_key: Key | None
+    signature: SignatureText | None
+    weight: float
+    statistics: dict[Statistics, Id] = Field(default_factory=dict)
+    """Contributions that were used beside the vector, by kind."""
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"{self.site}/{self.id[:12]}"
+
+
+class Refused(Document):
+    """An entry of the hub that was left out; whoever put it there chose its names."""
+
+    site: FolderName
+    id: FolderName
+
+
+class Versions(Document):
+    """The programs that merged."""
+
+    merge_kit: Version
+    torch: Version
+
+
+class Provenance(Document):
+    """provenance.json."""
+
+    format: Literal[1]
+    federation: Contract
+    base: Digest
+    merged: Digest
+    """Fingerprint of the merged tensors."""
+    recipe: dict[str, Any]
+    contributions: tuple[Ingredient, ...] = Field(min_length=1)
+    refused: tuple[Refused, ...]
+    software: Versions
+
+    @field_validator("contributions")
+    @classmethod
+    def _each_once(cls, found: tuple[Ingredient, ...]) -> tuple[Ingredient, ...]:
+        if len({part.id for part in found}) != len(found):
+            raise ValueError("a contribution is named twice")
+        return found
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """Read and check the provenance of a merged model.
+
+    Raises
+    ------
+    ProvenanceError
+        The folder has none, it breaks the format, or it was merged without a federation.
+    """
+    path = folder / PROVENANCE
+    if not path.is_file():
+        raise ProvenanceError(
+            f"{folder} is no merged model: it has no {PROVENANCE}; give a folder that "
+            "'merge-kit merge' made."
+        )
+    try:
+        with path.open("rb") as file:
+            raw = file.read(PROVENANCE_LIMIT + 1)
+    except OSError as error:
+        raise ProvenanceError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(raw) > PROVENANCE_LIMIT:
+        raise ProvenanceError(f"{path} has more than {PROVENANCE_LIMIT} bytes: it is refused.")
+    try:
+        data = json.loads(raw, object_pairs_hook=_once, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ProvenanceError(f"{path} is not sound JSON: it was changed or damaged.") from error
+    if isinstance(data, dict) and data.get("federation") is None:
+        raise ProvenanceError(
+            f"{path} names no federation: a model that was merged from plain checkpoints cannot be "
+            "verified, there is nothing signed to compare it with."
+        )
+    return parse(Provenance, data, str(path), ProvenanceError)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is named twice")
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
