@@ -24,8 +24,8 @@ Keys = NDArray[np.uint32]
 Counts = NDArray[np.int64]
 _SMALL = 1 << 18
 """So many values are kept and partitioned directly; as many make a sample of more."""
-_SAMPLED = 512
-"""Blocks that the sample is taken from."""
+_SAMPLED = 1024
+"""Pieces that the sample is made of."""
 _MARGIN = 0.003
 """What the sample may err by, as a fraction of the values."""
 _WIDTH = 1 << 17
@@ -237,9 +237,7 @@ def _in_one_pass(
 
 
 def _sample(reader: Reader, keys: Callable[[Block], Keys], parts: Sequence[Stretch]) -> Keys:
-    step = max(1, len(parts) // _SAMPLED)
-    taken = _SMALL // len(parts[::step])
-    pieces = [Stretch(part.tensor, part.begin, min(taken, part.size)) for part in parts[::step]]
+    pieces = _pieces(parts)
     sample = np.empty((len(reader), sum(piece.size for piece in pieces)), dtype=np.uint32)
     at = 0
     for piece, found in reader.each(lambda block: keys(block).copy(), pieces):
@@ -247,6 +245,19 @@ def _sample(reader: Reader, keys: Callable[[Block], Keys], parts: Sequence[Stret
         at += piece.size
     sample.sort(axis=1)
     return sample
+
+
+def _pieces(parts: Sequence[Stretch]) -> list[Stretch]:
+    """Equal pieces at equal distances along all values, so that small tensors count for little."""
+    ends = np.cumsum([part.size for part in parts])
+    places = np.arange(_SAMPLED) * int(ends[-1]) // _SAMPLED
+    pieces = []
+    for index, place in zip(np.searchsorted(ends, places, side="right"), places, strict=True):
+        part = parts[index]
+        offset = int(place - ends[index]) + part.size
+        size = min(_SMALL // _SAMPLED, part.size - offset)
+        pieces.append(Stretch(part.tensor, part.begin + offset, size))
+    return pieces
 
 
 def _bounds(sample: Keys, share: float) -> NDArray[np.int64]:

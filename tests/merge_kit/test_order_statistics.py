@@ -101,6 +101,19 @@ def test_values_that_are_far_apart_are_kept_and_not_counted():
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_many_small_tensors_do_not_mislead_the_sample():
+    """A twentieth of the blocks, a thousandth of the values, and all much larger than the rest."""
+    size, step = 2_000_000, 4096
+    values = normal(5, 2, size)
+    values[:, :2000] += 100
+    small = [Stretch("w", at, 50) for at in range(0, 2000, 50)]
+    large = [Stretch("w", at, min(step, size - at)) for at in range(2000, size, step)]
+    rows = Rows(values)
+    found = kth_largest(rows, lambda b: keys_of(b.values), [*small, *large], [400_000])
+    np.testing.assert_array_equal(found.view(np.float32), by_sorting(rows, [400_000]))
+    assert rows.read < 1.2 * size
+
+
 def test_a_sample_that_misleads_about_values_far_apart_costs_no_exactness_either(factor):
     """Looked for too low, then too high."""
     values = np.exp(10 * normal(6, 2, 600_000), dtype=np.float32)
