@@ -16,7 +16,8 @@ from torch import Tensor
 
 from merge_kit.methods.base import Block, Statistics
 from merge_kit.order_statistics import Stretch
-from merge_kit.tensorfile import Tensors, TensorSpec
+from merge_kit.tensorfile import Tensors
+from merge_kit.tensorheader import TensorSpec
 
 BLOCK = 32768
 """Values of each vector in one block: with its float64 temporaries it stays in the cache."""

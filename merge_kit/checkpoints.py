@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,16 +19,8 @@ import torch
 from merge_kit import vector
 from merge_kit.errors import TensorFileError, VectorError
 from merge_kit.parameters import Role, is_carried, vector_specs
-from merge_kit.tensorfile import (
-    HEADER_LIMIT,
-    Fingerprint,
-    StoredTensors,
-    TensorFile,
-    Tensors,
-    TensorSpec,
-    identity_of,
-    is_safe,
-)
+from merge_kit.tensorfile import Fingerprint, StoredTensors, TensorFile, Tensors, identity_of
+from merge_kit.tensorheader import HEADER_LIMIT, TensorSpec, is_safe
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -94,12 +85,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

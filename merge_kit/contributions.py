@@ -17,7 +17,8 @@ from merge_kit.hub import FolderHub, Hub
 from merge_kit.manifest import Kind, Manifest, parse_manifest
 from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.remembered import Checked, look
-from merge_kit.tensorfile import TensorFile, TensorSpec
+from merge_kit.tensorfile import TensorFile
+from merge_kit.tensorheader import TensorSpec
 
 PAYLOAD = "payload.safetensors"
 MANIFEST = "manifest.json"

@@ -23,7 +23,8 @@ from merge_kit.pooling import Pooling
 from merge_kit.recipe import DTYPES, Group, Lines, Recipe
 from merge_kit.running import Sums
 from merge_kit.surveys import Survey
-from merge_kit.tensorfile import Tensors, TensorSpec
+from merge_kit.tensorfile import Tensors
+from merge_kit.tensorheader import TensorSpec
 from merge_kit.weighing import Source, Weighing, weigh
 
 __all__ = [

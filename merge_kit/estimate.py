@@ -14,7 +14,8 @@ from merge_kit import engine, jobs
 from merge_kit.blocks import BLOCK, one_thread_each
 from merge_kit.parameters import Role
 from merge_kit.recipe import Recipe, Rule
-from merge_kit.tensorfile import Tensors, TensorSpec
+from merge_kit.tensorfile import Tensors
+from merge_kit.tensorheader import TensorSpec
 from merge_kit.weighing import Source
 
 _SHARE = 0.02

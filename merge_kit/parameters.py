@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 
 from merge_kit.errors import VectorError
-from merge_kit.tensorfile import TensorSpec
+from merge_kit.tensorheader import TensorSpec
 
 
 class Role(Enum):

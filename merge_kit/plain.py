@@ -31,7 +31,8 @@ from merge_kit.provenance import PROVENANCE
 from merge_kit.recipe import Recipe
 from merge_kit.remembered import Checked, look
 from merge_kit.schema import Digest, Document
-from merge_kit.tensorfile import Tensors, TensorSpec
+from merge_kit.tensorfile import Tensors
+from merge_kit.tensorheader import TensorSpec
 from merge_kit.writing import Written, write_folder
 
 DEFAULTS = {"weights": "uniform", "head": "method"}

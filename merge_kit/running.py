@@ -26,7 +26,8 @@ from merge_kit.files import canonical_json, write_atomic
 from merge_kit.methods.base import Block, Linear
 from merge_kit.recipe import Recipe, Rule
 from merge_kit.schema import Digest, Document, parse
-from merge_kit.tensorfile import TensorFile, TensorSpec, TensorWriter
+from merge_kit.tensorfile import TensorFile, TensorWriter
+from merge_kit.tensorheader import TensorSpec
 from merge_kit.weighing import Source, weigh
 
 FOLDER = "running-sum"
@@ -81,12 +82,7 @@ class RunningSum:
     def __enter__(self) -> RunningSum:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Annotated, Literal
 
 import numpy as np
@@ -25,7 +24,8 @@ from merge_kit.engine import Part, Source
 from merge_kit.errors import RecipeError, VectorError
 from merge_kit.files import canonical_json, storage_errors
 from merge_kit.schema import Digest, Document, SiteName, parse
-from merge_kit.tensorfile import StoredTensors, Tensors, TensorSpec, TensorWriter
+from merge_kit.tensorfile import StoredTensors, Tensors, TensorWriter
+from merge_kit.tensorheader import TensorSpec
 from merge_kit.vector import METADATA_KEY, check_finite
 
 MASKS = "masks"
@@ -78,12 +78,7 @@ class MaskWriter:
     def __enter__(self) -> MaskWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bits:
             with suppress(OSError):
                 self._bits.close()

@@ -17,7 +17,8 @@ from merge_kit.errors import ContributionError, VectorError
 from merge_kit.manifest import Kind
 from merge_kit.parameters import Role
 from merge_kit.schema import Digest
-from merge_kit.tensorfile import TensorFile, TensorSpec
+from merge_kit.tensorfile import TensorFile
+from merge_kit.tensorheader import TensorSpec
 from merge_kit.vector import VectorHeader
 
 REMEDY = "the site must make its statistics again."

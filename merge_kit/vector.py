@@ -15,7 +15,8 @@ from merge_kit.errors import BaseMismatchError, NonFiniteError, VectorError
 from merge_kit.files import canonical_json
 from merge_kit.parameters import Role, is_carried, role_of, vector_specs
 from merge_kit.schema import Digest, Document, SiteName, parse
-from merge_kit.tensorfile import StoredTensors, TensorFile, Tensors, TensorSpec, TensorWriter
+from merge_kit.tensorfile import StoredTensors, TensorFile, Tensors, TensorWriter
+from merge_kit.tensorheader import TensorSpec
 
 METADATA_KEY = "merge-kit"
 TRAIN_AGAIN = "the site must train again and publish a sound vector."

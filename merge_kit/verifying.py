@@ -32,7 +32,8 @@ from merge_kit.provenance import PROVENANCE, Ingredient, Provenance, read_proven
 from merge_kit.recipe import Recipe, make_recipe
 from merge_kit.remembered import Checked
 from merge_kit.site import federation_on
-from merge_kit.tensorfile import Fingerprint, TensorFile, TensorSpec, fingerprint, read_all
+from merge_kit.tensorfile import Fingerprint, TensorFile, fingerprint, read_all
+from merge_kit.tensorheader import TensorSpec
 
 LAST_DIGIT = 1e-5
 """A relative difference that may come from rounding."""

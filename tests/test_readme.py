@@ -69,6 +69,16 @@ def test_each_recipe_in_configs_is_complete_and_named_after_its_method():
     assert {name: recipe.method for name, recipe in found.items()} == {n: n for n in METHODS}
 
 
+def test_recipes_in_the_documents_are_recipes():
+    import yaml
+
+    from merge_kit.recipe import make_recipe
+
+    text = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    assert [make_recipe(yaml.safe_load(block), "docs").method for block in shown] == ["mean"]
+
+
 def test_the_training_options_in_configs_are_the_defaults():
     from finetune.options import TrainingOptions, make_options
     from merge_kit.errors import UsageError

@@ -59,7 +59,8 @@ def make(folder: Path, sites: int, width: int, depth: int, kinds: list[str]) -> 
     """Write what is not there yet."""
     import torch
 
-    from merge_kit.tensorfile import TensorFile, TensorSpec, TensorWriter
+    from merge_kit.tensorfile import TensorFile, TensorWriter
+    from merge_kit.tensorheader import TensorSpec
 
     specs = {n: TensorSpec(torch.float32, s) for n, s in shapes(width, depth).items()}
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, settings
 from merge_kit.engine import Part
 from merge_kit.errors import MergeKitError
 from merge_kit.remembered import SETTLED
-from merge_kit.tensorfile import TensorFile, TensorSpec, read_all
+from merge_kit.tensorfile import TensorFile, read_all
+from merge_kit.tensorheader import TensorSpec
 
 quick = settings(
     deadline=None,

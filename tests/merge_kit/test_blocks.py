@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from merge_kit.blocks import BLOCK, in_order, one_thread_each, stretches
-from merge_kit.tensorfile import TensorSpec
+from merge_kit.tensorheader import TensorSpec
 
 
 def pair(sizes, seed=0, sites=2):

@@ -26,7 +26,8 @@ from merge_kit.checkpoints import (
 )
 from merge_kit.errors import MergeKitError, NonFiniteError, TensorFileError, VectorError
 from merge_kit.parameters import Role, roles_of
-from merge_kit.tensorfile import TensorFile, TensorSpec, fingerprint, read_all, specs_of
+from merge_kit.tensorfile import TensorFile, fingerprint, read_all, specs_of
+from merge_kit.tensorheader import TensorSpec
 from tests.merge_kit.helpers import load, quick, says
 
 STATE = {

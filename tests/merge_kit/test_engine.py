@@ -11,7 +11,8 @@ from merge_kit import engine
 from merge_kit.errors import NonFiniteError, RecipeError, VectorError
 from merge_kit.parameters import roles_of
 from merge_kit.recipe import make_recipe
-from merge_kit.tensorfile import TensorSpec, specs_of
+from merge_kit.tensorfile import specs_of
+from merge_kit.tensorheader import TensorSpec
 from tests.merge_kit.helpers import assemble, says
 
 BASE = {

@@ -8,7 +8,8 @@ import torch
 
 from merge_kit.errors import VectorError
 from merge_kit.parameters import Role, role_of, roles_of, variance_of, vector_specs
-from merge_kit.tensorfile import TensorSpec, specs_of
+from merge_kit.tensorfile import specs_of
+from merge_kit.tensorheader import TensorSpec
 from tests.merge_kit.helpers import says
 
 FLOAT, WHOLE = TensorSpec(torch.float32, (2,)), TensorSpec(torch.int64, ())

@@ -24,7 +24,8 @@ from merge_kit.sitemasks import (
     unmasked,
     unpack,
 )
-from merge_kit.tensorfile import TensorFile, TensorSpec, specs_of, write_tensors
+from merge_kit.tensorfile import TensorFile, specs_of, write_tensors
+from merge_kit.tensorheader import TensorSpec
 from tests.merge_kit.helpers import assemble, listing, load, quick, says
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64

@@ -10,7 +10,8 @@ import torch
 from merge_kit import publishing, site, statistics
 from merge_kit.errors import ContributionError, VectorError
 from merge_kit.parameters import Role, roles_of, vector_specs
-from merge_kit.tensorfile import TensorFile, TensorSpec, write_tensors
+from merge_kit.tensorfile import TensorFile, write_tensors
+from merge_kit.tensorheader import TensorSpec
 from tests.conftest import write_run, write_statistics
 from tests.merge_kit.helpers import load, says
 

@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from merge_kit.errors import MergeKitError, TensorFileError
 from merge_kit.files import sha256_bytes
 from merge_kit.tensorfile import (
-    DTYPES,
     TensorFile,
-    TensorSpec,
     TensorWriter,
     fingerprint,
     fingerprint_file,
     specs_of,
     write_tensors,
 )
+from merge_kit.tensorheader import DTYPES, TensorSpec
 from tests.merge_kit.helpers import listing, load, quick, says
 
 TINY = {"a": torch.tensor([1.0, -2.0]), "n": torch.tensor(3)}

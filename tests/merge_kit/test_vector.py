@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from merge_kit import vector
 from merge_kit.errors import BaseMismatchError, NonFiniteError, VectorError
 from merge_kit.parameters import Role, roles_of, vector_specs
-from merge_kit.tensorfile import TensorFile, TensorSpec, specs_of, write_tensors
+from merge_kit.tensorfile import TensorFile, specs_of, write_tensors
+from merge_kit.tensorheader import TensorSpec
 from tests.merge_kit.helpers import blob, entry, load, quick, says
 
 ZEROS, ONES = "sha256:" + "0" * 64, "sha256:" + "1" * 64
