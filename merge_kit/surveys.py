@@ -14,6 +14,8 @@ from merge_kit.methods.base import Block, Scope
 from merge_kit.notes import Notes
 from merge_kit.order_statistics import Stretch, keys_of, kth_largest, signed_keys_of, values_of
 
+_FORMAT = 1
+"""Raised whenever a figure is computed in another way, so that older notes are not used."""
 _ALONE = 32
 """Up to so many vectors inner products are computed pair by pair."""
 
@@ -93,7 +95,9 @@ class Survey:
         return {name: found[name if scope == "tensor" else ""] for name in self.reader.names}
 
     def _subject(self) -> list[object]:
-        return [list(self.reader.names), list(self.changed_by)]
+        # Products come from the linear algebra under torch: another version may round otherwise.
+        made_by = [_FORMAT, torch.__version__, torch.backends.cpu.get_cpu_capability()]
+        return [list(self.reader.names), list(self.changed_by), made_by]
 
     def _kth_largest(
         self, measure: Callable[[Block], Tensor], fraction: float, scope: Scope
