@@ -54,6 +54,17 @@ def test_a_site_that_arrives_is_the_only_one_read(three, contribute, merge_all, 
     assert not (tmp_path / "plain" / FOLDER).exists()
 
 
+def test_merging_the_same_again_reads_no_vector(three, merge_all, tmp_path):
+    merge_all("merged", "--keep-sum")
+    before = content(tmp_path / "merged")
+    assert "0 vector(s) read, the running sum is kept" in merge_all("merged", "--replace")
+    assert content(tmp_path / "merged") == before
+    said = merge_all("merged", "--replace", "--scale", "0.5")
+    assert "0 vector(s) read" in said
+    merge_all("scratch", "--keep-sum", "--scale", "0.5")
+    assert content(tmp_path / "merged") == content(tmp_path / "scratch")
+
+
 def test_a_site_that_withdraws_leaves_no_trace(three, merge_all, tmp_path):
     """Its vector is taken away, and all bytes are those of a merge that never had it."""
     merge_all("merged", "--keep-sum")
