@@ -19,7 +19,7 @@ from merge_kit.order_statistics import Stretch
 from merge_kit.tensorfile import Tensors
 from merge_kit.tensorheader import TensorSpec
 
-BLOCK = 32768
+BLOCK = 65536
 """Values of each vector in one block: with its float64 temporaries it stays in the cache."""
 _AHEAD = 4
 T = TypeVar("T")

@@ -26,7 +26,7 @@ _LAST = 2.0**-23
 _BELOW_FLOAT32 = (1 << 29) - 1
 _LIMIT = 2.0**52
 """One bit less than float64 has: the bounds below are rounded too."""
-_FINITE = 0x7FFFFFFF
+_FINITE, _FINITE_DOUBLE = 0x7FFFFFFF, 0x7FFFFFFFFFFFFFFF
 Doubles = NDArray[np.float64]
 Pair = tuple[Doubles, Doubles]
 _SPLIT = 2.0**27 + 1
@@ -93,17 +93,23 @@ def _adds_exactly(start: Tensor, values: Tensor, weights: Sequence[float], shift
     """
     if bool((start.view(torch.int64) & _BELOW_FLOAT32).any()):
         return False
-    bits = values.view(torch.int32) & _FINITE
-    least, most = (int(bound) for bound in bits.aminmax())
-    if not least:
-        least = int(bits.masked_fill_(bits == 0, _FINITE).amin())
-    low, high = torch.tensor([least, most], dtype=torch.int32).view(torch.float32).tolist()
-    begin = start.abs()
-    most_start = float(begin.amax())
-    least_start = float(begin.masked_fill_(begin == 0, math.inf).amin())
-    unit = min(_power_below(low) * _unit(weights) * shift, _power_below(least_start))
-    exact: bool = high * sum(map(abs, weights)) * shift + most_start < _LIMIT * unit * _LAST
+    low, high = _magnitudes(values.view(torch.int32) & _FINITE, torch.float32)
+    least, most = _magnitudes(start.view(torch.int64) & _FINITE_DOUBLE, torch.float64)
+    unit = min(_power_below(low) * _unit(weights) * shift, _power_below(least))
+    exact: bool = high * sum(map(abs, weights)) * shift + most < _LIMIT * unit * _LAST
     return exact
+
+
+def _magnitudes(bits: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """The smallest magnitude that is not zero (infinity if all are) and the largest, of bits."""
+    finite = torch.iinfo(bits.dtype).max
+    most = bits.amax()
+    # One less than zero is the largest number: masking zeros out would take several times as long.
+    least = bits.sub_(1).bitwise_and_(finite).amin()
+    if int(least) == finite:
+        return math.inf, 0.0
+    low, high = torch.stack([least + 1, most]).view(dtype).tolist()
+    return low, high
 
 
 def _largest(values: Tensor) -> float:

@@ -307,15 +307,15 @@ def test_a_site_that_krum_refuses_has_no_say_in_heads_and_statistics(merge, sour
 
 def test_a_tensor_of_several_blocks_is_merged_whole(open_file):
     """Three blocks; the mean of 0, 1, 2 ... and its double is 1.5 times it."""
-    ramp = torch.arange(80_000, dtype=torch.float32)
+    ramp = torch.arange(150_000, dtype=torch.float32)
     made = [
         engine.Source(f"{i}", f"s{i}", open_file({"w": ramp * (i + 1)}), (1.0,), 1)
         for i in range(2)
     ]
-    roles = roles_of({"w": TensorSpec(torch.float32, (80_000,))}, ())
+    roles = roles_of({"w": TensorSpec(torch.float32, (150_000,))}, ())
     recipe = make_recipe({"method": "mean"}, "test")
-    parts = list(engine.merge(open_file({"w": torch.ones(80_000)}), made, roles, recipe))
-    assert [part.begin for part in parts] == [0, 32768, 65536]
+    parts = list(engine.merge(open_file({"w": torch.ones(150_000)}), made, roles, recipe))
+    assert [part.begin for part in parts] == [0, 65536, 131072]
     assert torch.equal(torch.cat([part.values for part in parts]), 1 + 1.5 * ramp)
 
 

@@ -13,8 +13,8 @@ from merge_kit.recipe import make_recipe
 from tests.merge_kit.helpers import says
 
 TENSORS = {
-    "blocks.0.w": torch.zeros(300, 200),
-    "blocks.1.w": torch.zeros(300, 200),
+    "blocks.0.w": torch.zeros(256, 512),
+    "blocks.1.w": torch.zeros(256, 512),
     "bn.num_batches_tracked": torch.tensor(0),
     "bn.running_mean": torch.zeros(3),
     "bn.running_var": torch.zeros(3),
@@ -43,15 +43,15 @@ def expect(open_file):
 def test_every_tensor_is_in_one_row(expect):
     found = expect(method="ties", groups=[{"match": "blocks.1.*", "method": "mean"}])
     assert found.rows == (
-        Row("weights", "ties", 1, 60_000),
-        Row("group 1", "mean", 1, 60_000),
+        Row("weights", "ties", 1, 131_072),
+        Row("group 1", "mean", 1, 131_072),
         Row("head", "rows from the sites that know the class", 1, 10),
         Row("norm mean", "pooled", 1, 3),
         Row("norm variance", "pooled", 1, 3),
         Row("counter", "the largest", 1, 1),
         Row("constant", "as in the base", 1, 2),
     )
-    assert expect(method="ties", head="method").rows[0] == Row("weights", "ties", 3, 120_010)
+    assert expect(method="ties", head="method").rows[0] == Row("weights", "ties", 3, 262_154)
 
 
 @pytest.mark.parametrize(
@@ -62,15 +62,15 @@ def test_readings_are_counted(expect, method, readings):
 
 
 def test_output_is_what_the_merged_weights_take(expect):
-    values = 2 * 60_000 + 3 + 3 + 10
+    values = 2 * 131_072 + 3 + 3 + 10
     assert expect(method="mean").output == 4 * values + 8 + 2 * 8
     assert expect(method="mean", dtype="bfloat16").output == 2 * values + 8 + 2 * 8
 
 
 def test_whole_tensors_need_more_memory_than_blocks(expect):
-    """32768 of the 60000 values are a block."""
+    """Half of the 131072 values of a tensor are a block."""
     blocks, whole = expect(method="mean").memory, expect(method="tsv-m").memory
-    assert whole / blocks == pytest.approx(60_000 / 32_768)
+    assert whole / blocks == pytest.approx(2.0)
     assert expect(method="mean").seconds > 0
 
 

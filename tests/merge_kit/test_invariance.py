@@ -47,7 +47,7 @@ def many(open_file, count=9, kind=None):
     made = []
     for index in range(count):
         tensors = {
-            "body.weight": torch.randn(190, 190, generator=generator),
+            "body.weight": torch.randn(270, 270, generator=generator),
             "bn.running_mean": torch.randn(64, generator=generator),
             "bn.running_var": torch.rand(64, generator=generator),
             "bn.num_batches_tracked": torch.tensor(index),

@@ -15,7 +15,7 @@ from merge_kit.tensorfile import TensorFile, write_tensors
 from tests.merge_kit.helpers import assemble
 
 BASE_PRINT = "sha256:" + "0" * 64
-SHAPES = {"a.w": (250, 190), "b.w": (40_001,), "c.w": (3,)}
+SHAPES = {"a.w": (270, 270), "b.w": (70_001,), "c.w": (3,)}
 VALUES = sum(torch.Size(shape).numel() for shape in SHAPES.values())
 
 

@@ -17,7 +17,7 @@ from merge_kit.running import FOLDER, RECORD, SUMS, RunningSum, SumWriter
 from merge_kit.tensorfile import TensorFile, write_tensors
 from tests.merge_kit.helpers import assemble, load, says
 
-SHAPES = {"blocks.0.w": (190, 190), "blocks.1.w": (40_000,), "stem.w": (3, 5)}
+SHAPES = {"blocks.0.w": (270, 270), "blocks.1.w": (70_000,), "stem.w": (3, 5)}
 BASE_PRINT = "sha256:" + "0" * 64
 
 
@@ -222,7 +222,7 @@ def test_a_sum_that_was_changed_is_refused(vectors, tmp_path):
     merge_keeping(base, sources[:5], recipe, tmp_path / "a")
     path = tmp_path / "a" / FOLDER / SUMS
     tensors = load(path)
-    tensors["blocks.1.w"][39_999] += 1e-9
+    tensors["blocks.1.w"][69_999] += 1e-9
     write_tensors(path, tensors)
     with RunningSum(tmp_path / "a" / FOLDER) as old:
         with says(TensorFileError, f"{path}: 'blocks.1.w' was changed: merge from scratch."):
