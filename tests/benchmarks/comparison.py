@@ -139,7 +139,9 @@ def opened(
         published = statistics(kind, inputs) if kind else ()
         sources = []
         for index, (site, tau) in enumerate(zip(inputs.sites, inputs.vectors, strict=True)):
-            more = {"statistics": written(f"{site} {kind}", published[index])} if kind else {}
+            more = (
+                {"statistics": {kind: written(f"{site} {kind}", published[index])}} if kind else {}
+            )
             sources.append(engine.Source(site, site, written(site, tau), (100.0,), 1, **more))
         yield base, sources
 
