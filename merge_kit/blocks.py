@@ -120,18 +120,17 @@ class BlockReader:
 
     def block(self, stretch: Stretch) -> Block:
         """Read one block; its values are overwritten by the same thread's next one."""
-        values = self._buffer(stretch.size)
+        values = self._kept("values", stretch.size, len(self.vectors), torch.float32)
         for row, vector in zip(values, self.vectors, strict=True):
             vector.read_into(stretch.tensor, stretch.begin, row)
         spec = self.base.specs[stretch.tensor]
-        start = torch.empty(stretch.size, dtype=spec.dtype)
-        self.base.read_into(stretch.tensor, stretch.begin, start)
+        start = self._start(stretch)
         block = Block(
             tensor=stretch.tensor,
             shape=spec.shape,
             begin=stretch.begin,
             values=values,
-            start=start.double(),
+            start=start,
             ids=self.ids,
             sites=self.sites,
             seed=self.seed,
@@ -150,14 +149,25 @@ class BlockReader:
             file.read_into(stretch.tensor, stretch.begin, row)
         return found
 
-    def _buffer(self, size: int) -> Tensor:
+    def _start(self, stretch: Stretch) -> Tensor:
+        read = self._kept("read", stretch.size, 1, self.base.specs[stretch.tensor].dtype)[0]
+        self.base.read_into(stretch.tensor, stretch.begin, read)
+        start = self._kept("start", stretch.size, 1, torch.float64)[0]
+        return start.copy_(read)
+
+    def _kept(self, what: str, size: int, rows: int, dtype: torch.dtype) -> Tensor:
+        """(rows, size) of memory that a thread uses again and again.
+
+        New memory for each block, between small results that stay, would scatter the heap.
+        """
         # A first pass that starts inside a block of another must not overwrite it.
         if size > BLOCK or getattr(self._local, "depth", 0) > 1:
-            return torch.empty(len(self.vectors), size)
-        if not hasattr(self._local, "values"):
-            self._local.values = torch.empty(len(self.vectors) * BLOCK)
-        kept: Tensor = self._local.values[: len(self.vectors) * size]
-        return kept.view(len(self.vectors), size)
+            return torch.empty(rows, size, dtype=dtype)
+        name = f"{what} {dtype}"
+        if not hasattr(self._local, name):
+            setattr(self._local, name, torch.empty(rows * BLOCK, dtype=dtype))
+        kept: Tensor = getattr(self._local, name)[: rows * size]
+        return kept.view(rows, size)
 
     def each(
         self, function: Callable[[Block], R], parts: Sequence[Stretch] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -137,15 +138,15 @@ class Survey:
         Up to 32 vectors every product is computed by itself, so that it does not depend on which
         other vectors there are; what was noted of a pair is not computed again.
         """
-        size = len(self)
+        size, scratch = len(self), threading.local()
         pairs = [(i, j) for i in range(size) for j in range(i, size)]
         if not self.notes or size > _ALONE or len(self.reader.ids) != size:
-            return self.totals(lambda block: _products(block, pairs, on_weights))
+            return self.totals(lambda block: _products(block, pairs, on_weights, scratch))
         subject = ["inner products", on_weights, *self._subject()]
         known = self.notes.read(subject)
         missing = [(i, j) for i, j in pairs if self._pair(i, j) not in known]
         if missing:
-            new = self.totals(lambda block: _products(block, missing, on_weights))
+            new = self.totals(lambda block: _products(block, missing, on_weights, scratch))
             figures = {
                 self._pair(i, j): [new[name][i, j].item() for name in self.reader.names]
                 for i, j in missing
@@ -162,16 +163,23 @@ class Survey:
         return " ".join(sorted((self.reader.ids[i], self.reader.ids[j])))
 
 
-def _products(block: Block, pairs: Sequence[tuple[int, int]], on_weights: bool) -> Tensor:
+def _products(
+    block: Block, pairs: Sequence[tuple[int, int]], on_weights: bool, scratch: threading.local
+) -> Tensor:
     size, length = block.values.shape
+    # One buffer for each thread: new ones between small results that stay would scatter the heap.
     # BLAS may treat rows by their alignment: every row begins at a multiple of 64 bytes.
-    values = torch.zeros(size, -(-length // 8) * 8, dtype=torch.float64, device=block.values.device)
-    values[:, :length] = block.values
+    if getattr(scratch, "length", 0) < length:
+        scratch.length = -(-length // 8) * 8
+        scratch.values = torch.empty(size, scratch.length, dtype=torch.float64)
+    values = scratch.values[:, :length]
+    values.copy_(block.values)
     if on_weights:
-        values[:, :length] += block.start
+        values += block.start
     if size > _ALONE:
-        return values @ values.T
-    found = torch.zeros(size, size, dtype=torch.float64, device=values.device)
+        product: Tensor = values @ values.T
+        return product
+    found = torch.zeros(size, size, dtype=torch.float64)
     for i, j in pairs:
         found[i, j] = found[j, i] = values[i].dot(values[j])
     return found
