@@ -26,7 +26,7 @@ COMMANDS = {
     "status": ("merge_kit.commands.status:status", "Show what lies on a hub."),
     "merge": ("merge_kit.commands.merge:merge", "Merge contributions into one model."),
     "verify": ("merge_kit.commands.verify:verify", "Make a merged model again and compare."),
-    "unmask": ("merge_kit.commands.unmask:unmask", "Give back a site's own model after EMR."),
+    "unmask": ("merge_kit.commands.unmask:unmask", "Give back a model close to a site's own."),
     "select": ("evaluate.select_command:select", "Choose a merge on validation images."),
     "evaluate": ("evaluate.command:evaluate", "Evaluate models on labelled images."),
     "methods": ("merge_kit.commands.methods:methods", "List the merge methods."),

@@ -81,7 +81,8 @@ def _check_method(method: Method, options: Document, sources: Sequence[Source]) 
             if method.statistics not in source.statistics:
                 raise RecipeError(
                     f"site '{source.site}' has published no {method.statistics} statistics for "
-                    "its vector: ask it to run 'merge-kit statistics', or take another method."
+                    "its vector: ask it to run 'merge-kit statistics' and to publish again, or "
+                    "take another method (plain checkpoints have none)."
                 )
 
 

@@ -106,7 +106,7 @@ def _distrust(entry: Entry, allow_unsigned: bool) -> str | None:
         return f"{found.label} is not signed (--allow-unsigned takes it all the same)."
     return (
         f"{found.label} is signed by a key that is not admitted: check it with the site and run "
-        f"'merge-kit admit {found.site} {found.key}'."
+        f"'merge-kit admit <hub> {found.site} {found.key}'."
     )
 
 
@@ -126,7 +126,8 @@ def find_statistics(
         if not own:
             raise RecipeError(
                 f"site '{contribution.site}' has published no {kind} statistics for its vector: "
-                "ask it to run 'merge-kit statistics', or take another method."
+                f"ask it to run 'merge-kit statistics <folder> --kind {kind}' and to publish "
+                "again, or take another method."
             )
         found.append(max(own, key=lambda s: (s.manifest.created_at, s.id)))
     return found

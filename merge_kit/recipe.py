@@ -198,5 +198,11 @@ def read_recipe(path: Path, defaults: Mapping[str, Any] | None = None) -> Recipe
         As `make_recipe`, or the file cannot be read as YAML.
     """
     if not path.exists():
-        path = shipped_recipes().get(str(path), path)
+        shipped = shipped_recipes()
+        if path.suffix == "" and str(path) not in shipped:
+            raise RecipeError(
+                f"{path} does not exist and is no recipe that comes with merge-kit"
+                f"{suggestion(str(path), list(shipped))}"
+            )
+        path = shipped.get(str(path), path)
     return make_recipe(read_yaml(path, RecipeError), str(path), defaults)

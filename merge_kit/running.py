@@ -136,7 +136,12 @@ class Sums:
 
 def fits(recipe: Recipe) -> bool:
     """Whether every rule of a recipe is linear, so that a running sum can be kept."""
-    return all(isinstance(rule.entry.rule, Linear) for rule in recipe.rules)
+    return all(map(is_linear, recipe.rules))
+
+
+def is_linear(rule: Rule) -> bool:
+    """Whether a rule's method is a weighted sum."""
+    return isinstance(rule.entry.rule, Linear)
 
 
 def from_scratch(sources: Sequence[Source], recipe: Recipe) -> tuple[Sums, ...]:

@@ -1,7 +1,7 @@
 """What a merged model keeps of each site: one bit for each value of the weights, and a rescaler.
 
-A site's own model is theta_0 + r M * (theta_merged - theta_0) with its bits M and, in each tensor,
-its rescaler r (EMR, arXiv 2405.17461).
+Close to a site's own model is theta_0 + r M * (theta_merged - theta_0) with its bits M and, in each
+tensor, its rescaler r (EMR, arXiv 2405.17461).
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def check_masks(file: StoredTensors, header: MaskHeader, merged: Tensors, base: 
 
 
 def unmasked(merged: Tensors, base: Tensors, masks: Tensors, header: MaskHeader) -> Iterator[Part]:
-    """A site's own model, stretch by stretch, sorted by name, in the merged model's dtypes.
+    """A model close to a site's own, stretch by stretch, in the merged one's dtypes.
 
     Tensors with masks are theta_0 + r M * (theta_merged - theta_0), summed in float64; all others,
     such as heads, norm statistics and counters, are the merged model's.

@@ -67,9 +67,10 @@ def write_folder(
         A running sum is asked of rules that are not linear.
     """
     if keep_sum and not running.fits(recipe):
+        odd = next(rule.method for rule in recipe.rules if not running.is_linear(rule))
         raise UsageError(
-            f"a running sum can be kept of linear methods only, '{recipe.method}' is none in "
-            "every group: leave --keep-sum out."
+            f"a running sum can be kept of linear methods only, '{odd}' is none: leave --keep-sum "
+            "out."
         )
     keep = keep_sum or (running.fits(recipe) and (out / running.FOLDER).is_dir())
     with new_folder(out, replace=replace) as folder:

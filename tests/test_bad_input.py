@@ -328,7 +328,7 @@ def stranger(b):
     key = (b.tmp / "south" / "keys" / "site.pub").read_text().strip()
     return ["merge", b.hub.root, "--out", b.tmp / "out"], (
         f"contribution south/{parcel.manifest.id[:12]} is signed by a key that is not admitted: "
-        f"check it with the site and run 'merge-kit admit south {key}'. Leave it out with "
+        f"check it with the site and run 'merge-kit admit <hub> south {key}'. Leave it out with "
         "--exclude south or --skip-refused."
     )
 

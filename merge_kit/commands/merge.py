@@ -82,8 +82,7 @@ def merge(
         click.echo(chosen.to_yaml(), nl=False)
         return
     target = out or Path(f"merged-{chosen.method}")
-    if not dry_run:
-        check_target(target, replace=replace)
+    check_target(target, replace=replace)
     if alone:
         if skip_refused or allow_unsigned:
             raise UsageError(

@@ -16,10 +16,10 @@ from merge_kit.unmasking import unmask as unmask_site
 @click.command()
 @click.argument("merged", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="A hub, or the base as a folder or a file.")
-@click.option("--site", required=True, help="The site whose own model is wanted.")
+@click.option("--site", required=True, help="The site whose model is wanted.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the site's model.")
 def unmask(merged: Path, base: str, site: str, out: Path | None) -> None:
-    """Give back a site's own model from the folder MERGED that keeps masks of its sites.
+    """Give back a model close to a site's own, from the folder MERGED that keeps masks.
 
     The method 'emr' keeps them: one bit for each value and site. Heads and norm statistics stay
     those of the merged model.
@@ -31,7 +31,9 @@ def unmask(merged: Path, base: str, site: str, out: Path | None) -> None:
     target = out or Path(f"unmasked-{site}")
     with Console(stderr=True).status(f"unmasking {site}"):
         found = unmask_site(merged, _base_path(base), site, target)
-    click.echo(f"Model of the site '{found.header.site}' in {target}, out of {merged}")
+    click.echo(
+        f"Model close to that of the site '{found.header.site}' in {target}, out of {merged}"
+    )
     click.echo(f"  contribution {found.header.contribution[:12]}")
     click.echo(f"  fingerprint  {found.fingerprint}")
     next_step(

@@ -251,7 +251,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         name="krum",
         family="robust",
-        summary="the one vector that is nearest to most others",
+        summary="the one vector that is nearest to most others; of at least 2 attackers + 3",
         paper="arXiv 1703.02757",
         rule=FromGram(
             coefficients=lambda gram, weights, options: multi_krum(gram, options.attackers, 1),
@@ -259,12 +259,13 @@ METHODS: tuple[Method, ...] = (
             selects=True,
         ),
         options=KrumOptions,
+        minimum=3,
         refusal=_too_many_attackers,
     ),
     Method(
         name="multi-krum",
         family="robust",
-        summary="mean of the vectors that are nearest to most others",
+        summary="mean of those nearest to most others; of at least 2 attackers + 3",
         paper="arXiv 1703.02757",
         rule=FromGram(
             coefficients=lambda gram, weights, options: multi_krum(
@@ -274,6 +275,7 @@ METHODS: tuple[Method, ...] = (
             selects=True,
         ),
         options=MultiKrumOptions,
+        minimum=3,
         refusal=_too_many_attackers,
     ),
     Method(

@@ -171,7 +171,7 @@ def test_a_stranger_is_refused_with_the_command_that_admits_it(contribute, merge
     with says(
         ContributionError,
         f"contribution north/{parcel.manifest.id[:12]} is signed by a key that is not admitted: "
-        f"check it with the site and run 'merge-kit admit north {key}'. "
+        f"check it with the site and run 'merge-kit admit <hub> north {key}'. "
         "Leave it out with --exclude north or --skip-refused.",
     ):
         merge()
@@ -332,7 +332,8 @@ def there(hub):
 def missing(name):
     return (
         f"site '{name}' has published no fisher statistics for its vector: "
-        "ask it to run 'merge-kit statistics', or take another method."
+        "ask it to run 'merge-kit statistics <folder> --kind fisher' and to publish again, or take "
+        "another method."
     )
 
 

@@ -160,3 +160,13 @@ def test_the_defaults_of_a_group_are_its_methods():
     assert (group.match, group.depth) == (("*.b",), None)
     assert group.weights == "uniform"
     assert group.options["density"] == 0.2
+
+
+def test_a_recipe_that_is_misspelt_is_answered_with_the_nearest_shipped_one():
+    from pathlib import Path
+
+    with says(
+        RecipeError,
+        "tise does not exist and is no recipe that comes with merge-kit; did you mean 'ties'?",
+    ):
+        read_recipe(Path("tise"))

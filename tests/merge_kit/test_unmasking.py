@@ -260,7 +260,7 @@ def test_the_command_takes_the_base_as_hub_folder_or_file(
     with TensorFile(folder / "masks" / "north.safetensors") as file:
         contribution = read_header(file).contribution[:12]
     assert result.stdout == (
-        f"Model of the site 'north' in {out}, out of {folder}\n"
+        f"Model close to that of the site 'north' in {out}, out of {folder}\n"
         f"  contribution {contribution}\n"
         f"  fingerprint  {fingerprint_file(out / 'model.safetensors')}\n"
         f"\nNext: compare it with the merged model\n"

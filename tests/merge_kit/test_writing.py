@@ -112,8 +112,8 @@ def test_a_sum_is_kept_of_linear_methods_only(three, run_cli, hub, tmp_path):
     )
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
-        "Error: a running sum can be kept of linear methods only, 'ties' is none in every group: "
-        "leave --keep-sum out."
+        "Error: a running sum can be kept of linear methods only, 'ties' is none: leave --keep-sum "
+        "out."
     )
     assert not (tmp_path / "merged").exists()
 
