@@ -195,7 +195,7 @@ def add_exactly(
         if _adds_exactly(torch.zeros(1, dtype=torch.float64), rows, weights, 1.0):
             return _weighted(rows, weights).numpy() + 0.0, low
     for row, weight in zip(values, weights, strict=True):
-        high, rest = _two_sum(high, row * np.float64(weight))
+        high, rest = _two_sum(high, row.astype(np.float64) * weight)
         if low.any():
             rest, lost = _two_sum(low, rest)
             if lost.any():
@@ -252,7 +252,7 @@ def _weighted_in_pairs(
     """sum_i w_i values_i as a pair, and sum_i |w_i values_i|."""
     high, low, reach = np.zeros((3, values.shape[1]))
     for row, weight in zip(values, weights, strict=True):
-        product = row * np.float64(weight)
+        product = row.astype(np.float64) * weight
         high, rest = _two_sum(high, product)
         low += rest
         reach += np.abs(product)
