@@ -180,6 +180,9 @@ def merge_scales(
                 yield (Part(name, 0, values),) * len(factors)
                 continue
             left = specs[name].elements
+            if not left:  # it has a name and a shape, which the fingerprint speaks of
+                empty = torch.empty(0, dtype=specs[name].dtype)
+                yield (Part(name, 0, empty),) * len(factors)
             while left:
                 parts = next(streams[name])
                 left -= parts[0].values.numel()
