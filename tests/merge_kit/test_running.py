@@ -237,3 +237,17 @@ def test_a_record_that_is_no_record_is_refused(vectors, tmp_path, text):
     (tmp_path / FOLDER / RECORD).write_text(text)
     with pytest.raises(MergeKitError, match=r"record\.json"):
         RunningSum(tmp_path / FOLDER)
+
+
+@pytest.mark.parametrize("left", [None, 1], ids=["none", "too few"])
+def test_a_record_without_a_digest_is_refused(vectors, tmp_path, left):
+    recipe = make_recipe({"method": "mean"}, "test")
+    base, sources = vectors()
+    merge_keeping(base, sources[:5], recipe, tmp_path / "a")
+    record = tmp_path / "a" / FOLDER / RECORD
+    data = json.loads(record.read_text())
+    data["digests"]["blocks.1.w"] = data["digests"]["blocks.1.w"][:left] if left else []
+    record.write_text(json.dumps(data))
+    with RunningSum(tmp_path / "a" / FOLDER) as old:
+        with says(TensorFileError, f"{record.with_name(SUMS)}: 'blocks.1.w' was changed: merge from scratch."):
+            merge_keeping(base, sources, recipe, tmp_path / "b", old)
