@@ -180,8 +180,7 @@ def updates(
     for summed, rule in zip(record.rules, recipe.rules, strict=True):
         weights = _weights(sources, rule)
         delta = sorted(set(weights.items()) ^ set(summed.weights.items()))
-        touched = {key for key, _ in delta}
-        if len(touched) >= len(weights) or not touched <= set(by_id):
+        if len(delta) >= len(weights) or not {key for key, _ in delta} <= set(by_id):
             return None
         # A weight that changes is taken away and given anew: their difference may not be exact.
         changes = [(by_id[key], w if weights.get(key) == w else -w) for key, w in delta]
