@@ -152,8 +152,7 @@ class Survey:
         if missing:
             new = self.totals(lambda block: _products(block, missing, on_weights))
             figures = {
-                self._pair(i, j): [new[name][i, j].item() for name in names]
-                for i, j in missing
+                self._pair(i, j): [new[name][i, j].item() for name in names] for i, j in missing
             }
             self.notes.add(subject, figures)
             known = {**known, **figures}

@@ -265,5 +265,6 @@ def test_a_record_without_a_digest_is_refused(vectors, tmp_path, left):
     data["digests"]["blocks.1.w"] = data["digests"]["blocks.1.w"][:left] if left else []
     record.write_text(json.dumps(data))
     with RunningSum(tmp_path / "a" / FOLDER) as old:
-        with says(TensorFileError, f"{record.with_name(SUMS)}: 'blocks.1.w' was changed: merge from scratch."):
+        path = record.with_name(SUMS)
+        with says(TensorFileError, f"{path}: 'blocks.1.w' was changed: merge from scratch."):
             merge_keeping(base, sources, recipe, tmp_path / "b", old)
