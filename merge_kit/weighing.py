@@ -55,8 +55,8 @@ def weigh(sources: Sequence[Source], rule: Rule) -> Weighing:
     Raises
     ------
     RecipeError
-        An explicit weight is missing, not finite, or names a site that is not there; or the
-        weights cancel out.
+        An explicit weight is missing or names a site that is not there; weights that are made to
+        average 1 are negative or all 0; or no site reports an example, or one reports no steps.
     """
     scheme, size = rule.weights, len(sources)
     if isinstance(scheme, dict):
