@@ -172,7 +172,13 @@ def merge_scales(
         streams = {}
         for job, names in zip(planned, groups, strict=True):
             streams.update(dict.fromkeys(names, _stream(job, layers, factors, specs)))
-        kept = [s for s, use in zip(ordered, planned[0].keeps, strict=True) if use]
+        # A site that one of the rules refuses has no say in heads and norm statistics.
+        accepted = [all(uses) for uses in zip(*(job.keeps for job in planned), strict=True)]
+        kept = [s for s, use in zip(ordered, accepted, strict=True) if use]
+        if not kept:
+            raise RecipeError(
+                "the recipe's groups refuse every site between them: let one rule choose the sites."
+            )
         pooling = Pooling(base, kept, recipe)
         for name, role in roles.items():
             if name not in streams:
@@ -180,6 +186,9 @@ def merge_scales(
                 yield (Part(name, 0, values),) * len(factors)
                 continue
             left = specs[name].elements
+            if not left:  # it has a name and a shape, which the fingerprint speaks of
+                empty = torch.empty(0, dtype=specs[name].dtype)
+                yield (Part(name, 0, empty),) * len(factors)
             while left:
                 parts = next(streams[name])
                 left -= parts[0].values.numel()

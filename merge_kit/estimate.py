@@ -119,7 +119,7 @@ def _trial(
     counted = _Counted(sources[0].file)
     watched = [replace(sources[0], file=counted), *sources[1:]]
     begun = time.perf_counter()
-    job = jobs.plan(base, watched, chosen, rule, workers, seed=seed)
+    job = jobs.plan(base, watched, chosen, rule, workers, seed=seed, sampled=True)
     for _ in job.reader.each(lambda block: job.combine(block).at(job.scale)):
         pass
     seconds = time.perf_counter() - begun

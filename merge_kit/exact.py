@@ -63,10 +63,12 @@ def affine(
     Tensor
         (n,) float64.
     """
+    if factor < 0:  # a sum of zeros times a negative factor would be -0
+        weights, factor = [-weight for weight in weights], -factor
     result = _weighted(values, weights).mul_(float(factor)).add_(start)
-    if _is_power_of_two(factor) and _adds_exactly(start, values, weights, abs(float(factor))):
+    if _is_power_of_two(factor) and _adds_exactly(start, values, weights, float(factor)):
         return result
-    reach = abs(float(factor)) * _largest(values) * sum(map(abs, weights))
+    reach = float(factor) * _largest(values) * sum(map(abs, weights))
     # N additions of at most `reach` each, the factor, its product and the last sum.
     error = _ULP * ((len(values) + 3) * reach + _largest(start))
     if not math.isfinite(error):
@@ -130,7 +132,7 @@ def _unit(weights: Sequence[float]) -> float:
 
 
 def _is_power_of_two(factor: Fraction) -> bool:
-    parts = abs(factor.numerator), factor.denominator
+    parts = factor.numerator, factor.denominator
     return parts[0] > 0 and all(part & (part - 1) == 0 for part in parts)
 
 
@@ -195,7 +197,7 @@ def add_exactly(
         if _adds_exactly(torch.zeros(1, dtype=torch.float64), rows, weights, 1.0):
             return _weighted(rows, weights).numpy() + 0.0, low
     for row, weight in zip(values, weights, strict=True):
-        high, rest = _two_sum(high, row * np.float64(weight))
+        high, rest = _two_sum(high, row.astype(np.float64) * weight)
         if low.any():
             rest, lost = _two_sum(low, rest)
             if lost.any():
@@ -210,11 +212,13 @@ def affine_of_sum(
     start: Tensor, high: Doubles, low: Doubles, factor: Fraction, dtype: torch.dtype
 ) -> Tensor:
     """As `affine`, of a sum that is there already as a pair: the same bytes."""
+    if factor < 0:
+        high, low, factor = 0.0 - high, 0.0 - low, -factor
     begin = start.numpy(force=True)
     result = high * float(factor) + begin
-    if _is_power_of_two(factor) and not low.any() and _fits(begin, high, abs(float(factor))):
+    if _is_power_of_two(factor) and not low.any() and _fits(begin, high, float(factor)):
         return torch.from_numpy(result)
-    reach = abs(float(factor)) * np.abs(high)
+    reach = float(factor) * np.abs(high)
     error = _ULP * (4 * float(reach.max()) + float(np.abs(begin).max()))
     found = torch.from_numpy(result)
     if not math.isfinite(error):
@@ -252,7 +256,7 @@ def _weighted_in_pairs(
     """sum_i w_i values_i as a pair, and sum_i |w_i values_i|."""
     high, low, reach = np.zeros((3, values.shape[1]))
     for row, weight in zip(values, weights, strict=True):
-        product = row * np.float64(weight)
+        product = row.astype(np.float64) * weight
         high, rest = _two_sum(high, product)
         low += rest
         reach += np.abs(product)

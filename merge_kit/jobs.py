@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -97,11 +97,13 @@ def plan(
     dtype: torch.dtype = torch.float32,
     sums: Sums | None = None,
     notes: Notes | None = None,
+    sampled: bool = False,
 ) -> Job:
     """Make a rule ready for the tensors `names`; sources must be sorted by id.
 
     With `sums` a linear rule keeps its exact sum, and reads only what `sums` says has changed; what
-    `notes` knows of the vectors is not measured again.
+    `notes` knows of the vectors is not measured again. `sampled` says that `names` are a sample:
+    a vector that is zero there need not be.
 
     Raises
     ------
@@ -133,7 +135,7 @@ def plan(
 
         return Job(reader, rule.scale, exactly, everyone)
     if isinstance(method.rule, FromGram):
-        return _from_gram(survey, sources, rule, weights)
+        return _from_gram(survey, sources, rule, weights, sampled)
     assert isinstance(method.rule, ByValue)
     return _by_value(survey, method.rule, rule.scale, weights, options)
 
@@ -154,10 +156,15 @@ def _by_value(
     return Job(survey.reader, scale, combine, (True,) * len(survey), rescalers)
 
 
-def _from_gram(survey: Survey, sources: Sequence[Source], rule: Rule, weights: Tensor) -> Job:
+def _from_gram(
+    survey: Survey, sources: Sequence[Source], rule: Rule, weights: Tensor, sampled: bool
+) -> Job:
     method, options = rule.merging_rule
     assert isinstance(method.rule, FromGram)
-    chosen = _coefficients(survey, sources, method, weights, options)
+    grams = survey.inner_products(on_weights=method.rule.on_weights(options))
+    if method.directions and grams and not sampled:
+        _check_directions(sum_in_order(grams), sources, method)
+    chosen = _coefficients(grams, method, weights, options)
     on_weights = method.rule.on_weights(options)
 
     def combine(block: Block) -> Combined:
@@ -173,24 +180,21 @@ def _from_gram(survey: Survey, sources: Sequence[Source], rule: Rule, weights: T
     return Job(survey.reader, rule.scale, combine, keeps)
 
 
-def _coefficients(
-    survey: Survey,
-    sources: Sequence[Source],
-    method: Method,
-    weights: Tensor,
-    options: Document,
-) -> dict[str, Tensor]:
-    assert isinstance(method.rule, FromGram)
-    grams = survey.inner_products(on_weights=method.rule.on_weights(options))
-    whole = sum_in_order(grams) if grams else torch.zeros(len(sources), len(sources))
-    for source, square in zip(sources, whole.diagonal().tolist(), strict=True):
-        if method.directions and square == 0:
+def _check_directions(gram: Tensor, sources: Sequence[Source], method: Method) -> None:
+    for source, square in zip(sources, gram.diagonal().tolist(), strict=True):
+        if square == 0:
             raise VectorError(
                 f"site '{source.site}': its vector is all zeros and '{method.name}' needs a "
                 f"direction: leave it out with --exclude {source.site}."
             )
-    if method.rule.scope(options) == "vector":
-        shares = method.rule.coefficients(whole, weights, options)
+
+
+def _coefficients(
+    grams: Mapping[str, Tensor], method: Method, weights: Tensor, options: Document
+) -> dict[str, Tensor]:
+    assert isinstance(method.rule, FromGram)
+    if grams and method.rule.scope(options) == "vector":
+        shares = method.rule.coefficients(sum_in_order(grams), weights, options)
         return dict.fromkeys(grams, shares)
     return {name: method.rule.coefficients(gram, weights, options) for name, gram in grams.items()}
 

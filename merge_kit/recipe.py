@@ -15,6 +15,8 @@ from merge_kit.methods.base import Sparsify
 from merge_kit.schema import Document, SiteName, dump_yaml, parse, read_yaml, suggestion
 
 Share = Annotated[float, Field(ge=0, le=1)]
+# Products of a few such numbers stay within what float64 holds.
+Factor = Annotated[float, Field(ge=-1e100, le=1e100)]
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -36,7 +38,7 @@ class Rule(Document):
     options: dict[str, Any]
     weights: WeightScheme | dict[SiteName, float]
     """Share of each site: by a rule, or a number for each site."""
-    scale: float = 1.0
+    scale: Factor = 1.0
     """lambda in theta_0 + lambda tau; of the weights, not of heads and norm statistics."""
 
     @property
@@ -82,9 +84,9 @@ class Lines(Document):
     LiNeS, arXiv 2410.17146, equation 3; parameters outside the blocks are multiplied by alpha.
     """
 
-    alpha: float | None = None
+    alpha: Factor | None = None
     """Null takes the paper's for several tasks: (|sum tau_i|_1 / |tau_M|_1) / N."""
-    beta: float = 0.5
+    beta: Factor = 0.5
     """The paper searches it from 0 to 1 on validation images."""
 
 

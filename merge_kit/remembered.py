@@ -126,7 +126,7 @@ def _place(path: Path, kind: type[Document]) -> Path | None:
 
 def _recall(place: Path, identity: tuple[int, ...], kind: type[F]) -> F | None:
     try:
-        if not _is_private(place.parent):
+        if not is_private(place.parent):
             return None
         with place.open("rb") as file:
             record = _Record.model_validate_json(file.read(_RECORD_BYTES), strict=True)
@@ -139,12 +139,13 @@ def _keep(place: Path, identity: tuple[int, ...], found: Document) -> None:
     record = {"format": 1, "identity": identity, "found": found.model_dump(mode="json")}
     with suppress(OSError, MergeKitError):  # a cache that cannot be written is no error
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _is_private(place.parent):
+        if is_private(place.parent):
             _prune(place.parent)
             write_atomic(place, canonical_json(record))
 
 
-def _is_private(folder: Path) -> bool:
+def is_private(folder: Path) -> bool:
+    """Whether a folder is the user's own and nobody else may write to it."""
     found = folder.stat()
     owner = os.geteuid() if hasattr(os, "geteuid") else found.st_uid
     return found.st_uid == owner and not found.st_mode & 0o022

@@ -97,9 +97,11 @@ class RunningSum:
         TensorFileError
             They are not what was written.
         """
-        high = torch.empty(size, dtype=torch.float64)
-        self._file.read_into(name, begin, high)
-        if _digest(high.numpy()) != self.record.digests[name][begin // BLOCK]:
+        high = torch.zeros(size, dtype=torch.float64)
+        if name in self._file.specs:
+            self._file.read_into(name, begin, high)
+        place = begin // BLOCK
+        if self.record.digests.get(name, ())[place : place + 1] != (_digest(high.numpy()),):
             raise TensorFileError(f"{self._file.path}: '{name}' was changed: merge from scratch.")
         low = np.zeros(size)
         for index, rest in self._rests.get(name, {}).items():
@@ -183,8 +185,7 @@ def updates(
     for summed, rule in zip(record.rules, recipe.rules, strict=True):
         weights = _weights(sources, rule)
         delta = sorted(set(weights.items()) ^ set(summed.weights.items()))
-        touched = {key for key, _ in delta}
-        if len(touched) >= len(weights) or not touched <= set(by_id):
+        if len(delta) >= len(weights) or not {key for key, _ in delta} <= set(by_id):
             return None
         # A weight that changes is taken away and given anew: their difference may not be exact.
         changes = [(by_id[key], w if weights.get(key) == w else -w) for key, w in delta]

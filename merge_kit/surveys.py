@@ -77,7 +77,7 @@ class Survey:
         With `noted`, a name for the measure, vectors that were measured before are not read again.
         """
         subject = ["kth largest", noted, fraction, scope, *self._subject()]
-        keys = list(dict.fromkeys(self.reader.names)) if scope == "tensor" else [""]
+        keys = self._names if scope == "tensor" else [""] if self._names else []
         known = self.notes.read(subject) if self.notes and noted else {}
         missing = [index for index, name in enumerate(self.reader.ids) if name not in known]
         if not self.notes or not noted or len(self.reader.ids) != len(self):
@@ -93,7 +93,12 @@ class Survey:
                 known = {**known, **figures}
             columns = zip(*(known[name] for name in self.reader.ids), strict=True)
             found = {key: torch.tensor(column) for key, column in zip(keys, columns, strict=True)}
-        return {name: found[name if scope == "tensor" else ""] for name in self.reader.names}
+        return {name: found[name if scope == "tensor" else ""] for name in self._names}
+
+    @property
+    def _names(self) -> list[str]:
+        """The tensors that have values."""
+        return list(dict.fromkeys(stretch.tensor for stretch in self.reader.stretches))
 
     def _subject(self) -> list[object]:
         # Products come from the linear algebra under torch: another version may round otherwise.
@@ -138,7 +143,7 @@ class Survey:
         Up to 32 vectors every product is computed by itself, so that it does not depend on which
         other vectors there are; what was noted of a pair is not computed again.
         """
-        size, scratch = len(self), threading.local()
+        size, names, scratch = len(self), self._names, threading.local()
         pairs = [(i, j) for i in range(size) for j in range(i, size)]
         if not self.notes or size > _ALONE or len(self.reader.ids) != size:
             return self.totals(lambda block: _products(block, pairs, on_weights, scratch))
@@ -148,14 +153,13 @@ class Survey:
         if missing:
             new = self.totals(lambda block: _products(block, missing, on_weights, scratch))
             figures = {
-                self._pair(i, j): [new[name][i, j].item() for name in self.reader.names]
-                for i, j in missing
+                self._pair(i, j): [new[name][i, j].item() for name in names] for i, j in missing
             }
             self.notes.add(subject, figures)
             known = {**known, **figures}
-        found = {name: torch.zeros(size, size, dtype=torch.float64) for name in self.reader.names}
+        found = {name: torch.zeros(size, size, dtype=torch.float64) for name in names}
         for i, j in pairs:
-            for name, product in zip(self.reader.names, known[self._pair(i, j)], strict=True):
+            for name, product in zip(names, known[self._pair(i, j)], strict=True):
                 found[name][i, j] = found[name][j, i] = product
         return found
 

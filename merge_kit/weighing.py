@@ -55,8 +55,8 @@ def weigh(sources: Sequence[Source], rule: Rule) -> Weighing:
     Raises
     ------
     RecipeError
-        An explicit weight is missing, not finite, or names a site that is not there; or the
-        weights cancel out.
+        An explicit weight is missing or names a site that is not there; weights that are made to
+        average 1 are negative or all 0; or no site reports an example, or one reports no steps.
     """
     scheme, size = rule.weights, len(sources)
     if isinstance(scheme, dict):
@@ -97,7 +97,9 @@ def _explicit_weights(
         return Weighing(raw, Fraction(1))
     total = _sum(raw)
     if total < 1e-8 or any(w < 0 for w in raw):
-        raise RecipeError("the weights must be 0 or more and not all 0: correct 'weights'.")
+        raise RecipeError(
+            "the weights must be 0 or more, and their sum at least 1e-8: correct 'weights'."
+        )
     return Weighing(raw, len(raw) / total)
 
 

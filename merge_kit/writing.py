@@ -97,7 +97,6 @@ def _write_weights(
                         raise
                 except InexactSumError:
                     shutil.rmtree(folder / running.FOLDER)
-                    break
                 else:
                     touched = {source.id for one in sums for source, _ in one.changes}
                     return fingerprint, True, len(touched)

@@ -92,7 +92,7 @@ def pcb(vectors: Tensor, weights: Tensor, state: PcbState, inter: Inter = "sum")
     differ from that by one rank.
 
     Three passes over the data: both clamps, cut and top of the scores, and the merge; two more for
-    either of the first when the samples of `merge_kit.selection` mislead.
+    either of the first when the samples of `merge_kit.order_statistics` mislead.
 
     Parameters
     ----------

@@ -12,19 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from merge_kit.methods.base import Block, ByValue, Method, Scope, Vectors
+from merge_kit.methods.linear import weighted_sum
 from merge_kit.schema import Document
 
 Reduction = Literal["mean", "sum", "max"]
 Vote = Literal["values", "weighted", "counts"]
 _TINY = torch.finfo(torch.float64).tiny
-
-
-def weighted_sum(vectors: Tensor, weights: Tensor) -> Tensor:
-    """sum_i w_i tau_i, row after row in float64: (N, n) and (N,) give (n,)."""
-    total = torch.zeros(vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    for tau, weight in zip(vectors, weights.tolist(), strict=True):
-        total.add_(tau, alpha=weight)
-    return total
 
 
 def trim(vectors: Tensor, thresholds: Tensor) -> Tensor:

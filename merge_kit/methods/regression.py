@@ -206,7 +206,7 @@ def _fisher_norms(vectors: Vectors, options: FisherOptions) -> Tensor:
 
     norms = sum(vectors.totals(squares).values(), torch.zeros_like(norms)).sqrt()
     for site, norm in zip(vectors.sites, norms.tolist(), strict=True):
-        if norm == 0:
+        if norm == 0 and vectors.size:
             raise VectorError(
                 f"site '{site}': its Fisher information is all zeros and cannot be brought to "
                 f"length 1: leave it out with --exclude {site}, or set 'normalise: false'."

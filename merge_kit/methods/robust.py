@@ -204,9 +204,10 @@ def _scope(options: Any) -> Scope:
 def _too_many_attackers(size: int, options: Any) -> str | None:
     needed = 2 * options.attackers + 3
     if size < needed:
+        lower = "lower 'attackers' or " if options.attackers else ""
         return (
             f"{options.attackers} attacker(s) among {size} cannot be told apart, at least {needed} "
-            "vectors are needed: lower 'attackers' or wait for more sites"
+            f"vectors are needed: {lower}wait for more sites"
         )
     keep = getattr(options, "keep", None)
     if keep is not None and keep > size:
@@ -259,7 +260,6 @@ METHODS: tuple[Method, ...] = (
             selects=True,
         ),
         options=KrumOptions,
-        minimum=3,
         refusal=_too_many_attackers,
     ),
     Method(
@@ -275,7 +275,6 @@ METHODS: tuple[Method, ...] = (
             selects=True,
         ),
         options=MultiKrumOptions,
-        minimum=3,
         refusal=_too_many_attackers,
     ),
     Method(

@@ -185,11 +185,11 @@ def test_a_sum_may_take_negative_weights(merge, sources):
         ),
         (
             {"north": 0, "south": 0},
-            "the weights must be 0 or more and not all 0: correct 'weights'.",
+            "the weights must be 0 or more, and their sum at least 1e-8: correct 'weights'.",
         ),
         (
             {"north": 2, "south": -1},
-            "the weights must be 0 or more and not all 0: correct 'weights'.",
+            "the weights must be 0 or more, and their sum at least 1e-8: correct 'weights'.",
         ),
     ],
 )
@@ -301,6 +301,16 @@ def test_a_site_that_krum_refuses_has_no_say_in_heads_and_statistics(merge, sour
     made = [replace(sources[0], id=f"{i}", site=f"s{i}") for i in range(4)]
     hostile = engine.Source("9", "wild", open_file(wild), (50.0, 50.0, 50.0), 10)
     merged = merge([*made, hostile], "multi-krum")
+    assert merged["head.weight"][0].item() == 11.0
+    assert merged["bn.running_mean"].item() == 0.0
+
+
+def test_a_site_that_the_rule_of_a_group_refuses_has_no_say_there_either(merge, sources, open_file):
+    wild = {n: t + 1000 if t.is_floating_point() else t for n, t in NORTH.items()}
+    made = [replace(sources[0], id=f"{i}", site=f"s{i}") for i in range(4)]
+    hostile = engine.Source("9", "wild", open_file(wild), (50.0, 50.0, 50.0), 10)
+    groups = [{"match": "body.*", "method": "multi-krum"}]
+    merged = merge([*made, hostile], "mean", groups=groups)
     assert merged["head.weight"][0].item() == 11.0
     assert merged["bn.running_mean"].item() == 0.0
 

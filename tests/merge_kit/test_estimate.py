@@ -81,3 +81,23 @@ def test_what_cannot_be_merged_is_refused_as_a_merge_would(expect):
         "method.",
     ):
         expect(method="slerp")
+
+
+def test_a_vector_may_be_zero_where_the_trial_looks(open_file):
+    """A site that has frozen all but the first of 40 blocks."""
+    names = [f"blocks.{number:02}.w" for number in range(40)]
+    base = open_file({name: torch.zeros(256, 256) for name in names})
+    sources = [
+        engine.Source(
+            f"{index}",
+            f"s{index}",
+            open_file({n: torch.full((256, 256), float(index or n == names[0])) for n in names}),
+            (1.0,),
+            1,
+        )
+        for index in range(2)
+    ]
+    recipe = make_recipe({"method": "nuslerp"}, "test")
+    roles = roles_of(base.specs, ())
+    assert len(list(engine.merge(base, sources, roles, recipe))) == len(names)
+    assert estimate(base, sources, roles, recipe).readings == 2.0

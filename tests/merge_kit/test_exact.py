@@ -182,3 +182,13 @@ def test_a_sum_with_too_many_digits_is_refused():
     values = np.array([[1e30], [1.0], [1e-30]], dtype=np.float32)
     with pytest.raises(InexactSumError):
         add_exactly(*zeros(), values, [1.0, 1.0, 1.0])
+
+
+def test_a_zero_has_the_same_sign_either_way():
+    """-1 times a sum of zeros, from -0: float64 is exact for `affine_of_sum` alone."""
+    start = torch.tensor([-0.0, 1.0], dtype=torch.float64)
+    values = np.array([[0.0, 2.0**30], [0.0, -(2.0**30)], [0.0, 2.0**-20]], dtype=np.float32)
+    once = affine(start, torch.from_numpy(values), (1.0,) * 3, Fraction(-1))
+    pair = add_exactly(*zeros(2), values, (1.0,) * 3)
+    kept = affine_of_sum(start, *pair, Fraction(-1), torch.float32)
+    assert once.signbit().tolist() == kept.signbit().tolist() == [False, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from merge_kit.notes import Notes
 from merge_kit.parameters import roles_of
 from merge_kit.recipe import make_recipe
 from merge_kit.running import FOLDER, RunningSum, SumWriter
+from merge_kit.tensorfile import TensorWriter, fingerprint_file, read_all
+from merge_kit.writing import write_parts
 from tests.merge_kit.helpers import assemble
 
 BASE_PRINT = "sha256:" + "0" * 64
@@ -136,6 +139,34 @@ def test_a_merge_forgets_who_came_and_went(open_file, tmp_path, data):
     if old:
         assert kept["sums"][0].old is not None
         old.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rule_whose_tensors_all_have_another_does_nothing(open_file, tmp_path, method):
+    data = {"method": method, "groups": [{"match": "*", "method": "mean"}]}
+    base, made, recipe = world(open_file, data, 5)
+    mean, _ = run(base, made, make_recipe({"method": "mean"}, "test"))
+    for notes in (None, Notes(tmp_path / "notes", BASE_PRINT)):
+        assert same(mean, run(base, made, recipe, notes=notes)[0])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [*({"method": name} for name in METHODS), {"method": "ties", "options": {"scope": "tensor"}}],
+    ids=lambda data: " ".join(map(str, data.values())),
+)
+def test_a_tensor_without_values_changes_nothing_but_the_fingerprint(open_file, tmp_path, data):
+    base, made, recipe = world(open_file, data, 5)
+    nothing = {"body.empty": torch.empty(0, 3)}
+    more = open_file({**dict(read_all(base)), **nothing})
+    theirs = [replace(s, file=open_file({**dict(read_all(s.file)), **nothing})) for s in made]
+    known, _ = run(base, made, recipe)
+    for notes in (None, Notes(tmp_path / "notes", BASE_PRINT)):
+        found, parts = run(more, theirs, recipe, notes=notes)
+        assert same({**known, **nothing}, {name: found[name] for name in (*known, *nothing)})
+        with TensorWriter(tmp_path / "merged", engine.merged_specs(more.specs, recipe)) as writer:
+            written = write_parts(writer, parts)
+        assert written == fingerprint_file(tmp_path / "merged")
 
 
 @pytest.mark.parametrize("method", ["mean", "ties", "karcher", "dare"])

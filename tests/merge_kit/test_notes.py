@@ -154,3 +154,26 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     notes = Notes(tmp_path / "file" / "notes", BASE_PRINT)
     notes.add(["x"], {"a": [1.0]})
     assert notes.read(["x"]) == {}
+
+
+def test_notes_that_others_may_write_are_not_used(tmp_path):
+    notes = Notes(tmp_path / "notes", BASE_PRINT)
+    notes.add(["x"], {"a": [1.0]})
+    notes.folder.chmod(0o777)
+    assert notes.read(["x"]) == {}
+    notes.add(["y"], {"a": [1.0]})
+    notes.folder.chmod(0o700)
+    assert (notes.read(["x"]), notes.read(["y"])) == ({"a": [1.0]}, {})
+
+
+def test_other_files_are_not_pruned(tmp_path):
+    (tmp_path / "mine.json").touch()
+    for number in range(LIMIT + 1):
+        Notes(tmp_path, BASE_PRINT).add([number], {"a": [1.0]})
+    assert (tmp_path / "mine.json").exists()
+
+
+def test_a_figure_that_is_not_finite_is_not_noted(tmp_path):
+    notes = Notes(tmp_path, BASE_PRINT)
+    notes.add(["x"], {"a": [float("inf")]})
+    assert notes.read(["x"]) == {}

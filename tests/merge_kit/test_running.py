@@ -171,6 +171,22 @@ def test_another_base_or_other_groups_begin_from_scratch(vectors, tmp_path):
         assert running.updates(old, sources[:5], (), recipe, groups, BASE_PRINT) is None
 
 
+def test_many_weights_that_change_begin_from_scratch(vectors, tmp_path):
+    """Each is taken away and given anew: two readings, so that 3 of 6 cost what all do."""
+
+    def by(*changed):
+        weights = {f"s{i}": 2.0 if i in changed else 1.0 for i in range(6)}
+        return make_recipe({"method": "mean", "weights": weights}, "test")
+
+    base, sources = vectors()
+    merge_keeping(base, sources, by(), tmp_path)
+    groups = engine.groups_of(roles_of(base.specs, ()), by())
+    with RunningSum(tmp_path / FOLDER) as old:
+        (sums,) = running.updates(old, sources, (), by(0, 1), groups, BASE_PRINT)
+        assert [weight for _, weight in sums.changes] == [-1.0, 2.0, -1.0, 2.0]
+        assert running.updates(old, sources, (), by(0, 1, 2), groups, BASE_PRINT) is None
+
+
 def test_only_linear_rules_have_a_running_sum():
     assert running.fits(make_recipe({"method": "interpolate"}, "test"))
     assert not running.fits(make_recipe({"method": "ties"}, "test"))
@@ -237,3 +253,18 @@ def test_a_record_that_is_no_record_is_refused(vectors, tmp_path, text):
     (tmp_path / FOLDER / RECORD).write_text(text)
     with pytest.raises(MergeKitError, match=r"record\.json"):
         RunningSum(tmp_path / FOLDER)
+
+
+@pytest.mark.parametrize("left", [None, 1], ids=["none", "too few"])
+def test_a_record_without_a_digest_is_refused(vectors, tmp_path, left):
+    recipe = make_recipe({"method": "mean"}, "test")
+    base, sources = vectors()
+    merge_keeping(base, sources[:5], recipe, tmp_path / "a")
+    record = tmp_path / "a" / FOLDER / RECORD
+    data = json.loads(record.read_text())
+    data["digests"]["blocks.1.w"] = data["digests"]["blocks.1.w"][:left] if left else []
+    record.write_text(json.dumps(data))
+    with RunningSum(tmp_path / "a" / FOLDER) as old:
+        path = record.with_name(SUMS)
+        with says(TensorFileError, f"{path}: 'blocks.1.w' was changed: merge from scratch."):
+            merge_keeping(base, sources, recipe, tmp_path / "b", old)
