@@ -180,6 +180,8 @@ def merge_scales(
                 yield (Part(name, 0, values),) * len(factors)
                 continue
             left = specs[name].elements
+            if not left:
+                yield (Part(name, 0, torch.empty(0, dtype=specs[name].dtype)),) * len(factors)
             while left:
                 parts = next(streams[name])
                 left -= parts[0].values.numel()

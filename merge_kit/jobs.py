@@ -181,7 +181,9 @@ def _coefficients(
 ) -> dict[str, Tensor]:
     assert isinstance(method.rule, FromGram)
     grams = survey.inner_products(on_weights=method.rule.on_weights(options))
-    whole = sum_in_order(grams) if grams else torch.zeros(len(sources), len(sources))
+    if not grams:
+        return {}
+    whole = sum_in_order(grams)
     for source, square in zip(sources, whole.diagonal().tolist(), strict=True):
         if method.directions and square == 0:
             raise VectorError(
@@ -220,7 +222,7 @@ def _reader(
     reader = BlockReader(
         base,
         tuple(source.file for source in sources),
-        tuple(names),
+        tuple(name for name in names if base.specs[name].elements),
         workers,
         ids=tuple(source.id for source in sources),
         sites=tuple(source.site for source in sources),

@@ -42,8 +42,9 @@ class Notes:
     def add(self, subject: Sequence[Any], figures: Mapping[str, list[float]]) -> None:
         """Note further figures on a subject."""
         known = {**self.read(subject), **figures}
-        note = {"figures": known, "digest": sha256_bytes(canonical_json(known))}
-        with suppress(OSError, MergeKitError):
+        # What is not finite has no place in JSON and is not noted.
+        with suppress(OSError, MergeKitError, ValueError):
+            note = {"figures": known, "digest": sha256_bytes(canonical_json(known))}
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomic(self._place(subject), canonical_json(note))
             self._prune()

@@ -76,7 +76,8 @@ class Survey:
         With `noted`, a name for the measure, vectors that were measured before are not read again.
         """
         subject = ["kth largest", noted, fraction, scope, *self._subject()]
-        keys = list(dict.fromkeys(self.reader.names)) if scope == "tensor" else [""]
+        names = self.reader.names
+        keys = list(dict.fromkeys(names if scope == "tensor" or not names else ("",)))
         known = self.notes.read(subject) if self.notes and noted else {}
         missing = [index for index, name in enumerate(self.reader.ids) if name not in known]
         if not self.notes or not noted or len(self.reader.ids) != len(self):

@@ -154,3 +154,10 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     notes = Notes(tmp_path / "file" / "notes", BASE_PRINT)
     notes.add(["x"], {"a": [1.0]})
     assert notes.read(["x"]) == {}
+
+
+def test_what_is_not_finite_is_not_noted(tmp_path):
+    notes = Notes(tmp_path, BASE_PRINT)
+    notes.add(["x"], {"a": [1.0]})
+    notes.add(["x"], {"b": [float("inf")]})
+    assert notes.read(["x"]) == {"a": [1.0]}
