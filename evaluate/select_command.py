@@ -132,6 +132,8 @@ def select(
     defaults = {"weights": "uniform"} if search == "greedy-soup" else {}
     start = recipe_of(method, recipe, option, settings, defaults)
     plan = _plan(search, start, metric, scales, grid, option, accept)
+    if out_recipe.is_dir():
+        raise UsageError(f"{out_recipe} is a folder: --out-recipe takes the name of a file.")
     if out:
         writing.check_target(out, replace=replace)
     opened = open_hub(hub)

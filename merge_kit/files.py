@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -103,35 +104,78 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a folder beside `path` that becomes `path` when the block ends without an error.
 
     With `replace` an existing `path` gives way at the last moment; a run killed between the two
-    renames leaves the old folder under a name that the next call puts back.
+    renames leaves the old folder under a name that the next call puts back. Where `path` is a link,
+    the folder that it leads to is made or replaced.
 
     Raises
     ------
     UsageError
         `path` exists and `replace` is false.
+    MergeKitError
+        Another process is writing it, or the storage is full, read-only or gone.
     """
-    shown, path = path, Path(os.path.abspath(path))
-    retired = path.with_name(f".{path.name}.old")
-    if retired.exists() and not path.exists():
-        retired.rename(path)
+    shown = path
+    path = Path(os.path.realpath(path) if path.is_symlink() else os.path.abspath(path))
     if path.exists() and not replace:
-        raise UsageError(f"{shown} exists already: choose another folder or remove this one.")
-    partial = partial_path(path)
-    with storage_errors(path):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    with storage_errors(path):
-        sync_folder(partial)
-        if path.exists():
+        raise _exists(shown)
+    with _alone(path, shown):
+        retired = path.with_name(f".{path.name}.old")
+        if retired.exists() and not path.exists():
+            retired.rename(path)
+        if path.exists() and not replace:
+            raise _exists(shown)
+        partial = partial_path(path)
+        with storage_errors(path):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        with storage_errors(path):
+            sync_folder(partial)
+            if path.exists():
+                shutil.rmtree(retired, ignore_errors=True)
+                path.rename(retired)
+            partial.rename(path)
             shutil.rmtree(retired, ignore_errors=True)
-            path.rename(retired)
-        partial.rename(path)
-        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _exists(path: Path) -> UsageError:
+    return UsageError(f"{path} exists already: choose another folder or remove this one.")
+
+
+@contextmanager
+def _alone(path: Path, shown: Path) -> Iterator[None]:
+    """Keep a second process from writing `path`; the lock ends with the process that holds it."""
+    lock = path.with_name(f".{path.name}.lock")
+    with storage_errors(path):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if not _locked(handle, lock):
+            raise MergeKitError(
+                f"{shown} is being written by another process: wait for it, or choose another "
+                "folder."
+            )
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int, lock: Path) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks must do without
+    # Whoever held the lock has removed its file: what was opened may not be there any more.
+    return lock.exists() and os.path.samestat(os.fstat(handle), lock.stat())
 
 
 def sync_folder(folder: Path) -> None:

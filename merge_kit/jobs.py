@@ -225,7 +225,7 @@ def _reader(
     reader = BlockReader(
         base,
         tuple(source.file for source in sources),
-        tuple(names),
+        tuple(name for name in names if base.specs[name].elements),
         workers,
         ids=tuple(source.id for source in sources),
         sites=tuple(source.site for source in sources),

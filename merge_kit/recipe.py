@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from merge_kit.errors import RecipeError
 from merge_kit.methods import METHODS, Method, WeightScheme
 from merge_kit.methods.base import Sparsify
-from merge_kit.schema import Document, SiteName, dump_yaml, parse, read_yaml, suggestion
+from merge_kit.schema import Document, SiteName, dump_yaml, parse, read_yaml, shown, suggestion
 
 Share = Annotated[float, Field(ge=0, le=1)]
 # Products of a few such numbers stay within what float64 holds.
@@ -104,7 +104,7 @@ class Recipe(Rule):
     """Head rows from the sites that have seen the class, by its counts; or merged like weights."""
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
     """Storage type of the merged model's floats."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     """For methods that draw random numbers."""
 
     @property
@@ -161,7 +161,9 @@ def _filled(data: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) ->
         raise RecipeError(f"{where}: 'options' must hold keys and values.")
     weights = data.get("weights", method.weights)
     if isinstance(weights, str) and weights not in (known := list(get_args(WeightScheme))):
-        raise RecipeError(f"{where}: unknown weights '{weights}'{suggestion(weights, known)}")
+        raise RecipeError(
+            f"{where}: unknown weights '{shown(weights)}'{suggestion(weights, known)}"
+        )
     if isinstance(weights, Mapping):
         parse(_Weights, {"weights": weights}, where, RecipeError)
     options = _options(method, given, where)
@@ -173,14 +175,21 @@ def _filled(data: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) ->
 
 
 def _method(name: object, known: list[str], where: str) -> Method:
-    if not isinstance(name, str) or name not in known:
-        raise RecipeError(f"{where}: unknown method '{name}'{suggestion(str(name), known)}")
+    if not isinstance(name, str):
+        raise RecipeError(f"{where}: 'method' must be a name; known are {', '.join(known)}.")
+    if name not in known:
+        raise RecipeError(f"{where}: unknown method '{shown(name)}'{suggestion(name, known)}")
     return METHODS[name]
 
 
 def _options(method: Method, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     checked = parse(method.options, given, f"{where}, options of {method.name}", RecipeError)
-    return checked.model_dump(mode="json")
+    try:
+        return checked.model_dump(mode="json")
+    except ValueError as fault:  # an alias in YAML may lead back to where it stands
+        raise RecipeError(
+            f"{where}, options of {method.name}: what stands there holds itself: write it out."
+        ) from fault
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -57,18 +57,18 @@ def parse(model: type[D], data: Any, where: str, error: type[MergeKitError]) -> 
 
 def _sentence(fault: ValidationError, model: type[Document], where: str) -> str:
     first = fault.errors(include_url=False)[0]
-    field = _shown(".".join(str(part) for part in first["loc"])) or "the document"
+    field = shown(".".join(str(part) for part in first["loc"])) or "the document"
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key '{field}'{_nearest(first['loc'], model)}"
     if first["type"] == "missing":
         return f"{where}: the key '{field}' is missing."
     message = first["msg"].removeprefix("Value error, ")
     got = first.get("input")
-    shown = f" (got {_shown(repr(got))})" if isinstance(got, str | int | float | None) else ""
-    return f"{where}: '{field}': {message[0].lower()}{message[1:]}{shown}."
+    given = f" (got {shown(repr(got))})" if isinstance(got, str | int | float | None) else ""
+    return f"{where}: '{field}': {message[0].lower()}{message[1:]}{given}."
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """What a stranger wrote, made safe for a terminal and kept to about a line."""
     safe = "".join(c if c.isprintable() else "?" for c in text)
     return safe if len(safe) <= _SHOWN else f"{safe[:_SHOWN]}..."

@@ -62,14 +62,16 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._handle = os.open(path, os.O_RDONLY)
+            # A named pipe that nobody writes to must not keep us waiting.
+            self._handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             raise TensorFileError(f"{path} does not exist: check the path.") from None
         except OSError as error:
             raise TensorFileError(f"{path} cannot be opened: {error.strerror}.") from error
         try:
             if not os.path.isfile(path):
-                raise TensorFileError(f"{path} is a folder, not a safetensors file.")
+                what = "a folder" if os.path.isdir(path) else "a device or a pipe"
+                raise TensorFileError(f"{path} is {what}, not a safetensors file.")
             self.start, self.metadata, self.specs, self._offsets = read_header(self._handle, path)
         except BaseException:
             os.close(self._handle)

@@ -72,8 +72,9 @@ def write_folder(
             f"a running sum can be kept of linear methods only, '{odd}' is none: leave --keep-sum "
             "out."
         )
-    keep = keep_sum or (running.fits(recipe) and (out / running.FOLDER).is_dir())
     with new_folder(out, replace=replace) as folder:
+        # What a killed run had put aside is back by now.
+        keep = keep_sum or (running.fits(recipe) and (out / running.FOLDER).is_dir())
         fingerprint, kept, read = _write_weights(folder, out, material, recipe, keep)
         material.check_unchanged()
         for name, text in texts(fingerprint).items():

@@ -304,3 +304,13 @@ def test_an_existing_folder_is_refused_before_any_work(select, table, tmp_path):
         f"Error: {tmp_path / 'merged'} is no merged model: --replace does not remove it.\n"
     )
     assert not (tmp_path / "chosen").exists()
+
+
+def test_a_recipe_that_cannot_be_written_is_refused_before_the_work(select, tmp_path):
+    (tmp_path / "folder").mkdir()
+    result = select("--scales", "1", "--out-recipe", tmp_path / "folder")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"Error: {tmp_path}/folder is a folder: --out-recipe takes the name of a file.\n"
+    )
+    assert result.stdout == ""

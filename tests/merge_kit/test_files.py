@@ -155,6 +155,36 @@ def test_a_retired_folder_that_was_not_removed_is_no_obstacle(tmp_path):
     assert listing(tmp_path) == ["model"]
 
 
+def test_a_second_process_is_kept_out_of_a_folder_that_is_being_written(tmp_path):
+    sentence = (
+        f"{tmp_path}/model is being written by another process: wait for it, or choose another "
+        "folder."
+    )
+    with new_folder(tmp_path / "model") as draft:
+        fill(draft, "first")
+        with says(MergeKitError, sentence), new_folder(tmp_path / "model", replace=True):
+            pytest.fail("the block must not run")
+    assert (tmp_path / "model" / "model").read_text() == "first"
+    assert listing(tmp_path) == ["model"]
+
+
+def test_the_lock_file_of_a_killed_run_is_no_obstacle(tmp_path):
+    (tmp_path / ".model.lock").touch()
+    with new_folder(tmp_path / "model") as draft:
+        fill(draft, "new")
+    assert listing(tmp_path) == ["model"]
+
+
+def test_a_link_stays_and_the_folder_behind_it_is_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("model")
+    for text in ("first", "second", "third"):
+        with new_folder(tmp_path / "link", replace=True) as draft:
+            fill(draft, text)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "model" / "model").read_text() == "third"
+    assert listing(tmp_path) == ["link", "model"]
+
+
 def test_new_folder_on_a_read_only_disk_is_named(read_only_disk):
     sentence = (
         f"{read_only_disk}/model cannot be written: Read-only file system: "

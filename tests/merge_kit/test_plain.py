@@ -420,3 +420,38 @@ def test_an_existing_merged_model_gives_way_when_asked(folders, merge, run_cli, 
     assert content(out) == before
     assert run_cli(*arguments, "--replace").exit_code == 0
     assert content(out) != before
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        (("ties",), (6, 0)),
+        (("ties",), (0, 0)),
+        (("ties", "--option", "scope=tensor"), (6, 0)),
+        (("model-stock",), (6, 0)),
+        (("geometric-median",), (0, 0)),
+    ],
+    ids=str,
+)
+def test_tensors_without_values_are_merged_into_such(run_cli, tmp_path, options, sizes):
+    for number, name in enumerate(("base", "a", "b")):
+        tensors = {f"t{at}": torch.full((size, 2), number**2) for at, size in enumerate(sizes)}
+        write_tensors(
+            tmp_path / name, {key: tensor.float() for key, tensor in tensors.items()}, ("x", name)
+        )
+    paths = [tmp_path / name for name in ("base", "a", "b")]
+    result = run_cli("merge", *paths, "--method", *options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    merged = load(tmp_path / "out" / "model.safetensors")
+    assert [tuple(tensor.shape) for tensor in merged.values()] == [(size, 2) for size in sizes]
+    record = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert record["merged"] == fingerprint_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_a_main_rule_that_nothing_is_left_for_needs_no_direction(folders, merge, tmp_path):
+    folders()
+    recipe = {"method": "model-stock", "groups": [{"method": "mean", "match": "*"}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    _, grouped = merge("a", "b", out="grouped", options=("--recipe", tmp_path / "recipe.yaml"))
+    _, mean = merge("a", "b")
+    assert (grouped / "model.safetensors").read_bytes() == (mean / "model.safetensors").read_bytes()

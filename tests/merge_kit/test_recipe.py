@@ -58,7 +58,8 @@ def test_a_recipe_comes_back_from_yaml(tmp_path, data):
         ({}, f"the key 'method' is missing; known are {', '.join(METHODS)}."),
         ({"method": "tise"}, "unknown method 'tise'; did you mean 'ties'?"),
         ({"method": "tiess"}, "unknown method 'tiess'; did you mean 'ties'?"),
-        ({"method": ["mean"]}, "unknown method '['mean']'; did you mean 'mean'?"),
+        ({"method": ["mean"]}, f"'method' must be a name; known are {', '.join(METHODS)}."),
+        ({"method": "\x1b[2J" * 50}, f"unknown method '{('?[2J' * 50)[:120]}...'."),
         ({"method": "mean", "weights": "exampels"}, "unknown weights 'exampels'; "
          "did you mean 'examples'?"),
         ({"method": "mean", "scael": 2}, "unknown key 'scael'; did you mean 'scale'?"),
@@ -78,6 +79,10 @@ def test_a_recipe_comes_back_from_yaml(tmp_path, data):
         ({"method": "mean", "groups": 3},
          "'groups' must be a list, each entry with keys and values."),
         ({"method": "mean", "lines": {"bta": 1}}, "unknown key 'lines.bta'; did you mean 'beta'?"),
+        ({"method": "mean", "weights": "\x1b[2J"}, "unknown weights '?[2J'; known are uniform, "
+         "examples, sqrt-examples, steps."),
+        ({"method": "mean", "seed": 2**64},
+         "'seed': input should be less than 18446744073709551616 (got 18446744073709551616)."),
         ({"method": "mean", "format": 2}, "'format': input should be 1 (got 2)."),
     ],
 )  # fmt: skip
@@ -102,6 +107,16 @@ def test_faults_are_told_in_one_sentence(data, sentence):
 def test_faults_in_options_are_told_in_one_sentence(options, sentence):
     with says(RecipeError, f"here, options of ties: {sentence}"):
         make_recipe({"method": "ties", "options": options}, "here")
+
+
+def test_options_that_hold_themselves_are_refused():
+    options: dict[str, object] = {}
+    options["density"] = options
+    sentence = "here, options of dare: what stands there holds itself: write it out."
+    with says(RecipeError, sentence):
+        make_recipe(
+            {"method": "dare", "options": {"rule": "ties", "rule_options": options}}, "here"
+        )
 
 
 def test_a_method_without_options_takes_none():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -212,3 +213,10 @@ def test_a_refused_file_is_closed(tmp_path, recwarn):
         with (tmp_path / "t").open("rb") as file:
             numbers.add(file.fileno())
     assert len(numbers) == 1
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    sentence = f"{tmp_path}/pipe is a device or a pipe, not a safetensors file."
+    with says(TensorFileError, sentence):
+        TensorFile(tmp_path / "pipe")

@@ -538,7 +538,7 @@ def test_a_provenance_that_breaks_the_format_is_refused(merged, changes, sentenc
 def test_what_a_stranger_wrote_does_not_reach_the_terminal(merged):
     merged.state(recipe={**merged.record["recipe"], "method": "\x1b[2J\ud800"})
     assert "unknown method '?[2J?'" in merged.verify().stdout
-    assert "unknown method '\x1b[2J\ud800'" in merged.differing()["rebuilt"]
+    assert "unknown method '?[2J?'" in merged.differing()["rebuilt"]
 
 
 def paths_of(node, path=()):

@@ -100,6 +100,14 @@ def test_a_damaged_sum_is_made_again(three, contribute, merge_all, tmp_path, nam
     assert content(tmp_path / "merged") == content(tmp_path / "scratch")
 
 
+def test_the_sum_that_a_killed_run_had_put_aside_is_used(three, merge_all, tmp_path):
+    merge_all("merged", "--keep-sum")
+    before = content(tmp_path / "merged")
+    (tmp_path / "merged").rename(tmp_path / ".merged.old")
+    assert "0 vector(s) read, the running sum is kept" in merge_all("merged", "--replace")
+    assert content(tmp_path / "merged") == before
+
+
 def test_another_method_leaves_the_sum_behind(three, merge_all, tmp_path):
     merge_all("merged", "--keep-sum")
     merge_all("merged", "--replace", "--method", "median")
