@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Record(Document):
     rests: dict[str, tuple[Rest, ...]]
     """By tensor: index and second number of the pairs that have one."""
     digests: dict[str, tuple[BlockDigest, ...]]
-    """By tensor: of the bytes of each block."""
+    """By tensor: of the bytes of the pairs of each block."""
 
 
 class RunningSum:
@@ -77,7 +77,10 @@ class RunningSum:
             raise MergeKitError(f"{path} cannot be read: merge from scratch.") from error
         self.record = parse(Record, data, str(path), MergeKitError)
         self._file = TensorFile(folder / SUMS)
-        self._rests = {name: dict(rests) for name, rests in self.record.rests.items()}
+        self._rests: dict[tuple[str, int], list[Rest]] = {}
+        for name, rests in self.record.rests.items():
+            for index, rest in rests:
+                self._rests.setdefault((name, index // BLOCK), []).append((index, rest))
 
     def __enter__(self) -> RunningSum:
         return self
@@ -100,14 +103,13 @@ class RunningSum:
         high = torch.zeros(size, dtype=torch.float64)
         if name in self._file.specs:
             self._file.read_into(name, begin, high)
-        place = begin // BLOCK
-        if self.record.digests.get(name, ())[place : place + 1] != (_digest(high.numpy()),):
+        place, low = begin // BLOCK, np.zeros(size)
+        for index, rest in self._rests.get((name, place), ()):
+            low[(index - begin) % size] = rest
+        pair = high.numpy(), low
+        if self.record.digests.get(name, ())[place : place + 1] != (_digest(pair),):
             raise TensorFileError(f"{self._file.path}: '{name}' was changed: merge from scratch.")
-        low = np.zeros(size)
-        for index, rest in self._rests.get(name, {}).items():
-            if begin <= index < begin + size:
-                low[index - begin] = rest
-        return high.numpy(), low
+        return pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +238,7 @@ class SumWriter:
         if len(places):
             rests = zip((places + begin).tolist(), low[places].tolist(), strict=True)
             self._rests.setdefault(name, []).extend(rests)
-        self._digests[name].append(_digest(high))
+        self._digests[name].append(_digest(pair))
         self._writer.write_part(name, begin, torch.from_numpy(high))
 
     def __exit__(
@@ -256,5 +258,7 @@ class SumWriter:
             write_atomic(self._folder / RECORD, canonical_json(record.model_dump(mode="json")))
 
 
-def _digest(values: Any) -> str:
-    return hashlib.sha256(values.data).hexdigest()[:32]
+def _digest(pair: Pair) -> str:
+    digest = hashlib.sha256(pair[0].data)
+    digest.update(pair[1].data)
+    return digest.hexdigest()[:32]

@@ -218,6 +218,12 @@ def test_second_numbers_of_pairs_are_kept(tmp_path):
     merge_keeping(files[0], [*sources[:2], sources[3]], recipe, tmp_path / "a")
     record = json.loads((tmp_path / "a" / FOLDER / RECORD).read_text())
     assert [index for index, _ in record["rests"]["w"]] == [1]
+    changed = {**record, "rests": {"w": [[1, record["rests"]["w"][0][1] * 2]]}}
+    (tmp_path / "a" / FOLDER / RECORD).write_text(json.dumps(changed))
+    with RunningSum(tmp_path / "a" / FOLDER) as old:
+        with pytest.raises(TensorFileError, match="'w' was changed"):
+            old.read("w", 0, 2)
+    (tmp_path / "a" / FOLDER / RECORD).write_text(json.dumps(record))
     with RunningSum(tmp_path / "a" / FOLDER) as old:
         merged, updated = merge_keeping(
             files[0], sources[1:2] + sources[3:], recipe, tmp_path / "b", old, sources[:1]
