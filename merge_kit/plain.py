@@ -257,7 +257,7 @@ def merge(job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False
     MergeKitError
         The recipe does not fit the number of inputs, or a value overflows.
     """
-    weights = _weighed(job)[1]
+    found, weights = _weighed(job)
 
     def texts(fingerprint: str) -> dict[str, str]:
         record = provenance(job, weights, fingerprint)
@@ -268,20 +268,17 @@ def merge(job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False
             CARD: render("plain_card.md.j2", record=record, config=job.config),
         }
 
-    written = write_folder(
-        out, material(job), job.recipe, texts, replace=give_way, keep_sum=keep_sum
-    )
+    written = write_folder(out, found, job.recipe, texts, replace=give_way, keep_sum=keep_sum)
     return Merged(written, tuple(weights))
 
 
 def material(job: Job) -> Material:
     """What the engine reads."""
-    sources = tuple(_weighed(job)[0])
-    return Material(job.base, job.base_fingerprint, sources, job.roles, files=job.files)
+    return _weighed(job)[0]
 
 
-def _weighed(job: Job) -> tuple[list[engine.Source], list[float]]:
-    """What the engine merges, with the weights in the place of the numbers of images."""
+def _weighed(job: Job) -> tuple[Material, list[float]]:
+    """What the engine reads, with the weights in the place of the numbers of images."""
     start = Start(job.base, job.roles)
     sources = [
         engine.Source(
@@ -296,8 +293,11 @@ def _weighed(job: Job) -> tuple[list[engine.Source], list[float]]:
     engine.check_sites(sources, job.recipe)
     weights = engine.weigh(sources, job.recipe).shares
     counts = [(max(weight, 0.0),) * job.rows for weight in weights]
-    weighed = [replace(s, class_counts=c) for s, c in zip(sources, counts, strict=True)]
-    return weighed, weights
+    weighed = (replace(s, class_counts=c) for s, c in zip(sources, counts, strict=True))
+    return (
+        Material(job.base, job.base_fingerprint, tuple(weighed), job.roles, files=job.files),
+        weights,
+    )
 
 
 def provenance(job: Job, weights: Sequence[float], fingerprint: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ tensor, its rescaler r (EMR, arXiv 2405.17461).
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -23,10 +22,10 @@ from merge_kit.blocks import BLOCK
 from merge_kit.engine import Part, Source
 from merge_kit.errors import RecipeError, VectorError
 from merge_kit.files import canonical_json, storage_errors
-from merge_kit.schema import Digest, Document, SiteName, parse
+from merge_kit.schema import Digest, Document, SiteName
 from merge_kit.tensorfile import StoredTensors, Tensors, TensorWriter
 from merge_kit.tensorheader import TensorSpec
-from merge_kit.vector import METADATA_KEY, check_finite
+from merge_kit.vector import METADATA_KEY, check_finite, parse_header
 
 MASKS = "masks"
 _SUFFIX = ".safetensors"
@@ -177,16 +176,7 @@ def read_header(file: StoredTensors) -> MaskHeader:
     VectorError
         merge-kit did not write the file, or it is another site's.
     """
-    text = file.metadata.get(METADATA_KEY)
-    if text is None or len(file.metadata) != 1:
-        raise VectorError(
-            f"{file.path} holds no masks: its header lacks the metadata '{METADATA_KEY}'."
-        )
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise VectorError(f"{file.path}: the metadata '{METADATA_KEY}' is not JSON.") from error
-    header = parse(MaskHeader, data, str(file.path), VectorError)
+    header = parse_header(file, MaskHeader, "holds no masks")
     stems = [file_stem(header.site, header.contribution, alone=alone) for alone in (True, False)]
     if file.path.name not in [f"{stem}{_SUFFIX}" for stem in stems]:
         raise VectorError(

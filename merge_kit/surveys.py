@@ -55,16 +55,6 @@ class Survey:
             found[stretch.tensor] = part if before is None else before + part
         return found
 
-    def extremes(self, measure: Callable[[Block], Tensor]) -> Tensor:
-        """(2, N): smallest and largest value of each row of a measure (N, n), over all blocks."""
-        low = high = None
-        for _, part in self.reader.each(lambda block: torch.stack(measure(block).aminmax(dim=1))):
-            low = part[0] if low is None else torch.minimum(low, part[0])
-            high = part[1] if high is None else torch.maximum(high, part[1])
-        if low is None or high is None:
-            return torch.zeros(2, len(self))
-        return torch.stack([low, high])
-
     def kth_largest(
         self,
         measure: Callable[[Block], Tensor],

@@ -32,7 +32,7 @@ class VectorHeader(Document):
     site: SiteName
 
 
-H = TypeVar("H", bound=VectorHeader)
+H = TypeVar("H", bound=Document)
 
 
 class Measured(Document):

@@ -66,9 +66,6 @@ class Vectors(Protocol):
     def totals(self, measure: Callable[[Block], Tensor]) -> dict[str, Tensor]:
         """Sum of a measure over the blocks of each tensor."""
 
-    def extremes(self, measure: Callable[[Block], Tensor]) -> Tensor:
-        """(2, N): smallest and largest value of each row of a measure (N, n), over all blocks."""
-
     def kth_largest(
         self,
         measure: Callable[[Block], Tensor],
