@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluate import report
-from evaluate.metrics import summarise, verdict
 from evaluate.models import find_models
-from evaluate.predictions import choose_cases, predict, to_csv
+from evaluate.predicting import choose_cases, predict, to_csv
+from evaluate.summary import summarise, verdict
 from finetune.cases import load_cases
 from finetune.image_options import image_options
 from finetune.network import choose_device

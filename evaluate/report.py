@@ -57,7 +57,7 @@ def render(
     """Return the report as one HTML page.
 
     Args:
-        summary: what `evaluate.metrics.summarise` returned, or the same read from metrics.json.
+        summary: what `evaluate.summary.summarise` returned, or the same read from metrics.json.
         title: heading of the page.
         created: when, as the reader shall see it.
         notes: sentences for the end of the page, such as how the images were chosen.

@@ -1,6 +1,6 @@
 """What a summary says, in a few plain sentences that are computed, never written by hand.
 
-Reads the content of metrics.json (see `evaluate.metrics.summarise`) and nothing else.
+Reads the content of metrics.json (see `evaluate.summary.summarise`) and nothing else.
 """
 
 from __future__ import annotations

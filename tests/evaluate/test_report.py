@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluate.metrics import Predictions, Summary, summarise
 from evaluate.report import render
+from evaluate.summary import Predictions, Summary, summarise
 from evaluate.verdict import verdict
 
 VOID = {"meta", "br", "circle", "rect", "path", "line"}

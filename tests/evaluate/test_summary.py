@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn
 
-from evaluate.metrics import Predictions, summarise, verdict
+from evaluate.summary import Predictions, summarise, verdict
 from finetune.scores import balanced_accuracy, bootstrap_intervals, macro_auroc
 from merge_kit.errors import DataError
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from evaluate.metrics import Predictions
 from evaluate.models import Model
+from evaluate.summary import Predictions
 from finetune import network
 from finetune.cases import Case
 from finetune.pixels import Images, decode
