@@ -12,7 +12,6 @@ from pydantic import Field
 
 from merge_kit.schema import Document
 
-FORMAT = 2
 Role = str
 """base, merged, pooled, federated, other or site:<site>."""
 
@@ -240,7 +239,7 @@ class Resampling(Document):
 class Report(Document):
     """The content of report.json."""
 
-    format: Literal[2] = FORMAT
+    format: Literal[2] = 2
     title: str
     created: str
     """UTC."""
@@ -256,7 +255,7 @@ class Report(Document):
     resampling: Resampling
     bins: int
     """Of the expected calibration error, of equal width."""
-    prevalences: dict[str, float] = {}
+    prevalences: dict[str, float] = Field(default_factory=dict)
     """Stated prevalence of a class, for predictive values."""
     validation_cases: int = 0
     """Cases that thresholds and temperatures were fitted on."""
