@@ -132,6 +132,10 @@ class ModelReport(Document):
     curves: tuple[ClassCurves, ...] = ()
     reliability: tuple[ReliabilityBin, ...] = ()
 
+    def on(self, scope: str) -> ModelScope:
+        """Its figures on the scope with this key."""
+        return next(found for found in self.scopes if found.scope == scope)
+
 
 class Count(Document):
     """Cases of one class."""
@@ -270,3 +274,11 @@ class Report(Document):
     checklist: tuple[ChecklistItem, ...] = ()
     notes: tuple[str, ...] = ()
     verdict: tuple[str, ...] = ()
+
+    def model(self, name: str) -> ModelReport:
+        """The model with this name."""
+        return next(found for found in self.models if found.name == name)
+
+    def sites(self) -> tuple[Scope, ...]:
+        """The scopes that are sites."""
+        return tuple(scope for scope in self.scopes if scope.kind == "site")
