@@ -1,371 +1,274 @@
-"""From the predictions of several models on the same cases to the content of metrics.json.
-
-`summarise` computes every figure once; the table, the report and the verdict in words only read
-them. Scores and intervals are those of `finetune.scores`: patients are drawn whole where they are
-known, and all models are resampled alike, so that differences between two of them are paired.
-"""
+"""From the predictions of several models on the same cases to the report: every figure once."""
 
 from __future__ import annotations
 
-import math
 import re
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.verdict import MAIN_SCORE, ranking, verdict
-from finetune.scores import (
-    Score,
-    accuracy,
-    balanced_accuracy,
-    bootstrap_replicates,
-    class_recalls,
-    confusion,
-    macro_auroc,
-    mean_of_defined,
-    per_class_auroc,
-    percentile_bounds,
+from evaluate.checklist import checklist
+from evaluate.comparisons import Contest, adjusted, auroc_comparisons
+from evaluate.curves import curves, reliability
+from evaluate.document import (
+    Comparison,
+    ModelReport,
+    Report,
+    Resampling,
+    Scope,
+    Similarity,
+    SurveyRow,
+    Worst,
 )
+from evaluate.fitting import Fitted, Validation, fit
+from evaluate.labelled import UNKNOWN, LabelledSet
+from evaluate.predictions import Predictions
+from evaluate.scopes import MEAN, Part, parts
+from evaluate.scoring import Scoring, Settings, score
+from evaluate.verdict import verdict
+from finetune.scores import mean_of_defined
 from merge_kit.errors import DataError
 
-__all__ = ["SCORES", "Predictions", "Summary", "summarise", "verdict"]
-
-Summary: TypeAlias = dict[str, Any]
-Floats: TypeAlias = NDArray[np.float64]
-
-SCHEMA_VERSION = 1
-LEVEL = 0.95
-SCORES: Mapping[str, Score] = {
-    MAIN_SCORE: balanced_accuracy,
-    "macro_auroc": macro_auroc,
-    "accuracy": accuracy,
-}
+Floats = NDArray[np.float64]
+_ROLE = re.compile(r"base|merged|pooled|federated|other|site:.+")
 
 
 @dataclass(frozen=True, slots=True)
-class Predictions:
-    """What one model says about n labelled cases.
+class Facts:
+    """What the report says about itself."""
 
-    Attributes:
-        model: the name that the report shows.
-        classes: the C class names, in the order of the columns.
-        files: (n,) the image of each case.
-        labels: (n,) int64 in [0, C).
-        probabilities: (n, C) float64, each in [0, 1].
-        patients: (n,) patient of each case, None when unknown; a name holds within its site.
-        sites: (n,) site of each case, "" when unknown.
-        unit: what `patients` names: "patient", or "group" for groups of near-duplicate images.
-
-    Raises:
-        DataError: lengths, labels or probabilities that do not fit.
-    """
-
-    model: str
-    classes: tuple[str, ...]
-    files: tuple[str, ...]
-    labels: NDArray[np.int64]
-    probabilities: Floats
-    patients: tuple[str | None, ...]
-    sites: tuple[str, ...]
-    unit: str = "patient"
-
-    def __post_init__(self) -> None:
-        n, classes = len(self.files), len(self.classes)
-        lengths = len(self.labels), len(self.patients), len(self.sites)
-        if lengths != (n, n, n) or self.probabilities.shape != (n, classes):
-            raise DataError(
-                f"The predictions of model {self.model!r} do not fit its {n} files and {classes} "
-                f"classes: run its predictions again."
-            )
-        likely = (self.probabilities >= 0) & (self.probabilities <= 1 + 1e-6)  # no to nan
-        fine = np.asarray(likely.all(axis=1), dtype=bool)
-        known = (self.labels >= 0) & (self.labels < classes)
-        for file, likely_row, label in zip(self.files, fine, known, strict=True):
-            if not likely_row:
-                raise DataError(
-                    f"Model {self.model!r} gives {file} a probability outside [0, 1]: check its "
-                    f"weights for NaN, and that its outputs are probabilities."
-                )
-            if not label:
-                raise DataError(f"The label of {file} is none of the {classes} classes.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """One model on one set of cases: scores, their bootstrap replicates, and n of what."""
-
-    n: int
-    values: dict[str, float]
-    replicates: dict[str, Floats]
-
-    def interval(self, score: str) -> Summary:
-        low, high = percentile_bounds(self.replicates[score], LEVEL)
-        value = _number(self.values[score])
-        return {"value": value, "low": _number(low), "high": _number(high), "n": self.n}
-
-    def minus(self, other: _Scored) -> _Scored:
-        return _Scored(
-            self.n,
-            {name: self.values[name] - other.values[name] for name in SCORES},
-            {name: self.replicates[name] - other.replicates[name] for name in SCORES},
-        )
+    title: str
+    created: str
+    software: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    similarity: Similarity | None = None
 
 
 def summarise(
+    labelled: LabelledSet,
     predictions: Sequence[Predictions],
-    *,
-    roles: Mapping[str, str] | None = None,
-    minimum_cell: int = 5,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Summary:
-    """Return the content of metrics.json: plain dicts, lists and numbers, None for undefined.
+    facts: Facts,
+    settings: Settings | None = None,
+    validation: Validation | None = None,
+) -> Report:
+    """Compute every figure of a report.
 
-    Args:
-        predictions: one entry a model, all on the same cases in the same order.
-        roles: model name -> "base", "site:<site>", "merged", "pooled" or "other" (the default).
-        minimum_cell: figures of fewer cases than this are flagged `"small": true`.
-        resamples: bootstrap resamples for each interval (level 95 %).
-        seed: of the bootstrap.
-
-    Cases without a site count in the union only. The worst site of a model is the one with its
-    lowest balanced accuracy, the worst class the one with its lowest sensitivity on the union;
-    small ones come last in both.
-
-    Raises:
-        DataError: no model, two of one name, different cases, or an unknown role or model in
-            `roles`.
+    Raises
+    ------
+    DataError
+        No model, two of one name, an unknown role, other classes or another number of cases.
     """
-    roles = dict(roles or {})
-    _check(predictions, roles)
-    first, sites = predictions[0], sorted(set(predictions[0].sites) - {""})
-    scored = {p.model: _score(p, sites, resamples, seed) for p in predictions}
-    models = [
-        _model(p, roles.get(p.model, "other"), sites, scored[p.model], minimum_cell)
-        for p in predictions
-    ]
-    known = [bool(patient) for patient in first.patients]
-    unit = first.unit if any(known) and all(known) else f"{first.unit} or case"
-    unit = unit if any(known) else "case"
-    return {
-        "schema": SCHEMA_VERSION,
-        "classes": list(first.classes),
-        "sites": sites,
-        "cases": {
-            "total": len(first.files),
-            "patients": len(set(_patients(first))) if unit == "patient" else None,
-            "classes": _counts(first, None, minimum_cell),
-            "sites": [
-                {"site": site, "n": first.sites.count(site)}
-                | {"classes": _counts(first, site, minimum_cell)}
-                for site in sites
-            ],
-            "without_site": first.sites.count(""),
-        },
-        "minimum_cell": minimum_cell,
-        "bootstrap": {"unit": unit, "resamples": resamples, "level": LEVEL, "seed": seed},
-        "models": models,
-        "comparisons": _comparisons(models, scored),
-    }
-
-
-def _check(predictions: Sequence[Predictions], roles: Mapping[str, str]) -> None:
-    if not predictions:
-        raise DataError("There is no model to summarise: name at least one.")
-    first, names = predictions[0], [p.model for p in predictions]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"Two models are called {name!r}: give each a name of its own.")
-    for name, role in roles.items():
-        if name not in names:
-            raise DataError(f"There is no model {name!r} to give a role: there is {names}.")
-        if not re.fullmatch(r"base|merged|pooled|other|site:.+", role):
-            raise DataError(
-                f"Model {name!r} has the role {role!r}, but a role is base, site:<site>, merged, "
-                f"pooled or other."
-            )
-    for other in predictions[1:]:
-        if other.classes != first.classes:
-            raise DataError(
-                f"Models {first.model!r} and {other.model!r} have different classes or another "
-                f"order of them: {list(first.classes)} and {list(other.classes)}."
-            )
-        if difference := _difference(first, other):
-            raise DataError(
-                f"Models {first.model!r} and {other.model!r} were scored on different cases "
-                f"({difference}): run all predictions again on the same images."
-            )
-
-
-def _difference(one: Predictions, other: Predictions) -> str:
-    """Say where the cases of two models first differ; nothing when they do not."""
-    if len(one.files) != len(other.files):
-        return f"{len(one.files)} and {len(other.files)} of them"
-    cases = [
-        zip(p.files, p.labels.tolist(), p.patients, p.sites, strict=True) for p in (one, other)
-    ]
-    for number, (a, b) in enumerate(zip(*cases, strict=True), 1):
-        if a[0] != b[0]:
-            return f"number {number} is {a[0]} and {b[0]}"
-        if a != b:
-            return f"{a[0]} has another label, patient or site"
-    return ""
-
-
-def _patients(p: Predictions) -> list[str | None]:
-    """Name patients across sites: one number at two hospitals is two people."""
-    pairs = zip(p.sites, p.patients, strict=True)
-    return [f"{site}\0{patient}" if patient else None for site, patient in pairs]
-
-
-def _rows(p: Predictions, site: str | None) -> NDArray[np.int64]:
-    """Number the cases of a site, or of the union (None)."""
-    return np.array([i for i, s in enumerate(p.sites) if site in (None, s)], dtype=np.int64)
-
-
-def _score(p: Predictions, sites: Sequence[str], resamples: int, seed: int) -> dict[str, _Scored]:
-    """Score one model on "union", every "site:<site>" and "mean_over_sites"."""
-    patients = _patients(p)
-
-    def on(site: str | None) -> _Scored:
-        rows = _rows(p, site)
-        labels, probabilities = p.labels[rows], p.probabilities[rows]
-        # A site's draw hangs on its name: sites are independent of each other, and the figures
-        # of one stay when another joins.
-        drawn = bootstrap_replicates(
-            labels,
-            probabilities,
-            SCORES,
-            groups=[patients[row] for row in rows],
-            resamples=resamples,
-            seed=[seed, zlib.crc32((site or "").encode())],
+    settings = settings or Settings()
+    _check(labelled, predictions, settings)
+    fitted = _fitted(predictions, validation, settings)
+    found = parts(labelled, settings.external, settings.minimum)
+    scorings = {
+        f.predictions.model: score(
+            labelled, f.predictions, found, f.thresholds(labelled.classes), settings
         )
-        values = {name: score(labels, probabilities) for name, score in SCORES.items()}
-        return _Scored(len(rows), values, drawn)
-
-    by_site = {f"site:{site}": on(site) for site in sites}
-    return {"union": on(None), **by_site, "mean_over_sites": _mean(list(by_site.values()))}
-
-
-def _mean(sites: Sequence[_Scored]) -> _Scored:
-    """Average sites with the same weight."""
-
-    def replicates(score: str) -> Floats:
-        rows = [s.replicates[score] for s in sites]
-        fixed = [bool(np.isnan(row).all()) for row in rows]
-        if all(fixed):
-            return np.zeros(0)
-        # A site that cannot be resampled (one patient) stays as it is in every resample.
-        kept = [
-            np.full_like(row, s.values[score]) if still else row
-            for s, row, still in zip(sites, rows, fixed, strict=True)
-        ]
-        return mean_of_defined(np.stack(kept, axis=1))
-
-    values = {name: np.array([s.values[name] for s in sites]) for name in SCORES}
-    return _Scored(
-        len(sites),
-        {name: float(mean_of_defined(value)) for name, value in values.items()},
-        {name: replicates(name) for name in SCORES},
+        for f in fitted
+    }
+    main_score = "macro_auroc" if labelled.multi_label else "balanced_accuracy"
+    contest = Contest(
+        {p.model: p.role for p in predictions},
+        {name: scoring.samples for name, scoring in scorings.items()},
+        main_score,
+        settings.level,
     )
+    leaders = contest.leaders(settings.reference)
+    models = tuple(
+        _model(f, scorings[f.predictions.model], found, labelled, settings, main_score, leaders)
+        for f in fitted
+    )
+    mean = any(part.scope.kind == "site" for part in found)
+    report = Report(
+        title=facts.title,
+        created=facts.created,
+        software=dict(facts.software),
+        task="multi-label" if labelled.multi_label else "single-label",
+        ordered=settings.ordered,
+        classes=labelled.classes,
+        main_score=main_score,
+        minimum=settings.minimum,
+        resampling=Resampling(
+            unit=unit_of(labelled),
+            resamples=settings.resamples,
+            level=settings.level,
+            seed=settings.seed,
+        ),
+        bins=settings.bins,
+        prevalences=dict(settings.prevalences),
+        validation_cases=len(validation.labelled) if validation else 0,
+        scopes=tuple(part.scope for part in found) + ((_mean_scope(),) if mean else ()),
+        models=models,
+        reference=settings.reference,
+        comparisons=_comparisons(contest, labelled, [f.predictions for f in fitted], settings),
+        gaps=tuple(contest.gaps(_columns(found), leaders)),
+        survey=tuple(_survey(contest)),
+        similarity=facts.similarity,
+        notes=facts.notes,
+    )
+    report = report.model_copy(update={"checklist": checklist(report)})
+    return report.model_copy(update={"verdict": verdict(report)})
+
+
+def unit_of(labelled: LabelledSet) -> str:
+    """What the bootstrap draws, in words."""
+    known = [patient is not None for patient in labelled.patients]
+    if not any(known):
+        return "case"
+    return labelled.unit if all(known) else f"{labelled.unit} or case"
+
+
+def _check(labelled: LabelledSet, predictions: Sequence[Predictions], settings: Settings) -> None:
+    names = [p.model for p in predictions]
+    if not names:
+        raise DataError("There is no model to report on: name at least one.")
+    for p in predictions:
+        if names.count(p.model) > 1:
+            raise DataError(f"Two models are called '{p.model}': give each a name of its own.")
+        if not _ROLE.fullmatch(p.role):
+            raise DataError(
+                f"Model '{p.model}' has the role '{p.role}', but a role is base, site:<site>, "
+                "merged, pooled, federated or other."
+            )
+        if p.classes != labelled.classes or len(p) != len(labelled):
+            raise DataError(
+                f"The predictions of model '{p.model}' are of {len(p)} cases and the classes "
+                f"{', '.join(p.classes)}; the labelled cases are {len(labelled)} of "
+                f"{', '.join(labelled.classes)}: predict again."
+            )
+    if settings.reference is not None and settings.reference not in names:
+        raise DataError(
+            f"There is no model '{settings.reference}' to compare with (known: {', '.join(names)})."
+        )
+
+
+def _fitted(
+    predictions: Sequence[Predictions], validation: Validation | None, settings: Settings
+) -> list[Fitted]:
+    if validation is None:
+        return [Fitted(p) for p in predictions]
+    return [
+        fit(p, own, validation, settings.specificities, settings.minimum)
+        for p, own in zip(predictions, validation.predictions, strict=True)
+    ]
 
 
 def _model(
-    p: Predictions,
-    role: str,
-    sites: Sequence[str],
-    scored: Mapping[str, _Scored],
-    minimum_cell: int,
-) -> Summary:
-    classes = _classes(p, None, minimum_cell)
-    by_site = [
-        {
-            "site": site,
-            **_figures(scored[f"site:{site}"], minimum_cell),
-            "classes": _classes(p, site, minimum_cell),
-        }
-        for site in sites
+    fitted: Fitted,
+    scoring: Scoring,
+    found: Sequence[Part],
+    labelled: LabelledSet,
+    settings: Settings,
+    main_score: str,
+    leaders: Sequence[str],
+) -> ModelReport:
+    own = fitted.predictions
+    return ModelReport(
+        name=own.model,
+        role=own.role,
+        fingerprint=own.fingerprint,
+        temperature=fitted.temperature,
+        thresholds=fitted.points,
+        scopes=scoring.scopes,
+        worst_site=_worst_site(scoring, found, main_score),
+        worst_class=_worst_class(scoring, labelled.multi_label),
+        curves=curves(labelled, own, settings, banded=own.model in leaders),
+        reliability=reliability(labelled, own, settings),
+    )
+
+
+def _worst_site(scoring: Scoring, found: Sequence[Part], main_score: str) -> Worst | None:
+    rows = [
+        (sample.values[main_score], part.scope.name, sample.n)
+        for part in found
+        if part.scope.kind == "site" and (sample := scoring.samples.get(part.scope.key))
     ]
-    mean = scored["mean_over_sites"]
-    return {
-        "model": p.model,
-        "role": role,
-        "union": _figures(scored["union"], minimum_cell),
-        "mean_over_sites": {name: mean.interval(name) for name in SCORES},
-        "worst_site": _worst("site", by_site, lambda row: row[MAIN_SCORE]["value"]),
-        "worst_class": _worst("class", classes, lambda row: row["sensitivity"]),
-        "classes": classes,
-        "sites": by_site,
-        "confusion": confusion(p.labels, p.probabilities).tolist(),
-    }
+    return _worst(rows)
 
 
-def _figures(scored: _Scored, minimum_cell: int) -> Summary:
-    intervals = {name: scored.interval(name) for name in SCORES}
-    return {"n": scored.n, "small": scored.n < minimum_cell, **intervals}
+def _worst_class(scoring: Scoring, multi_label: bool) -> Worst | None:
+    name = "auroc" if multi_label else "sensitivity"
+    figures = [(c.figures[name], c.name) for c in scoring.scopes[0].classes]
+    return _worst([(f.value, label, f.n) for f, label in figures if f.value is not None and f.n])
 
 
-def _counts(p: Predictions, site: str | None, minimum_cell: int) -> list[Summary]:
-    counts = np.bincount(p.labels[_rows(p, site)], minlength=len(p.classes)).tolist()
-    return [
-        {"class": name, "n": n, "small": n < minimum_cell}
-        for name, n in zip(p.classes, counts, strict=True)
-    ]
-
-
-def _classes(p: Predictions, site: str | None, minimum_cell: int) -> list[Summary]:
-    rows = _rows(p, site)
-    recalls = class_recalls(p.labels[rows], p.probabilities[rows])
-    aurocs = per_class_auroc(p.labels[rows], p.probabilities[rows])
-    return [
-        {**count, "sensitivity": _number(recall), "auroc": _number(auroc)}
-        for count, recall, auroc in zip(
-            _counts(p, site, minimum_cell), recalls.tolist(), aurocs.tolist(), strict=True
-        )
-    ]
-
-
-def _worst(
-    key: str, rows: Sequence[Summary], figure: Callable[[Summary], float | None]
-) -> Summary | None:
-    defined = [(row["small"], value, row) for row in rows if (value := figure(row)) is not None]
+def _worst(rows: Sequence[tuple[float, str, int]]) -> Worst | None:
+    defined = [row for row in rows if not np.isnan(row[0])]
     if not defined:
         return None
-    small, value, row = min(defined, key=lambda entry: entry[:2])
-    return {key: row[key], "value": value, "n": row["n"], "small": small}
+    value, name, n = min(defined, key=lambda row: row[0])
+    return Worst(name=name, value=value, n=n)
+
+
+def _mean_scope() -> Scope:
+    return Scope(key=MEAN, kind=MEAN, name="mean over sites", cases=None, patients=None)
+
+
+def _columns(found: Sequence[Part]) -> dict[str, list[str]]:
+    """The groups of each column; those whose value is unknown are no group."""
+    columns: dict[str, list[str]] = {}
+    for part in found:
+        if part.scope.column is not None and part.scope.name != UNKNOWN:
+            columns.setdefault(part.scope.column, []).append(part.scope.key)
+    return columns
 
 
 def _comparisons(
-    models: Sequence[Summary], scored: Mapping[str, Mapping[str, _Scored]]
-) -> list[Summary]:
-    """List the paired differences that the verdict speaks about.
+    contest: Contest,
+    labelled: LabelledSet,
+    predictions: Sequence[Predictions],
+    settings: Settings,
+) -> tuple[Comparison, ...]:
+    families = [contest.against_best(), contest.against_own()]
+    if settings.reference is not None:
+        scores = dict.fromkeys((contest.main_score, "macro_auroc"))
+        families.append(contest.against_reference(settings.reference, list(scores)))
+    if unit_of(labelled) == "case":
+        by_name = {p.model: p for p in predictions}
+        first, *others = contest.leaders(settings.reference) or [""]
+        pairs = [(first, other) for other in others]
+        families.append(
+            auroc_comparisons(labelled, by_name, pairs, settings.level, settings.minimum)
+        )
+    return adjusted(*families)
 
-    The best model against the runner-up, on the union and on the mean over sites; and every
-    merged model against each site's own model at that site.
+
+def _survey(contest: Contest) -> Iterator[SurveyRow]:
+    """The table of federated studies, as means over sites.
+
+    Single: each site's model at home. Cross: each site's model at the other sites. Mix: trained on
+    all sites' images.
     """
-    pairs = []
-    for scope in ("union", "mean_over_sites"):
-        if len(order := ranking(models, scope)) > 1:
-            pairs.append((scope, order[0], order[1]))
-    merged = [model["model"] for model in models if model["role"] == "merged"]
-    for own in models:
-        if own["role"] in scored[own["model"]]:  # "site:<site>", and the site has cases
-            pairs += [(own["role"], model, own["model"]) for model in merged]
-    return [
+    sites = {name: role for name, role in contest.roles.items() if role.startswith("site:")}
+    at_home, abroad = [], []
+    for model, role in sites.items():
+        for scope, sample in contest.samples[model].items():
+            if scope.startswith("site:"):
+                (at_home if scope == role else abroad).append(sample.values)
+    if at_home:
+        yield _survey_row("single", None, at_home)
+    if abroad:
+        yield _survey_row("cross", None, abroad)
+    for role, name in (("pooled", "mix"), ("federated", "federated"), ("merged", "merged")):
+        for model, found in contest.roles.items():
+            if found == role and MEAN in contest.samples[model]:
+                yield _survey_row(name, model, [contest.samples[model][MEAN].values])
+
+
+def _survey_row(name: str, model: str | None, rows: Sequence[Mapping[str, float]]) -> SurveyRow:
+    def mean(key: str) -> float | None:
+        value = float(mean_of_defined(np.array([row[key] for row in rows])))
+        return None if np.isnan(value) else value
+
+    return SurveyRow.model_validate(
         {
-            "scope": scope,
+            "name": name,
             "model": model,
-            "against": against,
-            "score": MAIN_SCORE,
-            "difference": scored[model][scope].minus(scored[against][scope]).interval(MAIN_SCORE),
+            "balanced_accuracy": mean("balanced_accuracy"),
+            "macro_auroc": mean("macro_auroc"),
         }
-        for scope, model, against in pairs
-    ]
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
+    )

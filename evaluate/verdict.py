@@ -1,101 +1,139 @@
-"""What a summary says, in a few plain sentences that are computed, never written by hand.
-
-Reads the content of metrics.json (see `evaluate.summary.summarise`) and nothing else.
-"""
+"""What a report says, in a few plain sentences that are computed, never written by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-MAIN_SCORE = "balanced_accuracy"
-_SCOPES = {"union": "all {n} cases", "mean_over_sites": "the mean over the {n} sites"}
+from evaluate.document import Comparison, Figure, ModelReport, Report, Scope
+
+SCORE_NAMES = {
+    "balanced_accuracy": "balanced accuracy",
+    "macro_auroc": "macro AUROC",
+    "accuracy": "accuracy",
+    "auroc": "AUROC",
+}
+_SCOPES = ("union", "mean_over_sites")
 _MOST_MODELS = 3
 _MOST_SITES = 4
+_CHANCE = 0.05
 
 
-def ranking(models: Sequence[Mapping[str, Any]], scope: str) -> list[str]:
-    """Return the models' names, highest balanced accuracy first, without undefined ones.
+def ranking(report: Report, scope: str) -> list[str]:
+    """Names of the models, highest main score first, without undefined and withheld ones.
 
-    `scope` is "union" or "mean_over_sites"; equal figures keep the order of the models.
+    Equal figures keep the order of the models.
     """
-    values = {model["model"]: model[scope][MAIN_SCORE]["value"] for model in models}
-    defined = [name for name, value in values.items() if value is not None]
-    return sorted(defined, key=lambda name: -values[name])
+    values = {model.name: main(report, model, scope).value for model in report.models}
+    defined = {name: value for name, value in values.items() if value is not None}
+    return sorted(defined, key=lambda name: -defined[name])
 
 
-def verdict(summary: Mapping[str, Any]) -> list[str]:
-    """Return the findings of a summary as plain sentences, the most important first.
+def main(report: Report, model: ModelReport, scope: str) -> Figure:
+    """A model's main score on a scope; an empty figure where it has none."""
+    found = next((s.figures for s in model.scopes if s.scope == scope), {})
+    return found.get(report.main_score, Figure(value=None))
 
-    Which model is best on the union and on the mean over sites and by how much, with its worst
-    site; where merged models fall below a site's own model; how the best merged model stands to
-    single-site, pooled and base models; and what is too small to be believed.
+
+def verdict(report: Report) -> tuple[str, ...]:
+    """The findings, the most important first.
+
+    Which model is best on all cases and on the mean over sites, and by how much; how it does on
+    sites that no model was trained on; its worst site; how the best merged model stands to
+    single-site, pooled and base models; where merged models do worse than a site's own; how far its
+    probabilities can be trusted; gaps between groups; and what is too small to be believed.
     """
-    return [
-        *_best(summary),
-        *_worst_site(summary),
-        *_baselines(summary),
-        *_against_own(summary),
-        *_absent(summary),
-        *_small(summary),
-    ]
+    return (
+        *_best(report),
+        *_external(report),
+        *_worst_site(report),
+        *_baselines(report),
+        *_against_own(report),
+        *_calibration(report),
+        *_gaps(report),
+        *_absent(report),
+        *_small(report),
+    )
 
 
-def _best(summary: Mapping[str, Any]) -> list[str]:
+def _best(report: Report) -> list[str]:
     sentences: list[str] = []
     leaders: list[str] = []
-    for scope, words in _SCOPES.items():
-        order = ranking(summary["models"], scope)
+    score = SCORE_NAMES[report.main_score]
+    for scope in _SCOPES:
+        order = ranking(report, scope)
         if not order:
             continue
-        figure = _model(summary, order[0])[scope][MAIN_SCORE]
-        where = words.format(n=figure["n"])
+        figure = main(report, report.model(order[0]), scope)
+        where = f"all {figure.n} cases" if scope == "union" else f"the mean over {_sites(figure)}"
         if len(order) == 1:
-            sentence = (
-                f"{_name(order[0])} has a balanced accuracy of {_interval(figure)} on {where}."
-            )
+            sentence = f"{_name(order[0])} has a {score} of {_interval(figure)} on {where}."
         else:
             also = "also " if order[0] in leaders else ""
             sentence = (
-                f"{_name(order[0])} {also}has the highest balanced accuracy on {where}, "
-                f"{_interval(figure)}; {_lead(summary, scope)}."
+                f"{_name(order[0])} {also}has the highest {score} on {where}, "
+                f"{_interval(figure)}; {_lead(report, scope, *order[:2])}."
             )
         leaders.append(order[0])
         sentences.append(sentence)
-    return sentences or ["No model has a defined balanced accuracy: there are no labelled cases."]
+    return sentences or [f"No model has a defined {score}: there are too few labelled cases."]
 
 
-def _lead(summary: Mapping[str, Any], scope: str) -> str:
-    (entry,) = (entry for entry in summary["comparisons"] if entry["scope"] == scope)
-    difference = entry["difference"]
-    if not difference["value"]:
-        return f"{_name(entry['against'])} has the same"
-    words = f"the next, {_name(entry['against'])}, is lower by {_interval(difference)}"
-    if difference["low"] is not None and difference["low"] <= 0:
-        words += ", which may be chance"
-    return words
+def _sites(figure: Figure) -> str:
+    return f"the {figure.n} sites" if figure.n != 1 else "the only site"
 
 
-def _worst_site(summary: Mapping[str, Any]) -> list[str]:
-    order = ranking(summary["models"], "mean_over_sites")
-    worst = _model(summary, order[0])["worst_site"] if order else None
-    if worst is None or len(summary["sites"]) < 2:
+def _lead(report: Report, scope: str, first: str, second: str) -> str:
+    entry = next(
+        c
+        for c in report.comparisons
+        if c.family == "best" and c.scope == scope and (c.model, c.against) == (first, second)
+    )
+    if not entry.difference.value:
+        return f"{_name(second)} has the same"
+    words = f"the next, {_name(second)}, is lower by {_interval(entry.difference)}"
+    return words + (", which may be chance" if _may_be_chance(entry) else "")
+
+
+def _may_be_chance(entry: Comparison) -> bool:
+    return entry.p_adjusted is not None and entry.p_adjusted >= _CHANCE
+
+
+def _external(report: Report) -> list[str]:
+    order = ranking(report, "external")
+    if not order:
         return []
-    name = _name(order[0])
-    return [f"The worst site of {name} is {worst['site']}: {worst['value']:.3f}{_on(worst)}."]
+    names = [scope.name for scope in report.sites() if scope.external]
+    best = main(report, report.model(order[0]), "external")
+    text = (
+        f"On {_list(names)}, which no model was trained on, {_name(order[0])} is best: "
+        f"{_interval(best)} on {best.n} cases"
+    )
+    merged = [name for name in order if report.model(name).role == "merged"]
+    if merged and merged[0] != order[0]:
+        figure = main(report, report.model(merged[0]), "external")
+        text += f"; the best merged model, {_name(merged[0])}, has {_interval(figure)}"
+    return [f"{text}."]
 
 
-def _on(row: Mapping[str, Any]) -> str:
-    return f" on {row['n']} case{'s' if row['n'] != 1 else ''}"
+def _worst_site(report: Report) -> list[str]:
+    order = ranking(report, "mean_over_sites")
+    worst = report.model(order[0]).worst_site if order else None
+    if worst is None or len(report.sites()) < 2:
+        return []
+    return [
+        f"The worst site of {_name(order[0])} is {worst.name}: {worst.value:.3f} on "
+        f"{_cases(worst.n)}."
+    ]
 
 
-def _baselines(summary: Mapping[str, Any]) -> list[str]:
-    """Set the merged model that is best on the union against the other kinds of models."""
+def _baselines(report: Report) -> list[str]:
+    """Set the merged model that is best on all cases against the other kinds of models."""
     kinds: dict[str, list[tuple[float, str]]] = {}
-    for name in ranking(summary["models"], "union"):
-        model = _model(summary, name)
-        kind = "site" if model["role"].startswith("site:") else model["role"]
-        kinds.setdefault(kind, []).append((model["union"][MAIN_SCORE]["value"], name))
+    for name in ranking(report, "union"):
+        model = report.model(name)
+        value = main(report, model, "union").value
+        assert value is not None
+        kinds.setdefault(model.role.partition(":")[0], []).append((value, name))
     if "merged" not in kinds:
         return []
     value, merged = kinds["merged"][0]
@@ -109,7 +147,12 @@ def _baselines(summary: Mapping[str, Any]) -> list[str]:
         against.append(
             f"{_relation(value, own[0][0])} {text} ({_name(own[0][1])}, {own[0][0]:.3f})"
         )
-    for kind, text in (("pooled", "pooled training"), ("base", "the base")):
+    others = (
+        ("pooled", "pooled training"),
+        ("federated", "training in rounds"),
+        ("base", "the base"),
+    )
+    for kind, text in others:
         if kind in kinds:
             figure, name = kinds[kind][0]
             against.append(f"{_relation(value, figure)} {text} ({_name(name)}, {figure:.3f})")
@@ -124,90 +167,156 @@ def _relation(value: float, other: float) -> str:
     return "above" if value > other else "below" if value < other else "level with"
 
 
-def _against_own(summary: Mapping[str, Any]) -> list[str]:
+def _against_own(report: Report) -> list[str]:
     entries = [
         entry
-        for entry in summary["comparisons"]
-        if entry["scope"].startswith("site:") and entry["difference"]["value"] is not None
+        for entry in report.comparisons
+        if entry.family == "own" and entry.difference.value is not None
     ]
-    compared = {entry["model"] for entry in entries}
-    order = [name for name in ranking(summary["models"], "mean_over_sites") if name in compared]
+    compared = {entry.model for entry in entries}
+    order = [name for name in ranking(report, "mean_over_sites") if name in compared]
+    names = {scope.key: scope.name for scope in report.scopes}
     sentences = [
-        _falls_below(name, [entry for entry in entries if entry["model"] == name])
+        _beats(name, [entry for entry in entries if entry.model == name], names)
         for name in order[:_MOST_MODELS]
     ]
     if len(order) > _MOST_MODELS:
-        rest = [entry for entry in entries if entry["model"] in order[_MOST_MODELS:]]
-        below = sum(entry["difference"]["value"] < 0 for entry in rest)
+        rest = [entry for entry in entries if entry.model in order[_MOST_MODELS:]]
+        below = sum(_value(entry) < 0 for entry in rest)
         sentences.append(
-            f"The other {len(order) - _MOST_MODELS} merged models fall below a site's own model "
+            f"The other {len(order) - _MOST_MODELS} merged models do worse than a site's own model "
             f"in {below} of {len(rest)} comparisons."
         )
     return sentences
 
 
-def _falls_below(name: str, entries: Sequence[Mapping[str, Any]]) -> str:
-    below = [entry for entry in entries if entry["difference"]["value"] < 0]
-    below.sort(key=lambda entry: entry["difference"]["value"])
-    total, sites = len({e["scope"] for e in entries}), len({e["scope"] for e in below})
-    where = f"{sites or 'none'} of {total} site{'s' if total != 1 else ''}"
+def _value(entry: Comparison) -> float:
+    return entry.difference.value or 0.0
+
+
+def _beats(name: str, entries: Sequence[Comparison], names: dict[str, str]) -> str:
+    above = [entry for entry in entries if _value(entry) > 0]
+    below = sorted((entry for entry in entries if _value(entry) < 0), key=_value)
+    sites = len({entry.scope for entry in entries})
+    better = len({entry.scope for entry in above} - {entry.scope for entry in below})
+    where = f"{better or 'none'} of {_plural(sites, 'site')}"
+    text = f"{_name(name)} beats the site's own model at {where}"
     if not below:
-        return f"{_name(name)} falls below a site's own model at {where}."
-    named = [
-        f"{entry['scope'].removeprefix('site:')} by {_loss(entry['difference'])}"
-        for entry in below[:_MOST_SITES]
+        return f"{text} and is worse at none."
+    listed = [
+        f"at {names[entry.scope]} it is worse by {_loss(entry)}" for entry in below[:_MOST_SITES]
     ]
     if len(below) > _MOST_SITES:
-        named.append(f"{len(below) - _MOST_SITES} more")
-    return f"{_name(name)} falls below the site's own model at {where}: {'; '.join(named)}."
+        listed.append(f"at {len(below) - _MOST_SITES} more it is worse too")
+    return f"{text}; {'; '.join(listed)}."
 
 
-def _absent(summary: Mapping[str, Any]) -> list[str]:
-    absent = [entry["class"] for entry in summary["cases"]["classes"] if entry["n"] == 0]
-    if not absent or not summary["cases"]["total"]:
+def _loss(entry: Comparison) -> str:
+    """A negative difference as the size of the loss."""
+    found = entry.difference
+    text = _signed(-_value(entry))
+    if found.low is None or found.high is None:
+        return text
+    chance = ", may be chance" if _may_be_chance(entry) else ""
+    return f"{text} ({_signed(-found.high)} to {_signed(-found.low)}{chance})"
+
+
+def _calibration(report: Report) -> list[str]:
+    order = ranking(report, "union")
+    merged = [name for name in order if report.model(name).role == "merged"]
+    name = next(iter(merged or order), None)
+    if name is None:
         return []
+    figures = report.model(name).on("union").figures
+    error, confidence = figures.get("ece"), _overconfidence(report.model(name))
+    if error is None or error.value is None:
+        return []
+    lean = ""
+    if confidence is not None:
+        lean = (
+            ", on average too sure of themselves" if confidence > 0 else ", on average too unsure"
+        )
     return [
-        f"No case is of the class {_list(absent)}: the balanced accuracy is over the other "
-        "classes, and a model that takes everything for one of them can look perfect."
+        f"The probabilities of {_name(name)} are off by {error.value:.3f} (expected calibration "
+        f"error, {report.bins} bins){lean}."
     ]
 
 
-def _small(summary: Mapping[str, Any]) -> list[str]:
-    limit = summary["minimum_cell"]
-    cells = [cell for site in summary["cases"]["sites"] for cell in site["classes"]]
-    small = sum(0 < cell["n"] < limit for cell in cells)
-    if not small:
+def _overconfidence(model: ModelReport) -> float | None:
+    """Mean confidence less the fraction that is right."""
+    known = [b for b in model.reliability if b.n and b.confidence is not None]
+    total = sum(b.n or 0 for b in known)
+    if not total:
+        return None
+    gaps = ((b.n or 0) * ((b.confidence or 0.0) - (b.observed or 0.0)) for b in known)
+    return sum(gaps) / total
+
+
+def _gaps(report: Report) -> list[str]:
+    order = ranking(report, "union")
+    sentences = []
+    names = {scope.key: scope.name for scope in report.scopes}
+    for gap in report.gaps:
+        found = gap.difference
+        if not order or gap.model != order[0] or found.value is None:
+            continue
+        chance = ", which may be chance" if found.low is None or found.low <= 0 else ""
+        sentences.append(
+            f"By {gap.column}, {_name(gap.model)} does best on {names[gap.best]} and worst on "
+            f"{names[gap.worst]}: a gap of {_interval(found)}{chance}."
+        )
+    return sentences
+
+
+def _absent(report: Report) -> list[str]:
+    union = next(scope for scope in report.scopes if scope.kind == "union")
+    absent = [count.name for count in union.classes if count.n == 0]
+    if not absent or not union.cases:
         return []
     return [
-        f"{small} of the {len(cells)} cells of one class at one site "
-        f"{'holds' if small == 1 else 'hold'} fewer than {limit} cases; the figures of such cells "
-        f"say little."
+        f"No case is of the class {_list(absent)}: figures are over the other classes, and a model "
+        "that takes everything for one of them can look perfect."
     ]
 
 
-def _model(summary: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = next(m for m in summary["models"] if m["model"] == name)
-    return found
+def _small(report: Report) -> list[str]:
+    cells = [count for scope in report.sites() for count in scope.classes]
+    few = sum(count.small for count in cells)
+    sentences = []
+    if few:
+        verb = "holds" if few == 1 else "hold"
+        sentences.append(
+            f"{few} of the {len(cells)} cells of one class at one site {verb} fewer than "
+            f"{report.minimum} cases; figures of such cells are withheld."
+        )
+    small: list[Scope] = [s for s in report.scopes if s.small and s.kind in ("site", "group")]
+    if small:
+        listed = _list([scope.name for scope in small[:_MOST_SITES]])
+        more = f" and {len(small) - _MOST_SITES} more" if len(small) > _MOST_SITES else ""
+        sentences.append(
+            f"Too few cases for any figure ({report.minimum} are asked for): {listed}{more}."
+        )
+    return sentences
+
+
+def _cases(count: int) -> str:
+    return _plural(count, "case")
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _name(model: str) -> str:
     return f"“{model}”"  # a model may be called "mean" or "base"
 
 
-def _interval(figure: Mapping[str, Any]) -> str:
-    if figure["low"] is None:
-        return _signed(figure["value"])
-    low, high = _signed(figure["low"]), _signed(figure["high"])
-    return f"{_signed(figure['value'])} (95 % interval {low} to {high})"
-
-
-def _loss(difference: Mapping[str, Any]) -> str:
-    """Write a negative difference as the size of the loss."""
-    if difference["low"] is None:
-        return _signed(-difference["value"])
-    low, high = _signed(-difference["high"]), _signed(-difference["low"])
-    chance = ", may be chance" if difference["high"] >= 0 else ""
-    return f"{_signed(-difference['value'])} ({low} to {high}{chance})"
+def _interval(figure: Figure) -> str:
+    assert figure.value is not None
+    if figure.low is None or figure.high is None:
+        return _signed(figure.value)
+    low, high = _signed(figure.low), _signed(figure.high)
+    return f"{_signed(figure.value)} (95 % interval {low} to {high})"
 
 
 def _signed(value: float) -> str:

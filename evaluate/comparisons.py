@@ -1,0 +1,187 @@
+"""Two models on the same cases: paired differences, their p-values, and gaps between groups.
+
+All models are resampled alike, so a difference of two replicates is a replicate of the difference.
+P-values are adjusted by Holm's method within their family, the comparisons that a reader would look
+at together; see `document.Comparison`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluate.document import Comparison, Figure, Gap
+from evaluate.labelled import LabelledSet
+from evaluate.metrics import bootstrap_p, delong_test, holm
+from evaluate.predictions import Predictions
+from evaluate.scopes import MEAN
+from finetune.scores import percentile_bounds
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Scores of one model on one scope, with their replicates."""
+
+    n: int
+    """Cases; for the mean over sites, sites."""
+    values: Mapping[str, float]
+    drawn: Mapping[str, Floats]
+    """(R,) each, all nan where there is nothing to resample."""
+
+    def minus(self, other: Sample, score: str, level: float) -> tuple[Figure, float | None]:
+        """The difference with its interval, and the two-sided p-value of no difference."""
+        value = self.values[score] - other.values[score]
+        drawn = self.drawn[score] - other.drawn[score]
+        low, high = percentile_bounds(drawn, level)
+        p = None if np.isnan(low) or np.isnan(value) else bootstrap_p(drawn)
+        return figure(value, low, high, self.n), p
+
+
+def figure(value: float, low: float = np.nan, high: float = np.nan, n: int | None = None) -> Figure:
+    """A figure of the report; nan is null."""
+    numbers = (None if np.isnan(v) else float(v) for v in (value, low, high))
+    return Figure.model_validate(
+        dict(zip(("value", "low", "high"), numbers, strict=True)) | {"n": n}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """All models of a report, ready to be compared."""
+
+    roles: Mapping[str, str]
+    """Of each model, in the order of the report."""
+    samples: Mapping[str, Mapping[str, Sample]]
+    """By model, then by scope; small scopes are not among them."""
+    main_score: str
+    level: float
+
+    def ranking(self, scope: str) -> list[str]:
+        """Models with a defined main score, the highest first."""
+        values = {
+            name: found[scope].values[self.main_score]
+            for name, found in self.samples.items()
+            if scope in found
+        }
+        return sorted((n for n, v in values.items() if not np.isnan(v)), key=lambda n: -values[n])
+
+    def leaders(self, reference: str | None = None) -> list[str]:
+        """Who is looked at most closely: best of all, best of each kind, and the reference."""
+        order = self.ranking("union")
+        first: dict[str, str] = {}
+        for name in order:
+            first.setdefault(self.roles[name].partition(":")[0], name)
+        chosen = [*order[:1], *([reference] if reference else []), *first.values()]
+        return list(dict.fromkeys(chosen))
+
+    def against_best(self) -> Iterator[Comparison]:
+        """The best model against every other, on all cases and on the mean over sites."""
+        for scope in ("union", MEAN):
+            order = self.ranking(scope)
+            for other in order[1:]:
+                yield self._compare("best", scope, self.main_score, order[0], other)
+
+    def against_own(self) -> Iterator[Comparison]:
+        """Every merged model against each site's own model, at that site."""
+        merged = [name for name, role in self.roles.items() if role == "merged"]
+        for own, role in self.roles.items():
+            if role in self.samples[own]:  # "site:<site>", and the site has cases
+                yield from (self._compare("own", role, self.main_score, m, own) for m in merged)
+
+    def against_reference(self, reference: str, scores: Sequence[str]) -> Iterator[Comparison]:
+        """Every model against one that was named."""
+        for scope in ("union", "external", MEAN):
+            for name in self.roles:
+                if name != reference and scope in self.samples[name]:
+                    for score in scores:
+                        yield self._compare("reference", scope, score, name, reference)
+
+    def _compare(self, family: str, scope: str, score: str, model: str, against: str) -> Comparison:
+        one, other = self.samples[model][scope], self.samples[against][scope]
+        difference, p = one.minus(other, score, self.level)
+        return Comparison.model_validate(
+            {
+                "family": family,
+                "scope": scope,
+                "score": score,
+                "model": model,
+                "against": against,
+                "difference": difference,
+                "p": p,
+                "p_adjusted": None,
+                "test": "paired bootstrap",
+            }
+        )
+
+    def gaps(self, columns: Mapping[str, Sequence[str]], models: Sequence[str]) -> Iterator[Gap]:
+        """Between the groups (scopes) of each column on which a model does best and worst.
+
+        The two groups are chosen by their figures, which makes the gap look large: with many groups
+        some gap is always there.
+        """
+        for column, scopes in columns.items():
+            for model in models:
+                found = {s: self.samples[model][s] for s in scopes if s in self.samples[model]}
+                values = {s: sample.values[self.main_score] for s, sample in found.items()}
+                defined = sorted((s for s, v in values.items() if not np.isnan(v)), key=values.get)  # type: ignore[arg-type]
+                if len(defined) < 2:
+                    continue
+                worst, best = defined[0], defined[-1]
+                difference, _ = found[best].minus(found[worst], self.main_score, self.level)
+                yield Gap(
+                    column=column,
+                    model=model,
+                    score=self.main_score,
+                    best=best,
+                    worst=worst,
+                    difference=difference.model_copy(update={"n": found[worst].n}),
+                )
+
+
+def auroc_comparisons(
+    labelled: LabelledSet,
+    models: Mapping[str, Predictions],
+    pairs: Sequence[tuple[str, str]],
+    level: float,
+    minimum: int,
+) -> Iterator[Comparison]:
+    """AUROC of each class by the paired test of DeLong; only for cases that are independent."""
+    for one, other in pairs:
+        for column, label in enumerate(labelled.classes):
+            known = labelled.targets[:, column] >= 0
+            truth = labelled.targets[known, column]
+            if min(truth.sum(), len(truth) - truth.sum()) < minimum:
+                continue
+            scores = (models[name].probabilities[known, column] for name in (one, other))
+            found = delong_test(truth, *scores, level=level)
+            yield Comparison(
+                family="auroc",
+                scope="union",
+                score="auroc",
+                label=label,
+                model=one,
+                against=other,
+                difference=figure(found.difference, found.low, found.high, len(truth)),
+                p=found.p,
+                p_adjusted=None,
+                test="paired DeLong",
+            )
+
+
+def adjusted(*families: Iterator[Comparison]) -> tuple[Comparison, ...]:
+    """All comparisons, p-values adjusted within each family."""
+    found: list[Comparison] = []
+    for family in families:
+        entries = list(family)
+        tested = [entry for entry in entries if entry.p is not None]
+        new = iter(holm(np.array([entry.p for entry in tested], dtype=np.float64)).tolist())
+        found += [
+            entry if entry.p is None else entry.model_copy(update={"p_adjusted": next(new)})
+            for entry in entries
+        ]
+    return tuple(found)
