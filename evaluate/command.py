@@ -12,11 +12,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from evaluate import report
+from evaluate import labelled, processes, report
+from evaluate import summary as summary_of
+from evaluate.labelled import LabelledSet
 from evaluate.models import find_models
-from evaluate.predicting import choose_cases, predict, to_csv
+from evaluate.predicting import predict
+from evaluate.predictions import Predictions, to_csv
 from evaluate.summary import summarise, verdict
-from finetune.cases import load_cases
 from finetune.image_options import image_options
 from finetune.network import choose_device
 from finetune.progress import Progress
@@ -36,6 +38,13 @@ from merge_kit.files import write_atomic
 @click.option("--classes", default="", help="Class names, if a model's own folder has none.")
 @click.option("--pooled", multiple=True, metavar="NAME", help="Trained on all sites' images.")
 @click.option("--out", type=click.Path(path_type=Path), default="evaluation", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="auto: bfloat16 on a GPU that computes in it.",
+)
 @click.option("--title", default="Evaluation", show_default=True, help="Heading of the report.")
 @click.option("--resamples", default=1000, show_default=True, help="Of the bootstrap.")
 def evaluate(
@@ -50,6 +59,7 @@ def evaluate(
     classes: str,
     pooled: tuple[str, ...],
     out: Path,
+    precision: str,
     title: str,
     device: str,
     resamples: int,
@@ -61,38 +71,48 @@ def evaluate(
     """
     names = [part.strip() for part in classes.split(",") if part.strip()]
     found = find_models(models, classes=names, pooled=pooled)
-    chosen = choose_device(device)
-    cases = load_cases(
-        data,
-        classes=found[0].classes,
-        images=images,
-        label_map=pairs(mapping, "--map"),
-        where=pairs(where, "--where"),
-    )
-    unsplit = split is None and not any(case.split for case in cases)
-    cases = choose_cases(cases, split)
-    models_of = f"{len(found)} model{'s' * (len(found) > 1)}"
-    click.echo(f"{models_of} on {len(cases)} images, on {chosen}")
-    with Progress() as progress:
-        predictions, skipped = predict(
-            found,
-            cases,
-            chosen,
-            site_column=site_column,
-            skip_unreadable=skip_unreadable,
-            progress=progress.stage,
-        )
+    with processes.joined() as group:
+        chosen = group.device(choose_device(device))
+        with group.together():
+            loaded = labelled.load(
+                [data],
+                found[0].classes,
+                images=images,
+                label_map=pairs(mapping, "--map"),
+                where=pairs(where, "--where"),
+                split=split,
+                site_column=site_column,
+                skip_unreadable=skip_unreadable,
+            )
+        models_of = f"{len(found)} model{'s' * (len(found) > 1)}"
+        if group.first:
+            click.echo(f"{models_of} on {len(loaded.chosen)} images, on {chosen}")
+        with Progress() as progress:
+            predicted = predict(
+                found,
+                loaded.chosen,
+                chosen,
+                cache=out / "predictions",
+                precision=precision,
+                skip_unreadable=skip_unreadable,
+                listed=loaded.listed,
+                group=group,
+                progress=progress.stage if group.first else None,
+            )
+    if predicted is None:
+        return
+    skipped = [*loaded.left_out, *predicted.left_out]
     for sentence in skipped:
         click.echo(f"Left out: {sentence}", err=True)
+    predictions = [_as_summarised(one, predicted.labelled) for one in predicted.predictions]
     roles = {model.name: model.role for model in found}
     summary = summarise(predictions, roles=roles, resamples=resamples)
     notes = [f"{len(skipped)} unreadable images were left out."] if skipped else []
-    if unsplit:
-        notes.append(
-            "The table names no splits: all its images were used, also any that a model was "
-            "trained on. Its figures are then too good."
-        )
-        click.echo(f"Note: {notes[-1]}", err=True)
+    for note in loaded.notes:
+        click.echo(f"Note: {note}", err=True)
+    for files in loaded.copies:
+        click.echo(f"One image: {', '.join(files)}", err=True)
+    notes += loaded.notes
     page = report.render(
         summary,
         title=title,
@@ -100,12 +120,26 @@ def evaluate(
         notes=notes,
     )
     write_atomic(out / "metrics.json", json.dumps(summary, indent=2, ensure_ascii=False))
-    write_atomic(out / "predictions.csv", to_csv(predictions))
+    write_atomic(out / "predictions.csv", to_csv(predicted.predictions, predicted.labelled))
     write_atomic(out / "report.html", page)
     Console().print(table(summary))
     for sentence in verdict(summary):
         click.echo(f"- {sentence}")
     next_step(f"open {out / 'report.html'}; figures for a program are in {out / 'metrics.json'}")
+
+
+def _as_summarised(one: Predictions, cases: LabelledSet) -> summary_of.Predictions:
+    """Predictions as `evaluate.summary` takes them: each with what is known of the cases."""
+    return summary_of.Predictions(
+        model=one.model,
+        classes=one.classes,
+        files=cases.files,
+        labels=cases.labels,
+        probabilities=one.probabilities,
+        patients=cases.patients,
+        sites=cases.sites,
+        unit="group" if cases.unit == "group" else "patient",
+    )
 
 
 def table(summary: Mapping[str, Any]) -> Table:

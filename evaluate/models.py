@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from evaluate.predictions import read_classes
 from merge_kit.errors import DataError, UsageError, VectorError
 from merge_kit.federation import FEDERATION_FILE, Preprocessing
 from merge_kit.provenance import PROVENANCE
@@ -28,13 +29,27 @@ class Model:
     preprocessing: Preprocessing
 
 
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A model that is known by its predictions alone; see `evaluate.predictions`."""
+
+    name: str
+    role: str
+    file: Path
+    classes: tuple[str, ...]
+
+
+AnyModel: TypeAlias = Model | Imported
+
+
 def find_models(
     texts: Sequence[str], *, classes: Sequence[str] = (), pooled: Sequence[str] = ()
-) -> list[Model]:
-    """Models as a user names them: ``FOLDER`` or ``NAME=FOLDER``.
+) -> list[AnyModel]:
+    """Models as a user names them, all of the same classes: ``FOLDER`` or ``NAME=FOLDER``.
 
     A folder may be a timm folder, a merged model, a run, a site's working folder (its latest run),
-    or a federation (its base).
+    or a federation (its base); a CSV file holds the predictions of a model that is elsewhere. Its
+    columns may stand in another order than the classes of the first model.
 
     Parameters
     ----------
@@ -52,6 +67,25 @@ def find_models(
     DataError
         The models do not have the same classes.
     """
+    models = find_apart(texts, classes=classes, pooled=pooled)
+    first = models[0]
+    for model in models:
+        same = model.classes == first.classes
+        if isinstance(model, Imported) or isinstance(first, Imported):  # joined by name
+            same = _folded(model) == _folded(first)
+        if not same:
+            raise DataError(
+                f"{place_of(model)} has the classes {', '.join(model.classes)}, {place_of(first)} "
+                f"has {', '.join(first.classes)}: evaluate them separately, or use "
+                "'merge-kit compare' for the classes in common."
+            )
+    return models
+
+
+def find_apart(
+    texts: Sequence[str], *, classes: Sequence[str] = (), pooled: Sequence[str] = ()
+) -> list[AnyModel]:
+    """As `find_models`, for models that may differ in their classes."""
     models = [_find(text, classes) for text in texts]
     if unknown := sorted(set(pooled) - {model.name for model in models}):
         raise UsageError(f"--pooled {unknown[0]}: no model has this name.")
@@ -61,19 +95,52 @@ def find_models(
             raise UsageError(
                 f"two models are called '{model.name}': tell them apart with NAME=FOLDER."
             )
-        if model.classes != models[0].classes:
-            raise DataError(
-                f"{model.folder} has the classes {', '.join(model.classes)}, {models[0].folder} "
-                f"has {', '.join(models[0].classes)}: evaluate them separately."
-            )
     return models
 
 
-def _find(text: str, classes: Sequence[str]) -> Model:
+def classes_in_common(models: Sequence[AnyModel]) -> tuple[str, ...]:
+    """The classes that every model knows, as the first one writes and orders them.
+
+    Names are matched without regard to case. `Predictions.restricted_to` gives a model's
+    probabilities on them.
+
+    Raises
+    ------
+    DataError
+        They have fewer than two in common, or a model has one class twice but for the case.
+    """
+    for model in models:
+        if len(_folded(model)) != len(model.classes):
+            raise DataError(
+                f"{place_of(model)} has two classes that differ only in case: rename one."
+            )
+    shared = frozenset.intersection(*(_folded(model) for model in models))
+    found = tuple(name for name in models[0].classes if name.casefold() in shared)
+    if len(found) < 2:
+        told = "; ".join(f"{model.name}: {', '.join(model.classes)}" for model in models)
+        raise DataError(
+            f"the models have {len(found)} classes in common ({told}): compare models that share "
+            "two or more."
+        )
+    return found
+
+
+def place_of(model: AnyModel) -> Path:
+    """Where a model lies."""
+    return model.file if isinstance(model, Imported) else model.folder
+
+
+def _folded(model: AnyModel) -> frozenset[str]:
+    return frozenset(name.casefold() for name in model.classes)
+
+
+def _find(text: str, classes: Sequence[str]) -> AnyModel:
     name, separator, path = text.partition("=")
     if not separator or Path(text).exists():
         name, path = "", text
     folder = Path(path)
+    if folder.suffix.lower() == ".csv" and folder.is_file():
+        return Imported(name or folder.stem, "other", folder, read_classes(folder))
     if (folder / "config.json").is_file():
         kind = "merged" if (folder / PROVENANCE).is_file() else "other"
         return _read(name or folder.absolute().name, kind, folder, classes)
@@ -89,7 +156,7 @@ def _find(text: str, classes: Sequence[str]) -> Model:
         return _read(name or "base", "base", folder / "base", classes)
     raise VectorError(
         f"{folder} is no model: give a timm folder (config.json, model.safetensors), a site's "
-        "folder, a run, or a federation."
+        "folder, a run, a federation, or a CSV of predictions."
     )
 
 

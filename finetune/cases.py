@@ -6,13 +6,12 @@ federation, a file that is not there or listed twice) is refused with the place 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune.images import SixteenBit, read_image
+from finetune.labels import Labels, find_labels, nearest, refuse_unknown_labels
 from finetune.tables import (
     NAMED_COLUMNS,
     SPLIT_NAMES,
@@ -32,10 +32,11 @@ from finetune.tables import (
     read_table,
 )
 from merge_kit.errors import ImageError, LabelError
+from merge_kit.files import sha256_file
 
 _ONE_READER = threading.Lock()
 
-__all__ = ["ArrayItem", "Case", "case_key", "load_cases", "read_case"]
+__all__ = ["ArrayItem", "Case", "case_key", "cases_of", "content_key", "load_cases", "read_case"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,10 @@ class Case:
     """One labelled image of a site.
 
     `file` is the name as the table gives it (relative, "/" between folders); `label` is an index
-    into the federation's classes, -1 when the data has no labels and none were required; `patient`,
-    `group` (near duplicates) and `split` ("train", "val" or "test") are None when not given;
-    `columns` holds every other column of the table.
+    into the federation's classes, -1 when the data has no labels and none were required, or where
+    a case may have several; `patient`, `group` (near duplicates) and `split` ("train", "val" or
+    "test") are None when not given; `columns` holds every other column of the table; `targets` has
+    for each class 1 (present), 0 (absent) or -1 (not annotated), where a case may have several.
     """
 
     file: str
@@ -55,6 +57,7 @@ class Case:
     group: str | None = None
     split: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict, hash=False)
+    targets: tuple[int, ...] | None = None
 
 
 def load_cases(
@@ -65,6 +68,7 @@ def load_cases(
     label_map: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
     require_labels: bool = True,
+    multi_label: bool = False,
 ) -> list[Case]:
     """List the labelled images of `data`, in the order of the table or of the sorted file names.
 
@@ -79,36 +83,48 @@ def load_cases(
     then without regard to case. `where` keeps the rows whose columns have exactly these values;
     only these rows have to be right. With `require_labels=False` rows may lack a label.
 
+    With `multi_label` a case may be of several classes or of none (`Case.targets`): a CSV has a
+    column for each class, holding 1, 0 or nothing (not annotated), and no column `label`; or it has
+    `label` with "|" between the classes, where `label_map` gives "" to a label that means none of
+    them; or the labels of a .npz are (N, C) of 0 and 1. Such cases are for evaluation: training
+    takes one label a case.
+
     Raises DataError (a file or folder that cannot be used) and LabelError (a wrong row, with its
     line), each with one sentence.
     """
-    table = read_table(data, images)
-    if require_labels and "label" not in table.columns:
-        raise LabelError(
-            f"{table.name} has no labels (columns found: {', '.join(table.columns)}): "
-            "add a column 'label', or sort the images into folders of classes."
-        )
-    index_of = _label_finder(classes, label_map or {}, table)
+    table = read_table(data, images, multi_label=multi_label)
+    return cases_of(
+        table,
+        classes=classes,
+        label_map=label_map,
+        where=where,
+        require_labels=require_labels,
+        multi_label=multi_label,
+    )
+
+
+def cases_of(
+    table: Table,
+    *,
+    classes: Sequence[str],
+    label_map: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    require_labels: bool = True,
+    multi_label: bool = False,
+) -> list[Case]:
+    """The cases of a table that has been read; see `load_cases`."""
+    labels = find_labels(table, classes, label_map or {}, require_labels, multi_label)
     rows = _select(table, where or {})
-    _refuse_unknown_labels(table, rows, index_of, classes, require_labels)
+    refuse_unknown_labels(table, rows, labels, require_labels)
     _refuse_wrong_files(rows)
-    return [_case(row, index_of) for row in rows]
+    return [_case(row, labels) for row in rows]
 
 
 def read_case(case: Case, *, sixteen_bit: SixteenBit = "full") -> Image.Image:
     """The image of a case, mode "RGB", uint8; raises ImageError. See `read_image`."""
     if isinstance(case.source, Path):
         return read_image(case.source, sixteen_bit=sixteen_bit)
-    item = case.source
-    size, changed = _size_and_time(item.path)
-    try:
-        pixels = _pixels(item.path, item.array, size, changed)[item.index]
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error) as error:
-        raise ImageError(
-            f"{item.path.as_posix()} {item.array}[{item.index}] cannot be read as an image "
-            f"({error}): replace the file, or pass --skip-unreadable."
-        ) from error
-    return Image.fromarray(pixels).convert("RGB")
+    return Image.fromarray(_item(case.source)).convert("RGB")
 
 
 def case_key(case: Case) -> str:
@@ -124,39 +140,6 @@ def case_key(case: Case) -> str:
     size, changed = _size_and_time(path)
     identity = "\0".join((os.path.abspath(path), str(size), str(changed), inside))
     return hashlib.sha256(os.fsencode(identity)).hexdigest()
-
-
-def _label_finder(
-    classes: Sequence[str], label_map: Mapping[str, str], table: Table
-) -> Callable[[str], int | None]:
-    """A function from a label in the table to the index of its class, None when it has none."""
-    exact = {name: index for index, name in enumerate(classes)}
-    folded: dict[str, int | None] = {}
-    for name, index in exact.items():  # two classes that differ only in case match only exactly
-        folded[name.casefold()] = None if name.casefold() in folded else index
-    positions = {str(index): index for index in range(len(classes))}
-
-    def by_name(name: str) -> int | None:
-        return exact.get(name, folded.get(name.casefold()))
-
-    def index_of(label: str) -> int | None:
-        if label in label_map:
-            return by_name(label_map[label])
-        return positions.get(label) if table.numbered else by_name(label)
-
-    present = {row.fields.get("label", "") for row in table.rows} - {""} | table.folders.keys()
-    for source, target in label_map.items():
-        if by_name(target) is None:
-            raise LabelError(
-                f"--map {source}={target} names no class of this federation "
-                f"({_nearest(target, classes)}): correct the part after the equals sign."
-            )
-        if source not in present:
-            raise LabelError(
-                f"--map {source}={target} names a label that never occurs in {table.name} "
-                f"({_nearest(source, sorted(present))}): correct it or leave it out."
-            )
-    return index_of
 
 
 def _select(table: Table, where: Mapping[str, str]) -> list[Row]:
@@ -176,31 +159,9 @@ def _select(table: Table, where: Mapping[str, str]) -> list[Row]:
         seen = sorted({row.fields[column] for row in table.rows})
         raise LabelError(
             f"{table.name} has no row where {' and '.join(f'{c}={v}' for c, v in wanted.items())} "
-            f"({column}: {_nearest(value, seen)}): correct --where."
+            f"({column}: {nearest(value, seen)}): correct --where."
         )
     return rows
-
-
-def _refuse_unknown_labels(
-    table: Table,
-    rows: Sequence[Row],
-    index_of: Callable[[str], int | None],
-    classes: Sequence[str],
-    require_labels: bool,
-) -> None:
-    places: dict[str, str] = {label: str(path) for label, path in table.folders.items()}
-    for row in rows:
-        places.setdefault(row.fields.get("label", ""), row.place)
-    for label, place in places.items():
-        if label == "":
-            if require_labels:
-                raise LabelError(f"{place} has no label: fill it in or remove the row.")
-        elif index_of(label) is None:
-            known = f"0 to {len(classes) - 1}" if table.numbered else _nearest(label, classes)
-            raise LabelError(
-                f"{place}: label {label!r} is no class of this federation ({known}): "
-                f"correct it or pass --map {label}=CLASS."
-            )
 
 
 def _refuse_wrong_files(rows: Sequence[Row]) -> None:
@@ -220,7 +181,7 @@ def _refuse_wrong_files(rows: Sequence[Row]) -> None:
             )
 
 
-def _case(row: Row, index_of: Callable[[str], int | None]) -> Case:
+def _case(row: Row, labels: Labels) -> Case:
     fields = row.fields
     written = fields.get("split", "")
     split = SPLIT_NAMES.get(written.lower())
@@ -228,26 +189,49 @@ def _case(row: Row, index_of: Callable[[str], int | None]) -> Case:
         raise LabelError(
             f"{row.place}: split {written!r} is unknown: write train, val or test, or nothing."
         )
-    index = index_of(fields.get("label", ""))
+    label, targets = labels.of(row)
     return Case(
         file=fields["file"],
         source=row.source,
-        label=-1 if index is None else index,
+        label=label,
+        targets=targets,
         patient=fields.get("patient") or None,
         group=fields.get("group") or None,
         split=split,
-        columns={name: value for name, value in fields.items() if name not in NAMED_COLUMNS},
+        columns={
+            name: value
+            for name, value in fields.items()
+            if name not in NAMED_COLUMNS and name not in labels.columns
+        },
     )
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    """A hint in a message: the nearest of the known words, or else what words there are."""
-    folded = {name.casefold(): name for name in known}
-    near = difflib.get_close_matches(word.casefold(), folded, n=1)
-    if near:
-        return f"nearest: {folded[near[0]]}"
-    shown = ", ".join(known[:10])
-    return f"known: {shown}, ..." if len(known) > 10 else f"known: {shown}"
+def content_key(case: Case) -> str:
+    """64 hexadecimal digits of the image's content: SHA-256 of the file's bytes, or of the array
+    item with its dtype and shape. Raises ImageError."""
+    if isinstance(case.source, ArrayItem):
+        pixels = _item(case.source)
+        told = f"{pixels.dtype.str} {pixels.shape}\n".encode()
+        return hashlib.sha256(told + pixels.tobytes()).hexdigest()
+    try:
+        return sha256_file(case.source).removeprefix("sha256:")
+    except OSError as error:
+        raise ImageError(
+            f"{case.source.as_posix()} cannot be read as an image ({error.strerror}): "
+            "put the file back, or pass --skip-unreadable."
+        ) from error
+
+
+def _item(item: ArrayItem) -> NDArray[Any]:
+    size, changed = _size_and_time(item.path)
+    try:
+        pixels: NDArray[Any] = _pixels(item.path, item.array, size, changed)[item.index]
+    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error) as error:
+        raise ImageError(
+            f"{item.path.as_posix()} {item.array}[{item.index}] cannot be read as an image "
+            f"({error}): replace the file, or pass --skip-unreadable."
+        ) from error
+    return pixels
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

@@ -84,14 +84,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def resolved(precision: str, device: torch.device) -> str:
+    """``auto`` is bfloat16 on a GPU that computes in it, else float32."""
+    if precision != "auto":
+        return precision
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if able else "float32"
+
+
 @contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """bfloat16 where it is asked for, or with ``auto`` on a GPU that computes in it."""
-    wanted = precision == "bfloat16" or (
-        precision == "auto"
-        and device.type == "cuda"
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
+    wanted = resolved(precision, device) == "bfloat16"
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted):
         yield
 

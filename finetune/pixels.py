@@ -53,6 +53,11 @@ class Images:
         """(b, 3, S, S) uint8, channels last in memory."""
         return torch.from_numpy(self.pixels[list(indices)]).permute(0, 3, 1, 2)
 
+    def take(self, indices: Sequence[int]) -> Images:
+        """Some of the images."""
+        cases = tuple(self.cases[index] for index in indices)
+        return Images(cases, np.asarray(self.pixels[list(indices)]), self.preprocessing)
+
 
 def stored_size(preprocessing: Preprocessing) -> int:
     """Side of a decoded image in pixels, by timm's rule for the resize before the centre crop."""
@@ -131,6 +136,23 @@ def decode(
         if target:
             target.unlink(missing_ok=True)
     return Images(tuple(cases), pixels, preprocessing), list(problems.values())
+
+
+def read_pixels(
+    cases: Sequence[Case],
+    preprocessing: Preprocessing,
+    *,
+    skip_unreadable: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[NDArray[np.uint8], dict[int, str]]:
+    """Decode images into memory, each in its place: (n, S, S, 3) uint8 as in `Images`.
+
+    With `skip_unreadable` a sentence for each place that cannot be read, whose pixels mean nothing;
+    otherwise raises ImageError.
+    """
+    side = stored_size(preprocessing)
+    pixels = np.zeros((len(cases), side, side, 3), dtype=np.uint8)
+    return pixels, _fill(pixels, cases, preprocessing, skip_unreadable, None, progress)
 
 
 def _cached(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:

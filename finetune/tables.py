@@ -74,11 +74,13 @@ class Table:
     numbered: bool = False
 
 
-def read_table(data: Path, images: Path | None = None) -> Table:
+def read_table(data: Path, images: Path | None = None, *, multi_label: bool = False) -> Table:
     """List what `data` holds: see `finetune.cases.load_cases` for the layouts.
 
-    Every row has a field `file`, relative and with "/" between folders. Raises DataError for data
-    that cannot be used as a whole, LabelError for a line of a CSV that cannot be understood.
+    Every row has a field `file`, relative and with "/" between folders. With `multi_label` the
+    labels of a .npz may be (N, C) of 0 and 1: its rows then have a field for each class, named by
+    its position, in place of `label`. Raises DataError for data that cannot be used as a whole,
+    LabelError for a line of a CSV that cannot be understood.
     """
     if not data.exists():
         raise DataError(
@@ -93,11 +95,11 @@ def read_table(data: Path, images: Path | None = None) -> Table:
         raise DataError(f"{data} is not a CSV, so the image folder {images} has no use: omit it.")
     if data.is_dir():
         return _read_folder(data)
-    return _read_npz(data) if is_npz else _read_csv(data, images)
+    return _read_npz(data, multi_label) if is_npz else _read_csv(data, images)
 
 
 def _read_csv(path: Path, images: Path | None) -> Table:
-    records = _records(path)
+    records = csv_records(path)
     line, header = next(records, (1, []))
     if not header:
         raise LabelError(
@@ -121,8 +123,11 @@ def _read_csv(path: Path, images: Path | None) -> Table:
     return Table(str(path), [name for name in names if name], rows)
 
 
-def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV that hold anything, each with the number of its first line."""
+def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The records of a CSV that hold anything, each with the number of its first line.
+
+    Raises DataError (it cannot be read) and LabelError (a line that is not CSV or not UTF-8).
+    """
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     while True:
         line = reader.line_num + 1
@@ -267,7 +272,7 @@ def _is_unnamed_dicom(path: Path) -> bool:
         return True  # reading it later will say what is wrong with it
 
 
-def _read_npz(path: Path) -> Table:
+def _read_npz(path: Path, multi_label: bool) -> Table:
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = sorted(name.removesuffix(".npy") for name in archive.namelist())
@@ -275,7 +280,9 @@ def _read_npz(path: Path) -> Table:
                 row
                 for split in ("train", "val", "test")
                 if f"{split}_images" in arrays
-                for row in _split_rows(path, archive, split, f"{split}_labels" in arrays)
+                for row in _split_rows(
+                    path, archive, split, f"{split}_labels" in arrays, multi_label
+                )
             ]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
@@ -286,10 +293,12 @@ def _read_npz(path: Path) -> Table:
             f"{path} holds no images under train_images, val_images or test_images "
             f"(arrays: {', '.join(arrays)}): give a MedMNIST .npz."
         )
-    return Table(str(path), ("file", "label", "split"), rows, numbered=True)
+    return Table(str(path), tuple(rows[0].fields), rows, numbered=True)
 
 
-def _split_rows(path: Path, archive: zipfile.ZipFile, split: str, labelled: bool) -> list[Row]:
+def _split_rows(
+    path: Path, archive: zipfile.ZipFile, split: str, labelled: bool, multi_label: bool
+) -> list[Row]:
     shape, dtype = _shape_and_dtype(archive, f"{split}_images")
     if dtype != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
         raise DataError(
@@ -297,22 +306,27 @@ def _split_rows(path: Path, archive: zipfile.ZipFile, split: str, labelled: bool
             "images: give uint8 of shape (N, H, W) or (N, H, W, 3)."
         )
     count = shape[0]
-    labels = [""] * count
+    told: list[dict[str, str]] = [{"label": ""}] * count
     if labelled:
         numbers = read_array(archive, f"{split}_labels")
-        if numbers.dtype.kind not in "iu" or numbers.shape not in ((count,), (count, 1)):
+        several = multi_label and numbers.ndim == 2 and numbers.shape[1] != 1
+        fits = numbers.shape in ((count,), (count, 1)) or (several and len(numbers) == count)
+        if numbers.dtype.kind not in "iu" or not fits:
             raise DataError(
                 f"{path} {split}_labels has shape {numbers.shape} and dtype {numbers.dtype} beside "
                 f"{count} images: give one whole number for each image."
             )
-        labels = [str(number) for number in numbers.reshape(-1).tolist()]
+        names = [str(place) for place in range(numbers.shape[1])] if several else ["label"]
+        rows = numbers.reshape(count, len(names)).tolist()
+        texts = [[str(number) for number in row] for row in rows]
+        told = [dict(zip(names, row, strict=True)) for row in texts]
     return [
         Row(
             f"{path} {split}_labels[{index}]",
-            {"file": f"{split}/{index}", "label": label, "split": split},
+            {"file": f"{split}/{index}", **fields, "split": split},
             ArrayItem(path, f"{split}_images", index),
         )
-        for index, label in enumerate(labels)
+        for index, fields in enumerate(told)
     ]
 
 

@@ -140,7 +140,8 @@ class Sound(Document):
     fingerprint: Digest
 
 
-def _sound(file: Checkpoint) -> Sound:
+def sound(file: Checkpoint) -> Sound:
+    """What `look` finds in a checkpoint; raises NonFiniteError."""
     return Sound(fingerprint=fingerprint_checked(file))
 
 
@@ -150,8 +151,8 @@ def _read_all(
     """The base's fingerprint, and the inputs with theirs: all is read, or was read before."""
     files = [base, *(one.file for one in found)]
     with one_thread_each() as workers:
-        looked = list(in_order(lambda file: look(file, Sound, _sound), files, workers))
-    fingerprint, *theirs = (sound.fingerprint for sound, _ in looked)
+        looked = list(in_order(lambda file: look(file, Sound, sound), files, workers))
+    fingerprint, *theirs = (one.fingerprint for one, _ in looked)
     checked = tuple(zip(files, (check for _, check in looked), strict=True))
     for one in found:
         if one.header and one.header.base != fingerprint:

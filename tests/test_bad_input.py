@@ -402,7 +402,7 @@ def weights_of_another_architecture(b):
 def evaluate_what_is_no_model(b):
     return ["evaluate", b.data, "--data", b.table(GOOD)], (
         f"{b.data} is no model: give a timm folder (config.json, model.safetensors), a site's "
-        "folder, a run, or a federation."
+        "folder, a run, a federation, or a CSV of predictions."
     )
 
 
