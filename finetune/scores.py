@@ -21,6 +21,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.confusions import accuracies, confusion_cells, confusions, recalls
+from finetune.ranking import auroc, count, rank
 from merge_kit.errors import DataError
 
 Labels: TypeAlias = NDArray[np.integer[Any]]
@@ -98,11 +100,7 @@ def confusion(labels: Labels, probabilities: Probabilities) -> NDArray[np.int64]
     Of several equally probable classes the first is taken, here and in every recall.
     """
     labels, probabilities = _checked(labels, probabilities)
-    classes = probabilities.shape[1]
-    cells = labels * classes + probabilities.argmax(axis=1)
-    return (
-        np.bincount(cells, minlength=classes * classes).astype(np.int64).reshape(classes, classes)
-    )
+    return _confusions(labels, probabilities, _ones(labels))[0].astype(np.int64)
 
 
 def bootstrap_intervals(
@@ -163,12 +161,13 @@ def bootstrap_replicates(
     labels, probabilities = _checked(labels, probabilities)
     if resamples < 1:
         raise DataError(f"Expected resamples to be an integer larger than 0, but got {resamples}.")
-    members = _group_numbers(groups, len(labels))
+    members = group_numbers(groups, len(labels))
     replicates = {name: np.full(resamples, np.nan) for name in scores}
     if members.max(initial=0) == 0:
         return replicates
-    start = 0
-    for weights in _resamples(members, resamples, np.random.default_rng(seed)):
+    start, rng = 0, np.random.default_rng(seed)
+    for times in draws(int(members.max()) + 1, resamples, rng, max(1, _BLOCK // len(members))):
+        weights = times[:, members]
         stop = start + len(weights)
         for name, score in scores.items():
             weighted = _WEIGHTED.get(score)
@@ -190,6 +189,30 @@ def percentile_bounds(replicates: Floats, level: float = 0.95) -> tuple[float, f
         return float("nan"), float("nan")
     low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def group_numbers(groups: Sequence[str | None] | None, cases: int) -> NDArray[np.int64]:
+    """Number the groups in order of appearance, (n,); a case without a group is one by itself."""
+    if groups is None:
+        return np.arange(cases)
+    if len(groups) != cases:
+        raise DataError(f"Expected one group a case, but got {len(groups)} for {cases} cases.")
+    numbers: dict[str | tuple[int], int] = {}
+    keys = [group or (index,) for index, group in enumerate(groups)]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
+def draws(groups: int, resamples: int, rng: np.random.Generator, rows: int) -> Iterator[Floats]:
+    """Yield blocks (at most `rows`, groups): how often each group is drawn in a resample.
+
+    The size of the blocks does not change the draw.
+    """
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        drawn = rng.integers(0, groups, size=(size, groups))
+        cells = drawn + groups * np.arange(size)[:, None]
+        times = np.bincount(cells.ravel(), minlength=size * groups).reshape(size, groups)
+        yield times.astype(np.float64)
 
 
 def mean_of_defined(values: Floats) -> Floats:
@@ -224,31 +247,6 @@ def _ones(labels: Labels) -> Floats:
     return np.ones((1, len(labels)))
 
 
-def _group_numbers(groups: Sequence[str | None] | None, cases: int) -> NDArray[np.int64]:
-    """Number the groups in order of appearance, (n,); a case without a group is one by itself."""
-    if groups is None:
-        return np.arange(cases)
-    if len(groups) != cases:
-        raise DataError(f"Expected one group a case, but got {len(groups)} for {cases} cases.")
-    numbers: dict[str | tuple[int], int] = {}
-    keys = [group or (index,) for index, group in enumerate(groups)]
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
-
-
-def _resamples(
-    members: NDArray[np.int64], resamples: int, rng: np.random.Generator
-) -> Iterator[Floats]:
-    """Yield blocks (rows, n): how often each case is drawn when whole groups are drawn."""
-    groups = int(members.max()) + 1
-    rows = max(1, _BLOCK // len(members))
-    for start in range(0, resamples, rows):
-        size = min(rows, resamples - start)
-        drawn = rng.integers(0, groups, size=(size, groups))
-        cells = drawn + groups * np.arange(size)[:, None]
-        times = np.bincount(cells.ravel(), minlength=size * groups).reshape(size, groups)
-        yield times[:, members].astype(np.float64)
-
-
 def _one_by_one(
     score: Score, labels: Labels, probabilities: Probabilities, weights: Floats
 ) -> Floats:
@@ -261,15 +259,17 @@ def _one_by_one(
 # Sums of whole numbers are exact in float64, so nothing depends on the order of the cases.
 
 
+def _confusions(labels: Labels, probabilities: Floats, weights: Floats) -> Floats:
+    cells = confusion_cells(labels, probabilities.argmax(axis=1), probabilities.shape[1])
+    return confusions(cells, weights.T)
+
+
 def _weighted_accuracy(labels: Labels, probabilities: Floats, weights: Floats) -> Floats:
-    right = (probabilities.argmax(axis=1) == labels).astype(np.float64)
-    return _ratio(weights @ right, weights.sum(axis=1))
+    return accuracies(_confusions(labels, probabilities, weights))
 
 
 def _weighted_recalls(labels: Labels, probabilities: Floats, weights: Floats) -> Floats:
-    truth = (labels[:, None] == np.arange(probabilities.shape[1])).astype(np.float64)
-    right = (probabilities.argmax(axis=1) == labels)[:, None]
-    return _ratio(weights @ (truth * right), weights @ truth)
+    return recalls(_confusions(labels, probabilities, weights))
 
 
 def _weighted_balanced_accuracy(labels: Labels, probabilities: Floats, weights: Floats) -> Floats:
@@ -277,32 +277,12 @@ def _weighted_balanced_accuracy(labels: Labels, probabilities: Floats, weights: 
 
 
 def _weighted_aurocs(labels: Labels, probabilities: Floats, weights: Floats) -> Floats:
-    aurocs = np.full((len(weights), probabilities.shape[1]), np.nan)
-    for c in range(probabilities.shape[1]):
-        if not 0 < np.count_nonzero(labels == c) < len(labels):
-            continue
-        order = np.argsort(probabilities[:, c], kind="stable")
-        ordered = probabilities[order, c]
-        ties = np.flatnonzero(np.diff(ordered, prepend=-np.inf))  # where a new value begins
-        weight = weights[:, order]
-        positive = weight * (labels[order] == c)
-        positives, negatives = positive, weight - positive
-        if len(ties) < len(ordered):
-            positives = np.add.reduceat(positives, ties, axis=1)
-            negatives = np.add.reduceat(negatives, ties, axis=1)
-        below = np.cumsum(negatives, axis=1) - negatives / 2  # negatives beaten, a tie for half
-        wins = np.einsum("rb,rb->r", positives, below)
-        aurocs[:, c] = _ratio(wins, positives.sum(axis=1) * negatives.sum(axis=1))
-    return aurocs
+    rankings = [rank(labels == c, scores) for c, scores in enumerate(probabilities.T)]
+    return np.stack([auroc(ranking, count(ranking, weights.T)) for ranking in rankings], axis=1)
 
 
 def _weighted_macro_auroc(labels: Labels, probabilities: Floats, weights: Floats) -> Floats:
     return mean_of_defined(_weighted_aurocs(labels, probabilities, weights))
-
-
-def _ratio(part: Floats, whole: Floats) -> Floats:
-    ratio: Floats = np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
-    return ratio
 
 
 _WEIGHTED: dict[Score, Callable[[Labels, Floats, Floats], Floats]] = {
