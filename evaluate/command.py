@@ -1,170 +1,211 @@
-"""merge-kit evaluate."""
+"""merge-kit evaluate and merge-kit compare."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from datetime import datetime, timezone
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
-from evaluate import labelled, processes, report
-from evaluate import summary as summary_of
-from evaluate.labelled import LabelledSet
-from evaluate.models import find_models
-from evaluate.predicting import predict
-from evaluate.predictions import Predictions, to_csv
-from evaluate.summary import summarise, verdict
+from evaluate import labelled, terminal
+from evaluate.evaluation import PAGE, REPORT, Wishes, run
+from evaluate.models import AnyModel, classes_in_common, find_apart, find_models
+from evaluate.scoring import Settings
 from finetune.image_options import image_options
-from finetune.network import choose_device
-from finetune.progress import Progress
-from merge_kit.commands.options import next_step, pairs
-from merge_kit.files import write_atomic
+from merge_kit.commands.options import next_step, pairs, shown
+from merge_kit.errors import UsageError
+
+_OPTIONS = (
+    click.option(
+        "--split",
+        type=click.Choice(["train", "val", "test", "all"]),
+        help="Which split [test where the table has splits, else all].",
+    ),
+    click.option("--site-column", default="site", show_default=True, help="Column with the site."),
+    click.option("--classes", default="", help="Class names, if a model's own folder has none."),
+    click.option("--pooled", multiple=True, metavar="NAME", help="Trained on all sites' images."),
+    click.option("--federated", multiple=True, metavar="NAME", help="Trained in rounds."),
+    click.option(
+        "--external", multiple=True, metavar="SITE", help="No model was trained on this site."
+    ),
+    click.option("--by", default="", metavar="COLUMNS", help="Subgroups, such as sex,scanner."),
+    click.option("--multi-label", is_flag=True, help="A case may be of several classes, or none."),
+    click.option("--ordered", is_flag=True, help="The classes are grades, from low to high."),
+    click.option("--calibrate", is_flag=True, help="Fit a temperature on the validation images."),
+    click.option(
+        "--prevalence",
+        multiple=True,
+        metavar="CLASS=SHARE",
+        help="Where the model is to be used, for predictive values.",
+    ),
+    click.option(
+        "--minimum",
+        type=click.IntRange(1),
+        default=5,
+        show_default=True,
+        help="Withhold figures of fewer cases.",
+    ),
+    click.option("--with-images", is_flag=True, help="Show the worst mistakes: patient data."),
+    click.option("--cards", is_flag=True, help="Put the figures into merged models' README.md."),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="auto: bfloat16 on a GPU that computes in it.",
+    ),
+    click.option("--title", help="Heading of the report."),
+    click.option(
+        "--resamples",
+        type=click.IntRange(1, 100_000),
+        default=1000,
+        show_default=True,
+        help="Of the bootstrap.",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Of the bootstrap."),
+)
+
+
+def _common(command: Any) -> Any:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return image_options(command, several=True)
 
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@image_options
-@click.option(
-    "--split",
-    type=click.Choice(["train", "val", "test", "all"]),
-    help="Which split [test where the table has splits, else all].",
-)
-@click.option("--site-column", default="site", show_default=True, help="Column with the site.")
-@click.option("--classes", default="", help="Class names, if a model's own folder has none.")
-@click.option("--pooled", multiple=True, metavar="NAME", help="Trained on all sites' images.")
+@_common
+@click.option("--reference", metavar="NAME", help="Compare all other models with this one.")
 @click.option("--out", type=click.Path(path_type=Path), default="evaluation", show_default=True)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="auto: bfloat16 on a GPU that computes in it.",
-)
-@click.option("--title", default="Evaluation", show_default=True, help="Heading of the report.")
-@click.option("--resamples", default=1000, show_default=True, help="Of the bootstrap.")
-def evaluate(
-    models: tuple[str, ...],
-    data: Path,
-    images: Path | None,
-    mapping: tuple[str, ...],
-    where: tuple[str, ...],
-    split: str | None,
-    site_column: str,
-    skip_unreadable: bool,
-    classes: str,
-    pooled: tuple[str, ...],
-    out: Path,
-    precision: str,
-    title: str,
-    device: str,
-    resamples: int,
-) -> None:
+def evaluate(models: tuple[str, ...], reference: str | None, **options: Any) -> None:
     """Evaluate one or more models on labelled images.
 
-    A MODEL is a timm folder, a merged model, a site's folder or run, or a federation (its base);
-    NAME=FOLDER names it in the report.
+    A MODEL is a timm folder, a merged model, a site's folder or run, a federation (its base), or a
+    CSV of predictions; NAME=FOLDER names it in the report. Give --data more than once for several
+    sets; NAME=PATH makes NAME the site of a set that names none.
     """
-    names = [part.strip() for part in classes.split(",") if part.strip()]
-    found = find_models(models, classes=names, pooled=pooled)
-    with processes.joined() as group:
-        chosen = group.device(choose_device(device))
-        with group.together():
-            loaded = labelled.load(
-                [data],
-                found[0].classes,
-                images=images,
-                label_map=pairs(mapping, "--map"),
-                where=pairs(where, "--where"),
-                split=split,
-                site_column=site_column,
-                skip_unreadable=skip_unreadable,
-            )
-        models_of = f"{len(found)} model{'s' * (len(found) > 1)}"
-        if group.first:
-            click.echo(f"{models_of} on {len(loaded.chosen)} images, on {chosen}")
-        with Progress() as progress:
-            predicted = predict(
-                found,
-                loaded.chosen,
-                chosen,
-                cache=out / "predictions",
-                precision=precision,
-                skip_unreadable=skip_unreadable,
-                listed=loaded.listed,
-                group=group,
-                progress=progress.stage if group.first else None,
-            )
-    if predicted is None:
+    found = find_models(models, **_roles(options))
+    _evaluate(found, found[0].classes, found[0].classes, reference, options)
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@_common
+@click.option("--reference", metavar="NAME", help="Compare with this one [the first].")
+@click.option("--out", type=click.Path(path_type=Path), default="comparison", show_default=True)
+def compare(models: tuple[str, ...], reference: str | None, **options: Any) -> None:
+    """Compare models with a reference, also when their classes differ.
+
+    A MODEL is what 'merge-kit evaluate' takes. Models with different classes are compared on the
+    classes that all of them know; cases of other classes are left out.
+    """
+    found = find_apart(models, **_roles(options))
+    if len(found) < 2:
+        raise UsageError("there is nothing to compare: name two models or more.")
+    # The same name in other letters is the same class, as the first model writes it.
+    every = {n.casefold(): n for model in reversed(found) for n in reversed(model.classes)}
+    common = classes_in_common(found)
+    _evaluate(found, list(every.values())[::-1], common, reference or found[0].name, options)
+
+
+def _roles(options: dict[str, Any]) -> dict[str, Any]:
+    names = [part.strip() for part in options["classes"].split(",") if part.strip()]
+    return {"classes": names, "pooled": options["pooled"], "federated": options["federated"]}
+
+
+def _evaluate(
+    models: Sequence[AnyModel],
+    every: Sequence[str],
+    common: Sequence[str],
+    reference: str | None,
+    options: dict[str, Any],
+) -> None:
+    out: Path = options["out"]
+    wishes = Wishes(
+        out=out,
+        title=options["title"] or "Evaluation",
+        device=options["device"],
+        precision=options["precision"],
+        skip_unreadable=options["skip_unreadable"],
+        calibrate=options["calibrate"],
+        with_images=options["with_images"],
+        cards=options["cards"],
+        settings=Settings(
+            minimum=options["minimum"],
+            resamples=options["resamples"],
+            seed=options["seed"],
+            ordered=options["ordered"],
+            prevalences=_prevalences(options["prevalence"], common),
+            external=options["external"],
+            reference=reference,
+        ),
+    )
+    outcome = run(
+        models,
+        _loader(every, common, options),
+        wishes,
+        notes=_on_classes(models, common),
+        announce=click.echo,
+    )
+    if outcome is None:
         return
-    skipped = [*loaded.left_out, *predicted.left_out]
-    for sentence in skipped:
+    for sentence in outcome.left_out:
         click.echo(f"Left out: {sentence}", err=True)
-    predictions = [_as_summarised(one, predicted.labelled) for one in predicted.predictions]
-    roles = {model.name: model.role for model in found}
-    summary = summarise(predictions, roles=roles, resamples=resamples)
-    notes = [f"{len(skipped)} unreadable images were left out."] if skipped else []
-    for note in loaded.notes:
-        click.echo(f"Note: {note}", err=True)
-    for files in loaded.copies:
-        click.echo(f"One image: {', '.join(files)}", err=True)
-    notes += loaded.notes
-    page = report.render(
-        summary,
-        title=title,
-        created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        notes=notes,
-    )
-    write_atomic(out / "metrics.json", json.dumps(summary, indent=2, ensure_ascii=False))
-    write_atomic(out / "predictions.csv", to_csv(predicted.predictions, predicted.labelled))
-    write_atomic(out / "report.html", page)
-    Console().print(table(summary))
-    for sentence in verdict(summary):
+    for sentence in outcome.remarks:
+        click.echo(f"Note: {sentence}", err=True)
+    Console().print(terminal.table(outcome.report))
+    for sentence in outcome.report.verdict:
         click.echo(f"- {sentence}")
-    next_step(f"open {out / 'report.html'}; figures for a program are in {out / 'metrics.json'}")
+    next_step(f"open {shown(out / PAGE)}; figures for a program are in {shown(out / REPORT)}")
 
 
-def _as_summarised(one: Predictions, cases: LabelledSet) -> summary_of.Predictions:
-    """Predictions as `evaluate.summary` takes them: each with what is known of the cases."""
-    return summary_of.Predictions(
-        model=one.model,
-        classes=one.classes,
-        files=cases.files,
-        labels=cases.labels,
-        probabilities=one.probabilities,
-        patients=cases.patients,
-        sites=cases.sites,
-        unit="group" if cases.unit == "group" else "patient",
+def _loader(
+    every: Sequence[str], common: Sequence[str], options: dict[str, Any]
+) -> Callable[[], labelled.Loaded]:
+    read = partial(
+        labelled.load,
+        options["data"],
+        every,
+        images=options["images"],
+        label_map=pairs(options["mapping"], "--map"),
+        where=pairs(options["where"], "--where"),
+        split=options["split"],
+        site_column=options["site_column"],
+        by=[part.strip() for part in options["by"].split(",") if part.strip()],
+        multi_label=options["multi_label"],
+        skip_unreadable=options["skip_unreadable"],
     )
+    if list(every) == list(common):
+        return read
+    return lambda: read().restricted_to(common)
 
 
-def table(summary: Mapping[str, Any]) -> Table:
-    """The main figures of each model, for a terminal."""
-    shown = Table(title="balanced accuracy (95 % interval)", title_justify="left")
-    shown.add_column("model", no_wrap=True)
-    for column in ("union", "mean of sites", "worst site", "union AUROC"):
-        shown.add_column(column, justify="right")
-    for model in summary["models"]:
-        union, worst = model["union"], model["worst_site"]
-        shown.add_row(
-            model["model"],
-            _interval(union["balanced_accuracy"]),
-            _figure(model["mean_over_sites"]["balanced_accuracy"]["value"]),
-            f"{_figure(worst['value'])} {worst['site']}" if worst else "-",
-            _figure(union["macro_auroc"]["value"]),
-        )
-    return shown
+def _on_classes(models: Sequence[AnyModel], common: Sequence[str]) -> list[str]:
+    different = [m.name for m in models if len(m.classes) != len(common)]
+    if not different:
+        return []
+    return [
+        "The models do not know the same classes. All figures are on those in common "
+        f"({', '.join(common)}): cases of other classes are left out, and what a model gives to "
+        "other classes is shared out among these in proportion."
+    ]
 
 
-def _interval(figure: Mapping[str, Any]) -> str:
-    if figure["low"] is None:
-        return _figure(figure["value"])
-    return f"{_figure(figure['value'])} ({figure['low']:.2f}-{figure['high']:.2f})"
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _prevalences(values: tuple[str, ...], classes: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for name, text in pairs(values, "--prevalence").items():
+        if name not in classes:
+            raise UsageError(
+                f"--prevalence {name}: there is no such class (known: {', '.join(classes)})."
+            )
+        try:
+            share = float(text)
+        except ValueError:
+            share = -1.0
+        if not 0 < share < 1:
+            raise UsageError(f"--prevalence {name}={text}: give a share between 0 and 1.")
+        found[name] = share
+    return found

@@ -178,7 +178,7 @@ def _run_all(
     budget = {} if "epochs" in training else {"steps": str(steps)}
     _call("finetune", pooled, *stage.union, *_flags({**chosen, **budget}))
     report = out / "report"
-    models = [*folders.values(), *merged, f"{POOLED}={pooled}"]
+    models = [hub, *folders.values(), *merged, f"{POOLED}={pooled}"]
     _call("evaluate", *models, "--pooled", POOLED, *stage.union, "--out", str(report))
     return report / "report.html"
 

@@ -154,6 +154,19 @@ class Loaded:
     listed: frozenset[str]
     """Every file that the tables list, chosen or not."""
 
+    def restricted_to(self, classes: Sequence[str]) -> Loaded:
+        """The cases of some of the classes; see `LabelledSet.restricted_to`.
+
+        Raises:
+            DataError: no case is of these classes.
+        """
+        chosen = self.chosen.restricted_to(classes)
+        if not len(chosen):
+            raise DataError(f"no case is of {', '.join(classes)}: there is nothing to compare on.")
+        validation = self.validation and self.validation.restricted_to(classes)
+        kept = validation if validation is not None and len(validation) else None
+        return replace(self, chosen=chosen, validation=kept)
+
 
 @dataclass(frozen=True, slots=True)
 class _Source:

@@ -23,7 +23,7 @@ class Model:
 
     name: str
     role: str
-    """base, merged, pooled, other or site:<site>."""
+    """base, merged, pooled, federated, other or site:<site>."""
     folder: Path
     classes: tuple[str, ...]
     preprocessing: Preprocessing
@@ -43,7 +43,11 @@ AnyModel: TypeAlias = Model | Imported
 
 
 def find_models(
-    texts: Sequence[str], *, classes: Sequence[str] = (), pooled: Sequence[str] = ()
+    texts: Sequence[str],
+    *,
+    classes: Sequence[str] = (),
+    pooled: Sequence[str] = (),
+    federated: Sequence[str] = (),
 ) -> list[AnyModel]:
     """Models as a user names them, all of the same classes: ``FOLDER`` or ``NAME=FOLDER``.
 
@@ -57,6 +61,8 @@ def find_models(
         Class names of models whose configuration does not name them, in the order of the outputs.
     pooled
         Names of models that were trained on all sites' images.
+    federated
+        Names of models that all sites trained together, in rounds.
 
     Raises
     ------
@@ -67,7 +73,7 @@ def find_models(
     DataError
         The models do not have the same classes.
     """
-    models = find_apart(texts, classes=classes, pooled=pooled)
+    models = find_apart(texts, classes=classes, pooled=pooled, federated=federated)
     first = models[0]
     for model in models:
         same = model.classes == first.classes
@@ -83,13 +89,18 @@ def find_models(
 
 
 def find_apart(
-    texts: Sequence[str], *, classes: Sequence[str] = (), pooled: Sequence[str] = ()
+    texts: Sequence[str],
+    *,
+    classes: Sequence[str] = (),
+    pooled: Sequence[str] = (),
+    federated: Sequence[str] = (),
 ) -> list[AnyModel]:
     """As `find_models`, for models that may differ in their classes."""
     models = [_find(text, classes) for text in texts]
-    if unknown := sorted(set(pooled) - {model.name for model in models}):
-        raise UsageError(f"--pooled {unknown[0]}: no model has this name.")
-    models = [replace(m, role="pooled") if m.name in pooled else m for m in models]
+    for role, names in (("pooled", pooled), ("federated", federated)):
+        if unknown := sorted(set(names) - {model.name for model in models}):
+            raise UsageError(f"--{role} {unknown[0]}: no model has this name.")
+        models = [replace(m, role=role) if m.name in names else m for m in models]
     for model in models:
         if [m.name for m in models].count(model.name) > 1:
             raise UsageError(

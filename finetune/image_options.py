@@ -7,13 +7,8 @@ from typing import Any
 
 import click
 
+_DATA = "CSV with file,label[,site,patient,split]; folder of class folders; MedMNIST .npz"
 _OPTIONS = (
-    click.option(
-        "--data",
-        required=True,
-        type=click.Path(path_type=Path),
-        help="CSV with file,label[,site,patient,split]; folder of class folders; MedMNIST .npz.",
-    ),
     click.option(
         "--images", type=click.Path(path_type=Path), help="Image root [the CSV's folder]."
     ),
@@ -28,8 +23,20 @@ _OPTIONS = (
 )
 
 
-def image_options(command: Any) -> Any:
-    """Add --data, --images, --map, --where, --skip-unreadable and --device to a command."""
+def image_options(command: Any, *, several: bool = False) -> Any:
+    """Add --data, --images, --map, --where, --skip-unreadable and --device to a command.
+
+    With `several`, --data may be given more than once, as PATH or NAME=PATH: a tuple of texts.
+    """
     for option in reversed(_OPTIONS):
         command = option(command)
-    return command
+    if several:
+        return click.option(
+            "--data",
+            required=True,
+            multiple=True,
+            metavar="[NAME=]PATH",
+            help=f"{_DATA} (repeatable).",
+        )(command)
+    kind = click.Path(path_type=Path)
+    return click.option("--data", required=True, type=kind, help=f"{_DATA}.")(command)

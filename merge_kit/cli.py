@@ -29,6 +29,7 @@ COMMANDS = {
     "unmask": ("merge_kit.commands.unmask:unmask", "Give back a model close to a site's own."),
     "select": ("evaluate.select_command:select", "Choose a merge on validation images."),
     "evaluate": ("evaluate.command:evaluate", "Evaluate models on labelled images."),
+    "compare": ("evaluate.command:compare", "Compare models with one of them."),
     "methods": ("merge_kit.commands.methods:methods", "List the merge methods."),
     "demo": ("evaluate.demo:demo", "Run the whole job on generated or your own images."),
     "doctor": ("merge_kit.commands.doctor:doctor", "Check this machine."),

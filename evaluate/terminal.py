@@ -1,0 +1,44 @@
+"""The main figures of a report, for a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from evaluate.document import Figure, Report
+from evaluate.scopes import MEAN
+from evaluate.verdict import SCORE_NAMES, main
+
+
+def table(report: Report) -> Table:
+    """One row a model: the main score on all cases, over sites, at the worst site; AUROC, ECE."""
+    title = f"{SCORE_NAMES[report.main_score]} (95 % interval)"
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("model", no_wrap=True)
+    external = any(scope.kind == "external" for scope in report.scopes)
+    columns = ["union", "mean of sites", "worst site", *["external"] * external, "AUROC", "ECE"]
+    for column in columns:
+        shown.add_column(column, justify="right")
+    for model in report.models:
+        worst, union = model.worst_site, model.on("union").figures
+        cells = [
+            _interval(main(report, model, "union")),
+            _figure(main(report, model, MEAN)),
+            f"{worst.value:.3f} {worst.name}" if worst else "-",
+        ]
+        if external:
+            cells.append(_interval(main(report, model, "external")))
+        cells += [_figure(union["macro_auroc"]), _figure(union["ece"])]
+        shown.add_row(model.name, *cells)
+    return shown
+
+
+def _interval(figure: Figure) -> str:
+    if figure.low is None or figure.high is None:
+        return _figure(figure)
+    return f"{_figure(figure)} ({figure.low:.2f}-{figure.high:.2f})"
+
+
+def _figure(figure: Figure) -> str:
+    if figure.small:
+        return "withheld"
+    return "-" if figure.value is None else f"{figure.value:.3f}"
