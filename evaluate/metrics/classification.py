@@ -36,16 +36,12 @@ def specificity(truth: ArrayLike, scores: ArrayLike, threshold: float = 0.5) -> 
     return float(binary_counts(truth, scores, threshold).specificity)
 
 
-def positive_predictive_value(
-    truth: ArrayLike, scores: ArrayLike, threshold: float = 0.5
-) -> float:
+def positive_predictive_value(truth: ArrayLike, scores: ArrayLike, threshold: float = 0.5) -> float:
     """Return the share of the flagged that are positive, TP / (TP + FP)."""
     return float(binary_counts(truth, scores, threshold).ppv)
 
 
-def negative_predictive_value(
-    truth: ArrayLike, scores: ArrayLike, threshold: float = 0.5
-) -> float:
+def negative_predictive_value(truth: ArrayLike, scores: ArrayLike, threshold: float = 0.5) -> float:
     """Return the share of the not flagged that are negative, TN / (TN + FN)."""
     return float(binary_counts(truth, scores, threshold).npv)
 
