@@ -22,13 +22,13 @@ class Cells:
     """Cases sorted by a number in [0, count), so that sums within each number are one pass.
 
     Attributes:
-        order: (n,) the cases, by number.
+        order: (n,) the cases, by number; all of them as they stand where that is an order.
         starts: where each number that occurs begins in `order`.
         numbers: those numbers.
         count: how many numbers there could be.
     """
 
-    order: Places
+    order: Places | slice
     starts: Places
     numbers: Places
     count: int
@@ -37,16 +37,29 @@ class Cells:
         """Add up values (n, R) within each number, (count, R)."""
         sums = np.zeros((self.count, values.shape[1]))
         if len(self.starts):
-            ordered = np.take(values, self.order, axis=0)
-            sums[self.numbers] = np.add.reduceat(ordered, self.starts, axis=0)
+            sums[self.numbers] = np.add.reduceat(values[self.order], self.starts, axis=0)
+        return sums
+
+    def products(self, factor: Floats, values: Floats) -> Floats:
+        """Add up factor (n,) times values (n, R) within each number, (count, R)."""
+        sums = np.zeros((self.count, values.shape[1]))
+        if not len(self.starts):
+            return sums
+        factor, values = factor[self.order], values[self.order]
+        ends = np.append(self.starts[1:], len(values))
+        for number, start, end in zip(self.numbers, self.starts, ends, strict=True):
+            sums[number] = factor[start:end] @ values[start:end]
         return sums
 
 
 def cells(numbers: Labels, count: int) -> Cells:
     """Sort cases by their numbers (n,), each in [0, count)."""
-    order = np.argsort(numbers, kind="stable")
-    found, starts = np.unique(numbers[order], return_index=True)
-    return Cells(order, starts, found.astype(np.int64), count)
+    order: Places | slice = slice(None)
+    if np.count_nonzero(np.diff(numbers)) >= max(1, len(np.unique(numbers))):
+        order = np.argsort(numbers, kind="stable")
+    ordered = numbers[order].astype(np.int64)
+    starts = np.flatnonzero(np.diff(ordered, prepend=-1))
+    return Cells(order, starts, ordered[starts], count)
 
 
 def confusion_cells(labels: Labels, predicted: Labels, classes: int) -> Cells:

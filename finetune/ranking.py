@@ -66,13 +66,13 @@ class Counted:
 
 def rank(truth: NDArray[Any], scores: NDArray[np.floating[Any]]) -> Ranking:
     """Put cases in order: truth (m,) of 0 and 1 or bool, scores (m,) finite."""
-    scores = np.asarray(scores, dtype=np.float64)
     order = np.argsort(-scores, kind="stable")
-    scores, truth = scores[order], np.asarray(truth)[order].astype(np.bool_)
-    positives = np.flatnonzero(truth)
-    first = np.searchsorted(-scores, -scores[positives], side="left")
-    last = np.searchsorted(-scores, -scores[positives], side="right")
-    return Ranking(order, scores, truth, positives, first, last)
+    falling: Floats = scores[order].astype(np.float64)
+    flags = truth[order].astype(np.bool_)
+    positives = np.flatnonzero(flags)
+    first = np.searchsorted(-falling, -falling[positives], side="left")
+    last = np.searchsorted(-falling, -falling[positives], side="right")
+    return Ranking(order, falling, flags, positives, first, last)
 
 
 def count(ranking: Ranking, weights: Floats) -> Counted:
@@ -118,8 +118,9 @@ def overlap(ranking: Ranking, counted: Counted) -> NDArray[np.bool_]:
     drawn = counted.weights[ranking.positives] > 0
     higher, among = _negatives(ranking, counted)
     negative = counted.drawn[-1] - counted.hits[-1]
-    result: NDArray[np.bool_] = (drawn & (higher > 0)).any(axis=0)
-    return result & (drawn & (among < negative)).any(axis=0)
+    above: NDArray[np.bool_] = np.any(drawn & (among < negative), axis=0)
+    below: NDArray[np.bool_] = np.any(drawn & (higher > 0), axis=0)
+    return above & below
 
 
 def ratio(part: Floats, whole: Floats) -> Floats:

@@ -100,7 +100,8 @@ def confusion(labels: Labels, probabilities: Probabilities) -> NDArray[np.int64]
     Of several equally probable classes the first is taken, here and in every recall.
     """
     labels, probabilities = _checked(labels, probabilities)
-    return _confusions(labels, probabilities, _ones(labels))[0].astype(np.int64)
+    counts = _confusions(labels, probabilities, _ones(labels))[0]
+    return np.asarray(counts, dtype=np.int64)
 
 
 def bootstrap_intervals(
