@@ -157,8 +157,8 @@ def auroc_comparisons(
             truth = labelled.targets[known, column]
             if min(truth.sum(), len(truth) - truth.sum()) < minimum:
                 continue
-            scores = (models[name].probabilities[known, column] for name in (one, other))
-            found = delong_test(truth, *scores, level=level)
+            first, second = (models[n].probabilities[known, column] for n in (one, other))
+            found = delong_test(truth, first, second, level=level)
             yield Comparison(
                 family="auroc",
                 scope="union",
@@ -179,7 +179,7 @@ def adjusted(*families: Iterator[Comparison]) -> tuple[Comparison, ...]:
     for family in families:
         entries = list(family)
         tested = [entry for entry in entries if entry.p is not None]
-        new = iter(holm(np.array([entry.p for entry in tested], dtype=np.float64)).tolist())
+        new = iter(holm([entry.p or 0.0 for entry in tested]).tolist())
         found += [
             entry if entry.p is None else entry.model_copy(update={"p_adjusted": next(new)})
             for entry in entries

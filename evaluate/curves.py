@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluate.bands import Band, curve_bands
 from evaluate.document import ClassCurves, Curve, ReliabilityBin
 from evaluate.labelled import LabelledSet
-from evaluate.metrics import (
-    decision_curve,
-    precision_recall_curve,
-    reliability_bins,
-    roc_curve,
-    top_label,
-)
+from evaluate.metrics import decision_curve, reliability_bins, top_label
 from evaluate.predictions import Predictions
-from evaluate.resampling import Bands, bands
 from evaluate.scoring import Settings, seed_of
 
 Floats = NDArray[np.float64]
-GRID = np.linspace(0, 1, 51)
-"""Where ROC and precision-recall curves are drawn."""
 THRESHOLDS = np.arange(1, 100, 2) / 100
 """Threshold probabilities of the decision curve."""
 _DIGITS = 6
@@ -32,7 +22,6 @@ def curves(
     labelled: LabelledSet, predictions: Predictions, settings: Settings, *, banded: bool
 ) -> tuple[ClassCurves, ...]:
     """The curves of each class, with pointwise bands if asked for; None where cases are too few."""
-    drawn = _bands(labelled, predictions, settings) if banded else {}
     found = []
     for column, name in enumerate(labelled.classes):
         known = labelled.targets[:, column] >= 0
@@ -45,54 +34,39 @@ def curves(
             )
             found.append(none)
             continue
-        roc, precise = roc_curve(truth, scores), precision_recall_curve(truth, scores)
+        groups = [labelled.patients[row] for row in np.flatnonzero(known)]
+        roc, precise = curve_bands(
+            truth,
+            scores,
+            groups,
+            resamples=settings.resamples if banded else 1,
+            seed=seed_of("union", settings.seed),
+            level=settings.level,
+        )
         benefit = decision_curve(truth, scores, THRESHOLDS)
         found.append(
             ClassCurves(
                 name=name,
-                roc=_curve(GRID, np.interp(GRID, roc.fpr, roc.tpr), drawn.get("roc"), column),
-                precision_recall=_curve(
-                    GRID,
-                    _precision_at(precise.recall, precise.precision),
-                    drawn.get("precision_recall"),
-                    column,
-                ),
-                net_benefit=_curve(THRESHOLDS, benefit.model, drawn.get("net_benefit"), column),
-                treat_all=_curve(THRESHOLDS, benefit.treat_all, None, column),
+                roc=_curve(roc, banded=banded),
+                precision_recall=_curve(precise, banded=banded),
+                net_benefit=Curve(x=_axis(THRESHOLDS), y=_numbers(benefit.model)),
+                treat_all=Curve(x=_axis(THRESHOLDS), y=_numbers(benefit.treat_all)),
             )
         )
     return tuple(found)
 
 
-def _precision_at(recall: Floats, precision: Floats) -> Floats:
-    """Precision where each recall of the grid is first reached."""
-    result: Floats = precision[np.searchsorted(recall, GRID - 1e-12)]
-    return result
+def _curve(band: Band, *, banded: bool) -> Curve:
+    low, high = (_numbers(bound) if banded else None for bound in (band.low, band.high))
+    return Curve(x=_axis(band.x), y=_numbers(band.value), low=low, high=high)
 
 
-def _curve(x: Floats, y: Floats, band: Bands | None, column: int) -> Curve:
-    low = None if band is None else _numbers(band.low[column])
-    high = None if band is None else _numbers(band.high[column])
-    return Curve(x=tuple(x.round(_DIGITS).tolist()), y=_numbers(y), low=low, high=high)
+def _axis(values: Floats) -> tuple[float, ...]:
+    return tuple(values.round(_DIGITS).tolist())
 
 
 def _numbers(values: Floats) -> tuple[float | None, ...]:
     return tuple(None if np.isnan(v) else round(v, _DIGITS) for v in values.tolist())
-
-
-def _bands(
-    labelled: LabelledSet, predictions: Predictions, settings: Settings
-) -> Mapping[str, Bands]:
-    return bands(
-        labelled.targets,
-        predictions.probabilities,
-        grid=GRID,
-        thresholds=THRESHOLDS,
-        groups=labelled.patients,
-        resamples=settings.resamples,
-        seed=seed_of("union", settings.seed),
-        level=settings.level,
-    )
 
 
 def reliability(

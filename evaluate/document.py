@@ -214,7 +214,8 @@ class Similarity(Document):
     models: tuple[str, ...]
     cosine: tuple[tuple[float | None, ...], ...]
     groups: tuple[str, ...]
-    """Parts of the network, from the input to the head."""
+    """Parts of the network, from the input to the head; none whose theta_0 is 0, as a new head's
+    is."""
     norms: tuple[tuple[float, ...], ...]
     """By model, then by group: |tau| / |theta_0| of the part."""
 

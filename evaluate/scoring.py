@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from evaluate.comparisons import Sample, figure
 from evaluate.document import ClassFigures, Figure, ModelScope
 from evaluate.labelled import LabelledSet
-from evaluate.metrics import calibration, delong_interval
+from evaluate.metrics import delong_interval
 from evaluate.predictions import Predictions
 from evaluate.resampling import Scored, replicates
 from evaluate.scopes import MEAN, Part
 from finetune.scores import mean_of_defined, percentile_bounds
 
 Floats = NDArray[np.float64]
+LEVEL = 0.95
 SCALARS = (
     "balanced_accuracy",
     "accuracy",
@@ -46,8 +47,8 @@ class Settings:
     """Figures of fewer cases are withheld."""
     resamples: int = 1000
     seed: int = 0
-    level: float = 0.95
-    bins: int = calibration.BINS
+    level: float = LEVEL
+    bins: int = 15
     ordered: bool = False
     """Whether the classes are grades."""
     prevalences: Mapping[str, float] = field(default_factory=dict)

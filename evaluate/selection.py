@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from evaluate.candidates import Judge, scaled, states
-from evaluate.summary import LEVEL
+from evaluate.scoring import LEVEL
 from finetune.cases import Case
 from finetune.scores import (
     Interval,

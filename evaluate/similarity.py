@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,7 @@ def similarity(base: Path, models: Mapping[str, Path]) -> Similarity | None:
 
     Only weights and biases count, no statistics of normalisation layers. Sums run in float64. Parts
     of the network are its blocks; what stands before them is the stem, what stands behind the head.
+    A part whose base is all zeros has no relative norm and is not listed.
 
     Returns
     -------
@@ -46,14 +48,12 @@ def similarity(base: Path, models: Mapping[str, Path]) -> Similarity | None:
         for part, names in parts.items():
             grams[part], bases[part] = _gram(start, list(fitting.values()), names)
     cosine = _cosines(torch.stack(list(grams.values())).sum(dim=0))
-    norms = torch.stack([gram.diagonal().sqrt() for gram in grams.values()], dim=1)
-    relative = norms / torch.tensor(list(bases.values())).sqrt().clamp(min=1e-300)
+    norms = {p: (gram.diagonal() / bases[p]).sqrt() for p, gram in grams.items() if bases[p]}
+    relative = torch.stack(list(norms.values()), dim=1)
     return Similarity(
         models=tuple(fitting),
-        cosine=tuple(
-            tuple(None if value != value else value for value in row) for row in cosine.tolist()
-        ),
-        groups=tuple(parts),
+        cosine=tuple(tuple(None if math.isnan(v) else v for v in row) for row in cosine.tolist()),
+        groups=tuple(norms),
         norms=tuple(map(tuple, relative.tolist())),
     )
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from evaluate.checklist import checklist
 from evaluate.comparisons import Contest, adjusted, auroc_comparisons
 from evaluate.curves import curves, reliability
+from evaluate.data_notes import UNKNOWN
 from evaluate.document import (
     Comparison,
     ModelReport,
@@ -23,7 +24,7 @@ from evaluate.document import (
     Worst,
 )
 from evaluate.fitting import Fitted, Validation, fit
-from evaluate.labelled import UNKNOWN, LabelledSet
+from evaluate.labelled import LabelledSet
 from evaluate.predictions import Predictions
 from evaluate.scopes import MEAN, Part, parts
 from evaluate.scoring import Scoring, Settings, score
@@ -205,7 +206,9 @@ def _worst(rows: Sequence[tuple[float, str, int]]) -> Worst | None:
 
 
 def _mean_scope() -> Scope:
-    return Scope(key=MEAN, kind=MEAN, name="mean over sites", cases=None, patients=None)
+    return Scope(
+        key=MEAN, kind="mean_over_sites", name="mean over sites", cases=None, patients=None
+    )
 
 
 def _columns(found: Sequence[Part]) -> dict[str, list[str]]:
@@ -244,7 +247,8 @@ def _survey(contest: Contest) -> Iterator[SurveyRow]:
     all sites' images.
     """
     sites = {name: role for name, role in contest.roles.items() if role.startswith("site:")}
-    at_home, abroad = [], []
+    at_home: list[Mapping[str, float]] = []
+    abroad: list[Mapping[str, float]] = []
     for model, role in sites.items():
         for scope, sample in contest.samples[model].items():
             if scope.startswith("site:"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+
 from evaluate.document import Count, ModelReport, Report, Scope
 from evaluate.page import reading
 from evaluate.page.cells import (

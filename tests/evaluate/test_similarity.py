@@ -59,3 +59,12 @@ def test_models_of_another_architecture_are_left_out(tmp_path: Path) -> None:
     found = similarity(base, {**models, "b": saved(tmp_path / "b", head=1.0)})
     assert found is not None
     assert found.models == ("a", "b")
+
+
+def test_a_new_head_of_zeros_has_no_relative_norm_but_counts_in_the_cosine(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", head=-1.0)
+    models = {"a": saved(tmp_path / "a"), "b": saved(tmp_path / "b", head=1.0)}
+    found = similarity(base, models)
+    assert found is not None
+    assert found.groups == ("stem", "block 0.0", "block 1.0")
+    assert found.cosine[0][1] == pytest.approx(1.0)
