@@ -1,0 +1,147 @@
+"""The findings in words, read from a report and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evaluate.document import Figure, Report
+from evaluate.verdict import ranking, verdict
+from tests.evaluate.judged import cases, certain, four_models, letters, predictions
+from tests.evaluate.judged import report as report_of
+
+
+def bounded(report: Report, low: float, high: float, p: float) -> Report:
+    """The report with other bounds: those of one resample are no use."""
+    comparisons = tuple(
+        c.model_copy(
+            update={
+                "difference": c.difference.model_copy(update={"low": low, "high": high}),
+                "p_adjusted": p,
+            }
+        )
+        for c in report.comparisons
+    )
+    models = tuple(
+        m.model_copy(
+            update={
+                "scopes": tuple(
+                    s.model_copy(
+                        update={
+                            "figures": {
+                                name: f.model_copy(update={"low": 0.5, "high": 1.0})
+                                for name, f in s.figures.items()
+                            }
+                        }
+                    )
+                    for s in m.scopes
+                )
+            }
+        )
+        for m in report.models
+    )
+    return report.model_copy(update={"comparisons": comparisons, "models": models})
+
+
+def test_the_verdict_in_words() -> None:
+    labelled = letters("aaaaabbbbbaaaaabbbbb", "x" * 10 + "y" * 10)
+    ties = certain("aaaaabbbba" + "aaaaabbbbb", "TIES", "merged")
+    own = certain("aaaaabbbbb" + "aaaaaaabbb", "x alone", "site:x")
+    report = bounded(report_of(labelled, [ties, own], resamples=1), -0.25, -0.0004, 0.01)
+    assert verdict(report) == (
+        "“TIES” has the highest balanced accuracy on all 20 cases, 0.950 (95 % interval 0.500 to "
+        "1.000); the next, “x alone”, is lower by 0.050 (95 % interval −0.250 to 0.000).",
+        "“TIES” also has the highest balanced accuracy on the mean over the 2 sites, 0.950 (95 % "
+        "interval 0.500 to 1.000); the next, “x alone”, is lower by 0.050 (95 % interval −0.250 to "
+        "0.000).",
+        "The worst site of “TIES” is x: 0.900 on 10 cases.",
+        "On all cases the best merged model, “TIES” (0.950), is above the single-site model "
+        "(“x alone”, 0.900).",
+        "“TIES” beats the site's own model at none of 1 site; at x it is worse by 0.100 (0.000 to "
+        "0.250).",
+        "The probabilities of “TIES” are off by 0.050 (expected calibration error, 15 bins), on "
+        "average too sure of themselves.",
+    )
+
+
+@pytest.mark.parametrize(("p", "says"), [(0.2, True), (0.001, False)])
+def test_a_difference_may_be_chance_by_its_adjusted_p_value(p: float, says: bool) -> None:
+    labelled = cases()
+    report = bounded(report_of(labelled, four_models(labelled), resamples=1), -0.1, 0.2, p)
+    assert ("may be chance" in " ".join(verdict(report))) is says
+
+
+def test_models_that_are_level_are_said_to_be() -> None:
+    labelled = cases()
+    model = predictions(labelled)
+    report = report_of(labelled, [model, replace(model, model="twin")])
+    assert report.verdict[0].endswith("; “twin” has the same.")
+
+
+def test_the_verdict_says_where_nothing_is_lost() -> None:
+    labelled = cases()
+    pair = [
+        predictions(labelled, "merged", "merged", 9),
+        predictions(labelled, "own", "site:lyon", 0),
+    ]
+    text = "“merged” beats the site's own model at 1 of 1 site and is worse at none."
+    assert text in report_of(labelled, pair).verdict
+
+
+def test_the_verdict_on_a_single_model_names_no_other() -> None:
+    labelled = cases()
+    sentences = report_of(labelled, predictions(labelled)).verdict
+    assert sentences[0].startswith("“merged” has a balanced accuracy of 0.")
+    assert not any("next" in sentence or "highest" in sentence for sentence in sentences)
+
+
+def test_the_verdict_counts_small_cells_but_not_empty_ones() -> None:
+    said = report_of(letters("aaaaabaaaaaa", "x" * 6 + "y" * 6), certain("a" * 12)).verdict
+    assert said[-1] == (
+        "1 of the 4 cells of one class at one site holds fewer than 5 cases; figures of such cells "
+        "are withheld."
+    )
+
+
+def test_the_verdict_names_sites_with_too_few_cases() -> None:
+    said = report_of(letters("aaaaabbbbbab", "x" * 10 + "yy"), certain("a" * 12)).verdict
+    assert "Too few cases for any figure (5 are asked for): y." in said
+
+
+def test_a_class_without_a_case_is_named() -> None:
+    said = report_of(letters("aaaaaa", "x" * 6), certain("aaaaaa")).verdict
+    assert any(sentence.startswith("No case is of the class b: figures are") for sentence in said)
+
+
+def test_the_verdict_on_many_merged_models_stays_short() -> None:
+    labelled = cases()
+    models = [predictions(labelled, f"m{i}", "merged", i / 4) for i in range(6)]
+    report = report_of(labelled, [*models, predictions(labelled, "own", "site:lyon", 5)])
+    text = "The other 3 merged models do worse than a site's own model in 3 of 3 comparisons."
+    assert text in report.verdict
+    assert len(report.verdict) <= 10
+
+
+def test_a_gap_between_groups_is_told_with_its_interval() -> None:
+    labelled = cases()
+    model = predictions(labelled, skill=2)
+    # Worse on every other case.
+    scrambled = np.where(
+        (np.arange(120) % 2)[:, None] == 0,
+        np.roll(model.probabilities, 1, axis=1),
+        model.probabilities,
+    )
+    by = replace(labelled, columns={"scanner": ("old", "new") * 60})
+    report = report_of(by, replace(model, probabilities=scrambled))
+    (said,) = (sentence for sentence in report.verdict if sentence.startswith("By scanner"))
+    assert said.startswith("By scanner, “merged” does best on new and worst on old: a gap of 0.")
+    assert "may be chance" not in said
+
+
+def test_withheld_and_undefined_models_are_not_ranked() -> None:
+    labelled = letters("ab", "xx")
+    report = report_of(labelled, certain("ab"))
+    assert ranking(report, "union") == []
+    assert report.models[0].on("union").figures["accuracy"] == Figure(value=None, small=True)
