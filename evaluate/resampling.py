@@ -217,25 +217,43 @@ def replicates(
     Raises:
         DataError: groups of another number than cases, or an impossible `resamples`.
     """
+    return resampled(
+        scored.under, scored.cases, groups, resamples=resamples, seed=seed, threads=threads
+    )
+
+
+def resampled(
+    under: Callable[[Floats], Figures],
+    cases: int,
+    groups: Sequence[str | None] | None,
+    *,
+    resamples: int,
+    seed: int | Sequence[int],
+    threads: int | None = None,
+) -> Figures:
+    """Return what `under`, a function of weights (rows, n), gives on every resample of n cases.
+
+    Arguments, result and errors as `replicates`.
+    """
     if resamples < 1:
         raise DataError(f"Expected resamples to be an integer larger than 0, but got {resamples}.")
-    members = group_numbers(groups, scored.cases)
-    found = {
-        name: np.full((resamples, *value.shape), np.nan) for name, value in scored.values().items()
-    }
+    members = group_numbers(groups, cases)
+    values = under(np.ones((1, cases)))
+    found = {name: np.full((resamples, *value.shape[1:]), np.nan) for name, value in values.items()}
     if members.max(initial=0) == 0:
         return found
     rows = max(1, _BLOCK // len(members))
     times = draws(int(members.max()) + 1, resamples, np.random.default_rng(seed), rows)
 
     def score(block: Floats) -> Figures:
-        return scored.under(block[:, members])
+        return under(block[:, members])
 
     start = 0
     for figures in _in_order(score, times, threads or _cores()):
+        stop = start + len(next(iter(figures.values())))
         for name, figure in figures.items():
-            found[name][start : start + len(figure)] = figure
-        start += len(figure)
+            found[name][start:stop] = figure
+        start = stop
     return found
 
 

@@ -61,6 +61,11 @@ class Counts:
         return ratio(self.tn, self.tn + self.fp)
 
     @property
+    def false_positive_rate(self) -> Floats:
+        """FP / (FP + TN), 1 - specificity."""
+        return ratio(self.fp, self.fp + self.tn)
+
+    @property
     def ppv(self) -> Floats:
         """TP / (TP + FP), also called precision."""
         return ratio(self.tp, self.tp + self.fp)

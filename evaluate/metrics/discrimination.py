@@ -79,7 +79,7 @@ def roc_curve(truth: ArrayLike, scores: ArrayLike) -> RocCurve:
     ends = np.append(0, distinct(ranked))
     counts = counts_above(ranked, counted, ends)
     thresholds = np.append(np.inf, ranked.scores[ends[1:] - 1])
-    return RocCurve(1 - counts.specificity[:, 0], counts.sensitivity[:, 0], thresholds)
+    return RocCurve(counts.false_positive_rate[:, 0], counts.sensitivity[:, 0], thresholds)
 
 
 def precision_recall_curve(truth: ArrayLike, scores: ArrayLike) -> PrecisionRecallCurve:
