@@ -107,4 +107,5 @@ def _precision_at(grid: Floats, recall: Floats, precision: Floats) -> Floats:
         return np.full(len(grid), np.nan)
     # At recall 0 the precision is that of the first positive found.
     wanted = np.maximum(grid - _ROUNDING, np.finfo(np.float64).tiny)
-    return precision[np.searchsorted(recall, wanted, side="left")]
+    heights: Floats = precision[np.searchsorted(recall, wanted, side="left")]
+    return heights
