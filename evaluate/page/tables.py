@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+
 from evaluate.document import Count, ModelReport, Report, Scope
 from evaluate.page import reading
 from evaluate.page.cells import (
@@ -50,8 +51,7 @@ def models_table(report: Report) -> Table:
     models, main = report.models, report.main_score
     name = score_name(main)
     union = reading.scope(report, "union")
-    everywhere = "all cases" + (f", n {union.cases:,}" if union and union.cases is not None else "")
-    heads = [Head("Model", words=True), Head(name, everywhere)]
+    heads = [Head("Model", words=True), Head(name, _with_n("all cases", union))]
     columns = [_column(models, "union", main)]
     if main != "macro_auroc":
         heads.append(Head("AUROC", "mean over classes"))
@@ -60,12 +60,16 @@ def models_table(report: Report) -> Table:
         heads += [Head(name, f"mean over {plural(len(sites), 'site')}"), Head(name, "worst site")]
         columns += [_column(models, reading.MEAN, main), _worst_sites(models)]
     if external := reading.scope(report, "external"):
-        cases = "" if external.cases is None else f", n {external.cases:,}"
-        heads.append(Head(name, f"external sites{cases}"))
+        heads.append(Head(name, _with_n("external sites", external)))
         columns.append(_column(models, "external", main))
     heads += [Head("ECE", "lower is better"), Head("Brier score", "lower is better")]
     columns += [_column(models, "union", "ece"), _column(models, "union", "brier")]
     return Table("Models", tuple(heads), _rows_of(models, columns), sortable=True)
+
+
+def _with_n(text: str, scope: Scope | None) -> str:
+    cases = scope.cases if scope else None
+    return text if cases is None else f"{text}, n\N{NO-BREAK SPACE}{cases:,}"
 
 
 def _worst_sites(models: Sequence[ModelReport]) -> list[Cell]:
