@@ -14,7 +14,7 @@ from evaluate.page.words import number, said, shortened, span
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 250.0, 46.0, 244.0, 8.0, 178.0
 KEY, LINE = 212.0, 15.0  # where the key starts, and what a line of it takes
 LETTERS = "ABCD"
-_NAME = 17
+_NAME = 12
 _BESIDE = "–"
 
 
@@ -109,10 +109,9 @@ def _benefit_axes(lines: Sequence[Curve]) -> tuple[Axis, Axis]:
     xs = [x for line in lines for x in line.x]
     tops = [y for line in lines for y in (line.high or line.y) if y is not None]
     top = max([0.01, *tops]) * 1.08
-    across = Axis(min(xs, default=0.0), max(xs, default=1.0), LEFT, RIGHT)
-    if across.low == across.high:
-        across = Axis(0, 1, LEFT, RIGHT)
-    return across, Axis(-0.2 * top, top, BOTTOM, TOP)
+    if not xs or min(xs) == max(xs):
+        return Axis(0, 1, LEFT, RIGHT), Axis(0, 1, BOTTOM, TOP)
+    return Axis(min(xs), max(xs), LEFT, RIGHT), Axis(-0.2 * top, top, BOTTOM, TOP)
 
 
 def _of(model: ModelReport, name: str) -> ClassCurves | None:
