@@ -9,7 +9,7 @@ from evaluate.page.geometry import Axis
 from evaluate.page.words import number
 
 # In the units of the viewBox: the diagram, below it the counts.
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 300.0, 34.0, 294.0, 8.0, 208.0
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 300.0, 46.0, 294.0, 8.0, 208.0
 COUNTS_TOP, COUNTS_BOTTOM, HEIGHT = 244.0, 286.0, 308.0
 _DIGIT = 5.6
 

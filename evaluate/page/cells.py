@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from evaluate.document import Figure
 from evaluate.page.words import number, p_value, signed, span
 
-_WIDE = 7
-"""Columns beyond which a table is printed across the page."""
+MOST_COLUMNS = 10
+"""Figures beside each other that A4 paper has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,26 @@ class Table:
     foot: tuple[Row, ...] = ()
     sortable: bool = False
     beside: bool = False
-    wide: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "wide", len(self.heads) > _WIDE + 1)
+    def parts(self) -> list[Table]:
+        """Return tables that fit on paper, of about equal width; one that sorts stays whole."""
+        columns = len(self.heads) - 1
+        size = math.ceil(columns / max(1, math.ceil(columns / MOST_COLUMNS)))
+        if self.sortable or columns <= MOST_COLUMNS:
+            return [self]
+        return [self._part(start, min(columns, start + size)) for start in range(0, columns, size)]
+
+    def _part(self, start: int, stop: int) -> Table:
+        def cut(rows: Sequence[Row]) -> tuple[Row, ...]:
+            return tuple(Row(row.head, row.cells[start:stop]) for row in rows)
+
+        return replace(
+            self,
+            caption=f"{self.caption}, {start + 1}–{stop} of {len(self.heads) - 1}",
+            heads=(self.heads[0], *self.heads[start + 1 : stop + 1]),
+            rows=cut(self.rows),
+            foot=cut(self.foot),
+        )
 
 
 def cell(figure: Figure | None, *, best: float | None = None, with_n: bool = False) -> Cell:

@@ -11,10 +11,10 @@ from evaluate.page.geometry import Axis, band_path, curve_path, on_line, ticks
 from evaluate.page.words import number, said, shortened, span
 
 # In the units of the viewBox.
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 250.0, 34.0, 244.0, 8.0, 178.0
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 250.0, 46.0, 244.0, 8.0, 178.0
 KEY, LINE = 212.0, 15.0  # where the key starts, and what a line of it takes
 LETTERS = "ABCD"
-_NAME = 17
+_NAME = 12
 _BESIDE = "–"
 
 
@@ -61,7 +61,7 @@ def roc_panels(report: Report, models: Sequence[ModelReport]) -> list[Panel]:
     return [
         _panel(
             report, models, name, "ROC curves", ("1 − specificity", "sensitivity"), (across, up),
-            lambda curves: curves.roc, score="auroc", at=0.28, chance=chance,
+            lambda curves: curves.roc, score="auroc", at=0.45, chance=chance,
         )
         for name in report.classes
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def precision_recall_panels(report: Report, models: Sequence[ModelReport]) -> li
         panels.append(
             _panel(
                 report, models, name, "Precision and recall", ("recall", "precision"), (across, up),
-                lambda curves: curves.precision_recall, score="auprc", at=0.55, chance=chance,
+                lambda curves: curves.precision_recall, score="auprc", at=0.5, chance=chance,
                 about="" if prevalence is None else f"prevalence {number(prevalence)}",
             )
         )  # fmt: skip
@@ -109,10 +109,9 @@ def _benefit_axes(lines: Sequence[Curve]) -> tuple[Axis, Axis]:
     xs = [x for line in lines for x in line.x]
     tops = [y for line in lines for y in (line.high or line.y) if y is not None]
     top = max([0.01, *tops]) * 1.08
-    across = Axis(min(xs, default=0.0), max(xs, default=1.0), LEFT, RIGHT)
-    if across.low == across.high:
-        across = Axis(0, 1, LEFT, RIGHT)
-    return across, Axis(-0.2 * top, top, BOTTOM, TOP)
+    if not xs or min(xs) == max(xs):
+        return Axis(0, 1, LEFT, RIGHT), Axis(0, 1, BOTTOM, TOP)
+    return Axis(min(xs), max(xs), LEFT, RIGHT), Axis(-0.2 * top, top, BOTTOM, TOP)
 
 
 def _of(model: ModelReport, name: str) -> ClassCurves | None:

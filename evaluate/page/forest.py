@@ -14,14 +14,18 @@ from evaluate.page.words import kind, number, p_value, plural, said, score_name,
 # In the units of the viewBox, which is about as wide as a telephone: names, axis, figures.
 WIDTH, TOP, ROW, FOOT = 350.0, 6.0, 20.0, 20.0
 _SCORE_AXIS = 126.0, 304.0
-_DIFFERENCE_AXIS = 104.0, 240.0
+_DIFFERENCE_AXIS = 104.0, 236.0
+VALUE = 290.0  # where a difference ends, with its p-value to the right
 _NAME, _SITE = 18, 15
 _HALF = 0.05  # smallest half width of the axis of differences
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One line of a forest plot: where its dot and the ends of its interval lie."""
+    """One line of a forest plot: where its dot and the ends of its interval lie.
+
+    `p` stands right of the figure, in plots of differences.
+    """
 
     name: str
     kind: str
@@ -31,6 +35,7 @@ class Mark:
     high: float | None
     figure: str
     description: str
+    p: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,8 @@ class Panel:
     height: float
     description: str
     width: float = WIDTH
+    value: float = WIDTH
+    """Where figures end."""
     top: float = TOP
     foot: float = FOOT
 
@@ -120,6 +127,7 @@ def difference_panels(report: Report) -> list[Panel]:
                 small=False,
                 rows=tuple(rows),
                 reference=axis.at(0.0),
+                value=VALUE,
                 ticks=_ticks(axis, signs=True),
                 height=TOP + ROW * len(rows) + FOOT,
                 description=f"{score_name(mine[0].score)} of {name} minus the site’s own model: "
@@ -151,9 +159,10 @@ def _difference_mark(index: int, entry: Comparison, scope: Scope | None, axis: A
         x=x,
         low=low,
         high=high,
-        figure=figure if p is None else f"{figure}  p {p_value(p)}",
+        figure=figure,
         description=f"{site}, against {entry.against}: "
         f"{said(entry.difference, with_signs=True)}{adjusted}",
+        p="" if p is None else f"p {p_value(p)}",
     )
 
 

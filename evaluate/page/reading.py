@@ -17,6 +17,7 @@ from evaluate.page.words import LOWER_IS_BETTER, WITHOUT_BEST, kind
 
 MEAN = "mean_over_sites"
 MOST_CURVES = 4
+_DRAWN = ("merged", "pooled", "site")
 
 
 def model_scope(model: ModelReport, key: str) -> ModelScope | None:
@@ -73,19 +74,20 @@ def family(report: Report, name: str) -> list[Comparison]:
 
 
 def chosen(report: Report) -> list[ModelReport]:
-    """Pick the few models whose curves are drawn together, in the report's order.
+    """Pick the few models whose curves are drawn together.
 
-    The reference, the best merged model, the best single-site model and pooled training; then the
-    best of what is left, up to four.
+    The best merged model, the reference, the best pooled and single-site models; then the best of
+    what is left, up to four.
     """
     if len(report.models) <= MOST_CURVES:
         return list(report.models)
     ranked = sorted(report.models, key=lambda model: -_rank(model, report.main_score))
-    wanted = [model for model in ranked if model.name == report.reference]
-    for group in ("merged", "pooled", "site"):
-        wanted += [model for model in ranked if kind(model.role) == group][:1]
-    names = list(dict.fromkeys(model.name for model in [*wanted, *ranked]))[:MOST_CURVES]
-    return [model for model in report.models if model.name in names]
+    groups = {name: [m for m in ranked if kind(m.role) == name] for name in _DRAWN}
+    wanted = groups["merged"][:1]
+    wanted += [model for model in ranked if model.name == report.reference]
+    wanted += groups["pooled"][:1] + groups["site"][:1]
+    by_name = {model.name: model for model in [*wanted, *ranked]}
+    return list(by_name.values())[:MOST_CURVES]
 
 
 def _rank(model: ModelReport, score: str) -> float:

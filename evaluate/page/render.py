@@ -67,7 +67,7 @@ def render(report: Report, mistakes: Sequence[Mistake] = ()) -> str:
 
 def _source(name: str) -> str:
     """Read what stands in the page as it is: the line ends are those that are hashed."""
-    text = resources.files("evaluate").joinpath("templates/page", name).read_text("utf-8")
+    text = resources.files("evaluate").joinpath(f"templates/page/{name}").read_text("utf-8")
     return text.replace("\r\n", "\n")
 
 

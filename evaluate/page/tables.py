@@ -28,6 +28,9 @@ from evaluate.page.words import (
     score_name,
 )
 
+# A name that runs right to left keeps what stands beside it in place.
+_FIRST_STRONG, _POP = "\N{FIRST STRONG ISOLATE}", "\N{POP DIRECTIONAL ISOLATE}"
+
 
 def _model_head(model: ModelReport) -> Head:
     return Head(model.name, role_name(model.role, model.name))
@@ -51,8 +54,7 @@ def models_table(report: Report) -> Table:
     models, main = report.models, report.main_score
     name = score_name(main)
     union = reading.scope(report, "union")
-    everywhere = "all cases" + (f", n {union.cases:,}" if union and union.cases is not None else "")
-    heads = [Head("Model", words=True), Head(name, everywhere)]
+    heads = [Head("Model", words=True), Head(name, _with_n("all cases", union))]
     columns = [_column(models, "union", main)]
     if main != "macro_auroc":
         heads.append(Head("AUROC", "mean over classes"))
@@ -61,12 +63,16 @@ def models_table(report: Report) -> Table:
         heads += [Head(name, f"mean over {plural(len(sites), 'site')}"), Head(name, "worst site")]
         columns += [_column(models, reading.MEAN, main), _worst_sites(models)]
     if external := reading.scope(report, "external"):
-        cases = "" if external.cases is None else f", n {external.cases:,}"
-        heads.append(Head(name, f"external sites{cases}"))
+        heads.append(Head(name, _with_n("external sites", external)))
         columns.append(_column(models, "external", main))
     heads += [Head("ECE", "lower is better"), Head("Brier score", "lower is better")]
     columns += [_column(models, "union", "ece"), _column(models, "union", "brier")]
     return Table("Models", tuple(heads), _rows_of(models, columns), sortable=True)
+
+
+def _with_n(text: str, scope: Scope | None) -> str:
+    cases = scope.cases if scope else None
+    return text if cases is None else f"{text}, n\N{NO-BREAK SPACE}{cases:,}"
 
 
 def _worst_sites(models: Sequence[ModelReport]) -> list[Cell]:
@@ -74,7 +80,7 @@ def _worst_sites(models: Sequence[ModelReport]) -> list[Cell]:
     return [
         Cell(
             number(worst.value),
-            f"{worst.name} · n {worst.n:,}",
+            f"{_FIRST_STRONG}{worst.name}{_POP} · n {worst.n:,}",
             worst.value,
             best=len(models) > 1 and worst.value == top,
             name=True,
@@ -215,26 +221,34 @@ def comparisons_table(report: Report, family: str, caption: str) -> Table:
 
 
 def classes_table(report: Report, model: ModelReport) -> Table:
-    """One row a class: everything that a model makes of it on all cases."""
+    """One row a figure and one column a class: all that a model makes of it on all cases."""
     on = reading.model_scope(model, "union")
-    rows = on.classes if on else ()
-    keys = in_order(list(dict.fromkeys(key for row in rows for key in row.figures)))
-    thresholds = {(entry.name, entry.specificity): entry.threshold for entry in model.thresholds}
-    fixed = list(dict.fromkeys(entry.specificity for entry in model.thresholds))
-    heads = [Head("Class"), Head("n"), Head("Prevalence", "AUPRC of chance")]
-    heads += [Head(score_name(key)) for key in keys]
+    classes = on.classes if on else ()
+    keys = in_order(list(dict.fromkeys(key for found in classes for key in found.figures)))
     counts = _counts_of(reading.scope(report, "union"))
-    heads += [Head(f"Threshold for specificity {of:g}", "from validation cases") for of in fixed]
-    made = []
-    for row in rows:
-        cells = [_of_class(counts.get(row.name))]
-        cells.append(plain(row.prevalence))
-        cells += [cell(row.figures.get(key), with_n=True) for key in keys]
-        cells += [plain(thresholds.get((row.name, of))) for of in fixed]
-        stated = report.prevalences.get(row.name)
-        about = "" if stated is None else f"stated prevalence {stated:g}"
-        made.append(Row(Head(row.name, about), tuple(cells)))
-    return Table(f"Figures by class of {model.name}", tuple(heads), tuple(made))
+    rows = [
+        Row(Head("Cases"), tuple(_of_class(counts.get(found.name)) for found in classes)),
+        Row(Head("Prevalence", "AUPRC of chance"), tuple(plain(c.prevalence) for c in classes)),
+    ]
+    rows += [
+        Row(Head(score_name(key)), tuple(cell(c.figures.get(key), with_n=True) for c in classes))
+        for key in keys
+    ]
+    thresholds = {(entry.name, entry.specificity): entry.threshold for entry in model.thresholds}
+    rows += [
+        Row(
+            Head(f"Threshold for specificity {fixed:g}", "from validation cases"),
+            tuple(plain(thresholds.get((found.name, fixed))) for found in classes),
+        )
+        for fixed in dict.fromkeys(entry.specificity for entry in model.thresholds)
+    ]
+    heads = [Head(found.name, _stated(report, found.name)) for found in classes]
+    return Table(f"Figures by class of {model.name}", (Head("Figure"), *heads), tuple(rows))
+
+
+def _stated(report: Report, name: str) -> str:
+    stated = report.prevalences.get(name)
+    return "" if stated is None else f"stated prevalence {stated:g}"
 
 
 def class_by_model_table(report: Report, score: str) -> Table:

@@ -10,7 +10,7 @@ from evaluate.page.geometry import Axis, curve_path, spread, ticks
 from evaluate.page.words import number, shortened
 
 # In the units of the viewBox.
-WIDTH, LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 620.0, 40.0, 460.0, 10.0, 210.0, 252.0
+WIDTH, LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 620.0, 46.0, 460.0, 10.0, 210.0, 252.0
 MOST_LINES = 8
 _GAP, _NAME, _GROUP = 14.0, 22, 12
 

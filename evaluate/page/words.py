@@ -14,9 +14,6 @@ SCORES = {
     "macro_f1": "F1, mean over classes",
     "kappa": "Cohen’s kappa",
     "quadratic_kappa": "Quadratic kappa",
-    "brier": "Brier score",
-    "ece": "ECE",
-    "log_loss": "Log loss",
     "auroc": "AUROC",
     "auprc": "AUPRC",
     "sensitivity": "Sensitivity",
@@ -24,10 +21,13 @@ SCORES = {
     "ppv": "PPV",
     "npv": "NPV",
     "f1": "F1",
-    "calibration_slope": "Calibration slope",
-    "calibration_intercept": "Calibration intercept",
     "ppv_at_prevalence": "PPV at stated prevalence",
     "npv_at_prevalence": "NPV at stated prevalence",
+    "brier": "Brier score",
+    "ece": "ECE",
+    "log_loss": "Log loss",
+    "calibration_slope": "Calibration slope",
+    "calibration_intercept": "Calibration intercept",
 }
 """Names for people, in the order in which figures are shown."""
 
@@ -65,9 +65,17 @@ def score_name(key: str) -> str:
 
 
 def in_order(keys: Sequence[str]) -> list[str]:
-    """Sort figures as `SCORES` does; those that it does not name come last, as they came."""
+    """Sort figures as `SCORES` does.
+
+    A score at a fixed one follows that score; what has no name here comes last, as it came.
+    """
     order = list(SCORES)
-    return sorted(keys, key=lambda key: order.index(key) if key in order else len(order))
+
+    def place(key: str) -> tuple[int, bool]:
+        score = key if key in order else key.rpartition("_at_")[0]
+        return (order.index(score), key != score) if score in order else (len(order), False)
+
+    return sorted(keys, key=place)
 
 
 def number(value: float) -> str:
