@@ -62,7 +62,7 @@ def curve_bands(
         truth: (n,) of 0 and 1.
         scores: (n,), finite.
         groups: (n,) the patient of each case, as in `resampling.replicates`.
-        resamples: number of resamples.
+        resamples: number of resamples; with 0 there is no band, its bounds are nan.
         seed: of the draw.
         level: coverage at each point, in (0, 1).
         grid: (K,) rising from 0 to 1.
@@ -86,7 +86,9 @@ def curve_bands(
         }
 
     value = under(np.ones((1, len(flags))))
-    drawn = resampled(under, len(flags), groups, resamples=resamples, seed=seed)
+    drawn = {name: np.full_like(curve, np.nan) for name, curve in value.items()}
+    if resamples:
+        drawn = resampled(under, len(flags), groups, resamples=resamples, seed=seed)
 
     def band(name: str) -> Band:
         bounds = np.array([percentile_bounds(column, level) for column in drawn[name].T])

@@ -39,7 +39,7 @@ def curves(
             truth,
             scores,
             groups,
-            resamples=settings.resamples if banded else 1,
+            resamples=settings.resamples if banded else 0,
             seed=seed_of("union", settings.seed),
             level=settings.level,
         )

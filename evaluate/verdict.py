@@ -271,7 +271,7 @@ def _gaps(report: Report) -> list[str]:
 def _absent(report: Report) -> list[str]:
     union = next(scope for scope in report.scopes if scope.kind == "union")
     absent = [count.name for count in union.classes if count.n == 0]
-    if not absent or not union.cases:
+    if not absent or union.cases == 0:
         return []
     return [
         f"No case is of the class {_list(absent)}: figures are over the other classes, and a model "

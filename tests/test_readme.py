@@ -47,8 +47,8 @@ def test_the_day_of_each_role_runs_as_written(tmp_path):
         assert "Traceback" not in done.stderr
     model = timm.create_model(f"local-dir:{tmp_path / 'play' / 'merged'}", pretrained=True)
     assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
-    summary = json.loads((tmp_path / "play" / "report" / "metrics.json").read_text())
-    names = [entry["model"] for entry in summary["models"]]
+    report = json.loads((tmp_path / "play" / "report" / "report.json").read_text())
+    names = [entry["name"] for entry in report["models"]]
     assert names == ["base", "north", "river", "merged", "merged-ties"]
     assert "<title>" in (tmp_path / "play" / "report" / "report.html").read_text()
 

@@ -7,6 +7,8 @@ import json
 
 import pytest
 
+from evaluate.document import Report
+
 
 @pytest.fixture
 def few_images(tmp_path, shared_data):
@@ -40,9 +42,9 @@ def test_demo_on_real_images_ends_with_an_evaluated_merge(
         *("--backbone", "mobilenetv2_100", "--weights", weights, "--set", "steps=0"),
     )
     assert result.exit_code == 0, result.stderr
-    summary = json.loads((tmp_path / "out" / "report" / "metrics.json").read_text())
+    found = Report.model_validate_json((tmp_path / "out" / "report" / "report.json").read_text())
     figures = {
-        entry["model"]: entry["union"]["balanced_accuracy"]["value"] for entry in summary["models"]
+        model.name: model.on("union").figures["balanced_accuracy"].value for model in found.models
     }
     sites = [figures[name] for name in ("barcelona", "bccd", "cellavision", "jtsc")]
     assert figures["merged-mean"] > sum(sites) / 4

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 
+from evaluate.document import Report
 from finetune import network
 from finetune.cases import load_cases
 from finetune.pixels import decode
@@ -30,23 +32,36 @@ def table(tmp_path):
     return path
 
 
-def test_evaluates_several_models_on_the_test_split(hub, contribute, table, tmp_path, run_cli):
+@pytest.fixture
+def evaluated(run_cli, tmp_path):
+    """Run a command that must succeed; its report, and what it printed."""
+
+    def run(command, *arguments):
+        out = tmp_path / "e"
+        result = run_cli(command, *arguments, "--out", out, "--resamples", "50")
+        assert result.exit_code == 0, result.stderr
+        return Report.model_validate_json((out / "report.json").read_text()), result
+
+    return run
+
+
+@pytest.fixture
+def merged(hub, contribute, tmp_path, run_cli):
     contribute("north", seed=1)
     run_cli("merge", hub.root, "--out", tmp_path / "merged")
-    out = tmp_path / "evaluation"
-    result = run_cli("evaluate", hub.root, tmp_path / "merged", "--data", table, "--out", out)
-    assert result.exit_code == 0, result.stderr
-    summary = json.loads((out / "metrics.json").read_text())
-    assert [(m["model"], m["role"]) for m in summary["models"]] == [
-        ("base", "base"),
-        ("merged", "merged"),
-    ]
-    assert summary["cases"]["total"] == 10
-    assert "merged" in (out / "report.html").read_text()
+    return tmp_path / "merged"
 
 
-def test_predictions_are_the_models_own_probabilities(hub, table, tmp_path, run_cli, federation):
-    run_cli("evaluate", f"m={hub.root / 'base'}", "--data", table, "--out", tmp_path / "e")
+def test_evaluates_several_models_on_the_test_split(hub, merged, table, tmp_path, evaluated):
+    report, _ = evaluated("evaluate", hub.root, merged, "--data", table)
+    assert [(m.name, m.role) for m in report.models] == [("base", "base"), ("merged", "merged")]
+    assert report.scopes[0].cases == 10
+    assert report.models[0].fingerprint != report.models[1].fingerprint
+    assert "merged" in (tmp_path / "e" / "report.html").read_text()
+
+
+def test_predictions_are_the_models_own_probabilities(hub, table, tmp_path, evaluated, federation):
+    evaluated("evaluate", f"m={hub.root / 'base'}", "--data", table)
     with (tmp_path / "e" / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     images, _ = decode(load_cases(table, classes=federation.classes)[:10], federation.preprocessing)
@@ -56,45 +71,153 @@ def test_predictions_are_the_models_own_probabilities(hub, table, tmp_path, run_
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
 
 
-def test_names_and_splits_are_chosen_by_the_user(hub, table, tmp_path, run_cli):
-    out = tmp_path / "e"
-    result = run_cli(
-        *("evaluate", f"mine={hub.root}", "--data", table, "--out", out),
+def test_names_and_splits_are_chosen_by_the_user(hub, table, evaluated):
+    report, _ = evaluated(
+        *("evaluate", f"mine={hub.root}", "--data", table, "--minimum", "1"),
         *("--split", "train", "--where", "site=a"),
     )
-    assert result.exit_code == 0, result.stderr
-    summary = json.loads((out / "metrics.json").read_text())
-    assert summary["models"][0]["model"] == "mine"
-    assert (summary["cases"]["total"], summary["sites"]) == (1, ["a"])
+    assert report.models[0].name == "mine"
+    assert (report.scopes[0].cases, [s.name for s in report.sites()]) == (1, ["a"])
 
 
-def test_unreadable_images_are_counted_when_skipped(hub, table, tmp_path, run_cli):
+def test_several_sets_are_sites_of_their_own(hub, table, tmp_path, evaluated):
+    lines = [line.rsplit(",", 2) for line in table.read_text().splitlines()]
+    for name, rows in (("one", lines[1:7]), ("two", lines[7:])):
+        text = ["file,label", *(row[0] for row in rows)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(text) + "\n")
+    report, _ = evaluated(
+        *("evaluate", hub.root, "--data", f"first={tmp_path / 'one.csv'}"),
+        *("--data", f"second={tmp_path / 'two.csv'}", "--external", "second"),
+    )
+    assert [(s.name, s.external) for s in report.sites()] == [("first", False), ("second", True)]
+
+
+def test_unreadable_images_are_counted_when_skipped(hub, table, tmp_path, evaluated):
     (tmp_path / "0.png").write_bytes(b"broken")
-    out = tmp_path / "e"
-    result = run_cli("evaluate", hub.root, "--data", table, "--out", out, "--skip-unreadable")
-    assert result.exit_code == 0, result.stderr
+    report, result = evaluated("evaluate", hub.root, "--data", table, "--skip-unreadable")
     assert "Left out:" in result.stderr
-    assert json.loads((out / "metrics.json").read_text())["cases"]["total"] == 9
+    assert report.scopes[0].cases == 9
+    assert report.notes[0] == "1 unreadable images were left out."
+    assert "0.png" not in (tmp_path / "e" / "report.html").read_text()
 
 
 def test_groups_of_near_duplicates_are_drawn_together_and_not_called_patients(
-    hub, table, tmp_path, run_cli
+    hub, table, tmp_path, evaluated
 ):
     lines = table.read_text().splitlines()
     grouped = [lines[0] + ",group", *[f"{line},g{i // 2}" for i, line in enumerate(lines[1:])]]
     table.write_text("\n".join(grouped) + "\n")
-    result = run_cli(
-        "evaluate", hub.root, "--data", table, "--out", tmp_path / "e", "--split", "all"
-    )
-    assert result.exit_code == 0, result.stderr
-    summary = json.loads((tmp_path / "e" / "metrics.json").read_text())
-    assert summary["bootstrap"]["unit"] == "group"
-    assert summary["cases"]["patients"] is None
-    assert "near duplicates are drawn together" in (tmp_path / "e" / "report.html").read_text()
+    report, _ = evaluated("evaluate", hub.root, "--data", table, "--split", "all")
+    assert report.resampling.unit == "group"
+    assert report.scopes[0].patients is None
 
 
-def test_a_class_without_a_case_is_said_in_the_verdict(hub, table, tmp_path, run_cli):
-    out = tmp_path / "e"
-    result = run_cli("evaluate", hub.root, "--data", table, "--out", out, "--where", "label=round")
-    assert result.exit_code == 0, result.stderr
+def test_a_class_without_a_case_is_said_in_the_verdict(hub, table, evaluated):
+    _, result = evaluated("evaluate", hub.root, "--data", table, "--where", "label=round")
     assert "No case is of the class lobed and granular" in result.stdout
+
+
+def test_validation_images_give_thresholds_and_a_temperature(hub, table, evaluated):
+    lines = table.read_text().splitlines()
+    table.write_text(
+        "\n".join(
+            [lines[0], *(f"{x},val".replace(",test,val", ",test") for x in lines[1:])]
+        ).replace(",train,val", ",val")
+        + "\n"
+    )
+    report, _ = evaluated("evaluate", hub.root, "--data", table, "--calibrate", "--minimum", "1")
+    assert report.validation_cases == 2
+    assert report.models[0].temperature is not None
+    assert {point.specificity for point in report.models[0].thresholds} == {0.9, 0.95}
+
+
+def test_the_worst_mistakes_are_shown_only_if_asked_for(hub, table, tmp_path, evaluated):
+    page = tmp_path / "e" / "report.html"
+    evaluated("evaluate", hub.root, "--data", table)
+    assert "data:image/jpeg" not in page.read_text()
+    evaluated("evaluate", hub.root, "--data", table, "--with-images")
+    assert "data:image/jpeg" in page.read_text()
+    assert "data:image/jpeg" not in (tmp_path / "e" / "report.json").read_text()
+
+
+def test_figures_go_into_the_card_of_a_merged_model_if_asked_for(hub, merged, table, evaluated):
+    before = (merged / "README.md").read_text()
+    evaluated("evaluate", hub.root, merged, "--data", table)
+    assert (merged / "README.md").read_text() == before
+    report, _ = evaluated("evaluate", hub.root, merged, "--data", table, "--cards")
+    first = ModelCard.load(merged / "README.md").data.eval_results[0]
+    value = report.models[1].on("union").figures["balanced_accuracy"].value
+    assert first.metric_value == pytest.approx(value, abs=1e-6)
+
+
+def test_how_vectors_lie_to_each_other_is_shown_beside_the_base(
+    hub, merged, table, tmp_path, evaluated
+):
+    shutil.copytree(merged, tmp_path / "twin")
+    report, _ = evaluated(
+        "evaluate", hub.root, merged, f"twin={tmp_path / 'twin'}", "--data", table
+    )
+    assert report.similarity is not None
+    assert report.similarity.models == ("merged", "twin")
+    assert report.similarity.cosine[0][1] == pytest.approx(1)
+
+
+def test_a_second_call_with_other_figures_runs_no_model(hub, table, tmp_path, evaluated):
+    evaluated("evaluate", hub.root, "--data", table)
+    kept = {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "e" / "predictions").rglob("*.safetensors")
+    }
+    evaluated("evaluate", hub.root, "--data", table, "--by", "split", "--seed", "3")
+    again = {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "e" / "predictions").rglob("*.safetensors")
+    }
+    assert kept
+    assert again == kept
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (("--prevalence", "round=2"), "--prevalence round=2: give a share between 0 and 1."),
+        (("--prevalence", "flat=.1"), "--prevalence flat: there is no such class"),
+        (("--external", "c"), "--external c: no case is of this site (known: a, b)."),
+        (("--by", "scanner"), "--by scanner:"),
+        (("--pooled", "x"), "--pooled x: no model has this name."),
+        (("--federated", "x"), "--federated x: no model has this name."),
+        (("--reference", "x"), "There is no model 'x' to compare with (known: base)."),
+    ],
+)
+def test_options_that_name_nothing_are_refused(hub, table, tmp_path, run_cli, option, sentence):
+    result = run_cli("evaluate", hub.root, "--data", table, "--out", tmp_path / "e", *option)
+    assert result.exit_code in (1, 2)
+    assert sentence in result.stderr
+    assert not (tmp_path / "e" / "report.json").exists()
+
+
+def test_compare_takes_the_first_model_as_the_reference(hub, merged, table, evaluated):
+    report, _ = evaluated("compare", merged, hub.root, "--data", table)
+    assert report.reference == "merged"
+    found = {(e.model, e.against) for e in report.comparisons if e.family == "reference"}
+    assert found == {("base", "merged")}
+
+
+def test_compare_needs_two_models(hub, table, run_cli):
+    result = run_cli("compare", hub.root, "--data", table)
+    assert result.exit_code == 2
+    assert "there is nothing to compare: name two models or more." in result.stderr
+
+
+def test_models_of_other_classes_are_compared_on_those_in_common(hub, table, tmp_path, evaluated):
+    rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
+    lines = ["file,p_lobed,p_round,p_flat"]
+    lines += [
+        f"{row[0]},0.2,0.2,0.6" if row[1] == "round" else f"{row[0]},0.5,0.1,0.4" for row in rows
+    ]
+    (tmp_path / "other.csv").write_text("\n".join(lines) + "\n")
+    report, result = evaluated("compare", hub.root, tmp_path / "other.csv", "--data", table)
+    assert report.classes == ("round", "lobed")
+    assert report.scopes[0].cases == 7
+    assert "All figures are on those in common (round, lobed)" in result.stderr
+    assert report.notes[0].startswith("The models do not know the same classes.")
+    other = report.models[1].on("union")
+    assert other.figures["accuracy"].value == pytest.approx(1)

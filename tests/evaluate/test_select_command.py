@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluate.document import Report
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.recipe import read_recipe
 from merge_kit.writing import PROVENANCE
@@ -104,8 +105,10 @@ def test_the_best_figure_is_that_of_the_merged_folder(
     assert best["value"] == max(values) > min(values)
     out = tmp_path / "evaluation"
     run_cli("evaluate", tmp_path / "merged", "--data", table, "--split", "val", "--out", out)
-    (model,) = json.loads((out / "metrics.json").read_text())["models"]
-    assert model["union"][metric] == {key: best[key] for key in ("value", "low", "high", "n")}
+    (model,) = Report.model_validate_json((out / "report.json").read_text()).models
+    figure = model.on("union").figures[metric].model_dump()
+    for key in ("value", "low", "high", "n"):
+        assert figure[key] == pytest.approx(best[key])
 
 
 @pytest.mark.parametrize(
