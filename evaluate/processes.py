@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import distributed
@@ -19,7 +19,8 @@ from torch import distributed
 from merge_kit.errors import MergeKitError, UsageError
 
 _SENTENCE = 1024
-_PATIENCE = timedelta(days=1)  # one whose neighbour dies is told at once; this is for the slow
+_TO_START = timedelta(minutes=10)
+_TO_END = timedelta(days=1)  # of slow processes: one that dies is noticed at once
 
 T = TypeVar("T")
 
@@ -32,6 +33,8 @@ class Group:
     size: int = 1
     local_rank: int = 0
     """Its number on its machine."""
+    meeting: distributed.ProcessGroup | None = None
+    """Where they meet; None for one alone."""
 
     @property
     def first(self) -> bool:
@@ -86,7 +89,7 @@ class Group:
         mine = torch.frombuffer(bytearray(said), dtype=torch.uint8)
         heard = [torch.zeros_like(mine) for _ in range(self.size)]
         try:
-            distributed.all_gather(heard, mine)
+            distributed.all_gather(heard, mine, group=self.meeting)
         except RuntimeError:
             if problem:
                 return []  # the error that is being raised says more
@@ -112,8 +115,9 @@ def joined() -> Iterator[Group]:
         return
     try:
         size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-        group = Group(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
-        distributed.init_process_group("gloo", timeout=_PATIENCE)
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        distributed.init_process_group("gloo", timeout=_TO_START)
+        meeting = cast(distributed.ProcessGroup, distributed.new_group(timeout=_TO_END))
     except (KeyError, ValueError, RuntimeError) as error:
         detail = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(
@@ -121,6 +125,6 @@ def joined() -> Iterator[Group]:
             "torchrun, or unset WORLD_SIZE."
         ) from error
     try:
-        yield group
+        yield Group(rank, size, local, meeting)
     finally:
         distributed.destroy_process_group()
