@@ -204,9 +204,8 @@ def test_compare_needs_two_models(hub, table, run_cli):
 def test_models_of_other_classes_are_compared_on_those_in_common(hub, table, tmp_path, evaluated):
     rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
     lines = ["file,p_lobed,p_round,p_flat"]
-    lines += [
-        f"{row[0]},0.2,0.2,0.6" if row[1] == "round" else f"{row[0]},0.5,0.1,0.4" for row in rows
-    ]
+    said = {"round": "0.1,0.3,0.6", "lobed": "0.5,0.1,0.4", "granular": "0,0,1"}
+    lines += [f"{row[0]},{said[row[1]]}" for row in rows]
     (tmp_path / "other.csv").write_text("\n".join(lines) + "\n")
     report, result = evaluated("compare", hub.root, tmp_path / "other.csv", "--data", table)
     assert report.classes == ("round", "lobed")
