@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jsonschema
 import pytest
 
 from evaluate.document import Report
-from tests.conftest import ROOT
 from tests.evaluate.judged import cases, four_models
 from tests.evaluate.judged import report as report_of
 
-SCHEMA = ROOT / "docs" / "report.schema.json"
+SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "report.schema.json"
 
 
 def test_the_published_schema_is_that_of_the_documents() -> None:
