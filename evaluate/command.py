@@ -11,7 +11,8 @@ import click
 from rich.console import Console
 
 from evaluate import labelled, terminal
-from evaluate.evaluation import PAGE, REPORT, Wishes, run
+from evaluate.earlier import PAGE, REPORT
+from evaluate.evaluation import Wishes, run
 from evaluate.models import AnyModel, classes_in_common, find_apart, find_models
 from evaluate.scoring import Settings
 from finetune.image_options import image_options
@@ -57,6 +58,7 @@ _OPTIONS = (
         show_default=True,
         help="auto: bfloat16 on a GPU that computes in it.",
     ),
+    click.option("--replace", is_flag=True, help="Replace a report on other models or images."),
     click.option("--title", help="Heading of the report."),
     click.option(
         "--resamples",
@@ -133,6 +135,7 @@ def _evaluate(
         calibrate=options["calibrate"],
         with_images=options["with_images"],
         cards=options["cards"],
+        replace=options["replace"],
         settings=Settings(
             minimum=options["minimum"],
             resamples=options["resamples"],

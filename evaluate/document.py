@@ -249,6 +249,8 @@ class Report(Document):
     created: str
     """UTC."""
     software: dict[str, str]
+    inputs: str = ""
+    """Digest of the models and images that the report is on."""
     task: Literal["single-label", "multi-label"]
     ordered: bool = False
     """Whether the classes are grades, so that quadratic kappa means something."""

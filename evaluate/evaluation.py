@@ -13,6 +13,7 @@ import torch
 from evaluate import processes
 from evaluate.cards import write_results
 from evaluate.document import Report, Similarity
+from evaluate.earlier import PAGE, REPORT, TABLE, check_place, inputs_of
 from evaluate.fitting import Validation
 from evaluate.labelled import LabelledSet, Loaded
 from evaluate.mistakes import worst_mistakes
@@ -28,7 +29,6 @@ from finetune.network import choose_device
 from finetune.progress import Progress
 from merge_kit.files import write_atomic
 
-REPORT, PAGE, TABLE = "report.json", "report.html", "predictions.csv"
 KEPT = "predictions"
 """Folder of outputs that are there already."""
 _SOFTWARE = ("merge-kit", "torch", "timm", "numpy")
@@ -48,6 +48,8 @@ class Wishes:
     calibrate: bool = False
     with_images: bool = False
     cards: bool = False
+    replace: bool = False
+    """Whether a report on other models or images may be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ def run(
 
     Raises
     ------
+    UsageError
+        The folder has a report on other models or images.
     MergeKitError
         As `labelled.load`, `predict` and `summarise`.
     """
@@ -92,6 +96,8 @@ def run(
         device = group.device(choose_device(wishes.device))
         with group.together():
             loaded = load()
+            inputs = inputs_of(models, loaded.chosen)
+            check_place(wishes.out, inputs, replace=wishes.replace)
         if group.first:
             plural = "s" * (len(models) > 1)
             announce(f"{len(models)} model{plural} on {len(loaded.chosen)} images, on {device}")
@@ -117,6 +123,7 @@ def run(
         software={name: importlib.metadata.version(name) for name in _SOFTWARE},
         notes=tuple(said),
         similarity=_similarity(models),
+        inputs=inputs,
     )
     validation = (
         None
@@ -168,9 +175,10 @@ def _write(report: Report, found: Predicted, models: Sequence[AnyModel], wishes:
         own = next(p for p in found.predictions if p.model == leader)
         mistakes = worst_mistakes(found.labelled, own, MISTAKES)
     page = render(report, mistakes)
+    # First what says of which inputs the files are: a run that was killed here can be repeated.
+    write_atomic(wishes.out / REPORT, report.model_dump_json(indent=1) + "\n")
     write_atomic(wishes.out / TABLE, to_csv(found.predictions, found.labelled))
     write_atomic(wishes.out / PAGE, page)
-    write_atomic(wishes.out / REPORT, report.model_dump_json(indent=1) + "\n")
     if wishes.cards:
         for model in models:
             if isinstance(model, Model) and model.role == "merged":

@@ -45,6 +45,7 @@ class Facts:
     software: Mapping[str, str]
     notes: tuple[str, ...] = ()
     similarity: Similarity | None = None
+    inputs: str = ""
 
 
 def summarise(
@@ -88,6 +89,7 @@ def summarise(
         title=facts.title,
         created=facts.created,
         software=dict(facts.software),
+        inputs=facts.inputs,
         task="multi-label" if labelled.multi_label else "single-label",
         ordered=settings.ordered,
         classes=labelled.classes,

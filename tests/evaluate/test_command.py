@@ -188,6 +188,19 @@ def test_options_that_name_nothing_are_refused(hub, table, tmp_path, run_cli, op
     assert not (tmp_path / "e" / "report.json").exists()
 
 
+def test_a_report_on_others_is_not_overwritten_unless_asked_for(
+    hub, merged, table, tmp_path, evaluated, run_cli
+):
+    evaluated("evaluate", hub.root, "--data", table)
+    evaluated("evaluate", hub.root, "--data", table, "--by", "split")
+    again = "evaluate", merged, "--data", table, "--out", tmp_path / "e"
+    refused = run_cli(*again)
+    assert refused.exit_code == 2
+    assert "report.json speaks of other models or images: choose another --out" in refused.stderr
+    report, _ = evaluated(*again[:-2], "--replace")
+    assert report.models[0].name == "merged"
+
+
 def test_compare_takes_the_first_model_as_the_reference(hub, merged, table, evaluated):
     report, _ = evaluated("compare", merged, hub.root, "--data", table)
     assert report.reference == "merged"
