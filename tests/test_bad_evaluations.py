@@ -1,0 +1,162 @@
+"""Bad input to evaluate and compare: the exact sentence, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests.bench import Bench, Table, open_bench
+
+ROWS = Table()
+row = ROWS.row
+HEADER = "file,label,split\n"
+GOOD = HEADER + "".join(f"{i}.png,{'round' if i % 2 else 'lobed'},test\n" for i in range(12))
+SAID = "file,p_round,p_lobed,p_granular\n"
+
+
+@pytest.fixture
+def bench(tmp_path, hub, contribute) -> Bench:
+    return open_bench(tmp_path, hub, contribute)
+
+
+def evaluate(b: Bench, *arguments: object, table: str = GOOD) -> list[object]:
+    return ["evaluate", *arguments, "--data", b.table(table), "--out", b.tmp / "out"]
+
+
+def imported(b: Bench, text: str) -> list[object]:
+    return evaluate(b, b.table(text, "said.csv"))
+
+
+def likely(*lines: str) -> str:
+    return SAID + "".join(f"{line}\n" for line in lines)
+
+
+@row()
+def no_case_in_the_split(b):
+    return evaluate(b, b.hub.root, "--split", "val"), (
+        "no case is in the split 'val': choose another with --split, or --split all."
+    )
+
+
+@row()
+def a_table_of_no_case(b):
+    return evaluate(b, b.hub.root, table=HEADER), (
+        f"{b.data / 'labels.csv'} has a header but no image: add a line for each image."
+    )
+
+
+@row()
+def a_case_without_a_label(b):
+    return evaluate(b, b.hub.root, table=GOOD.replace("3.png,round", "3.png,")), (
+        f"{b.data / 'labels.csv'} line 5 has no label: fill it in or remove the row."
+    )
+
+
+@row()
+def a_class_that_the_model_does_not_know(b):
+    return evaluate(b, b.hub.root, table=GOOD.replace("3.png,round", "3.png,flat")), (
+        f"{b.data / 'labels.csv'} line 5: label 'flat' is no class of this federation "
+        "(known: round, lobed, granular): correct it or pass --map flat=CLASS."
+    )
+
+
+@row()
+def one_image_listed_twice(b):
+    return evaluate(b, b.hub.root, table=GOOD + "3.png,round,test\n"), (
+        f"{b.data / 'labels.csv'} line 14 lists 3.png, as does {b.data / 'labels.csv'} line 5: "
+        "remove one of the two."
+    )
+
+
+@row(2)
+def one_image_in_two_sets(b):
+    other = b.table(HEADER + "3.png,round,test\n", "other.csv")
+    return evaluate(b, b.hub.root, "--data", other), (
+        "3.png is in two sets of data, 'other' and 'data': every case counts once; leave it out "
+        "of one."
+    )
+
+
+@row()
+def models_of_different_classes(b):
+    other = b.tmp / "other"
+    shutil.copytree(b.hub.root / "base", other)
+    config = json.loads((other / "config.json").read_text())
+    config["label_names"] = ["round", "flat", "granular"]
+    (other / "config.json").write_text(json.dumps(config))
+    return evaluate(b, b.hub.root, other), (
+        f"{other} has the classes round, flat, granular, {b.hub.root / 'base'} has round, lobed, "
+        "granular: evaluate them separately, or use 'merge-kit compare' for the classes in common."
+    )
+
+
+@row()
+def models_without_classes_in_common(b):
+    said = b.table("file,p_a,p_b\n", "said.csv")
+    table = b.table(GOOD)
+    return ["compare", b.hub.root, said, "--data", table, "--out", b.tmp / "out"], (
+        "the models have 0 classes in common (base: round, lobed, granular; said: a, b): compare "
+        "models that share two or more."
+    )
+
+
+@row()
+def imported_probabilities_that_do_not_sum_to_one(b):
+    return imported(b, likely("0.png,.5,.6,.1")), (
+        f"{b.data / 'said.csv'} line 2: the probabilities sum to 1.2, not to 1: give softmax "
+        "outputs; where a case may have several classes, say so with --multi-label."
+    )
+
+
+@row()
+def imported_probabilities_that_are_none(b):
+    return imported(b, likely("0.png,.5,nan,.1")), (
+        f"{b.data / 'said.csv'} line 2: the column p_lobed holds 'nan': give a probability "
+        "between 0 and 1."
+    )
+
+
+@row()
+def an_imported_case_that_is_missing(b):
+    lines = [f"{i}.png,.2,.3,.5" for i in range(12) if i != 7]
+    return imported(b, likely(*lines)), (
+        f"{b.data / 'said.csv'} has no prediction for 7.png (1 missing in all): every model "
+        "answers for the same cases."
+    )
+
+
+@row()
+def an_imported_case_that_is_unknown(b):
+    return imported(b, likely("77.png,.2,.3,.5")), (
+        f"{b.data / 'said.csv'} line 2: 77.png is no image of the data (nearest: 7.png): correct "
+        "the name or remove the line."
+    )
+
+
+@row()
+def an_imported_case_that_comes_twice(b):
+    return imported(b, likely("0.png,.2,.3,.5", "0.png,.2,.3,.5")), (
+        f"{b.data / 'said.csv'} line 3 lists 0.png, as does line 2: remove one of the two."
+    )
+
+
+@row()
+def imported_predictions_without_classes(b):
+    return imported(b, "file,round,lobed\n0.png,1,0\n"), (
+        f"{b.data / 'said.csv'} line 1 must be a header with the column file and a column "
+        "p_<class> for each class (found: file, round, lobed): add it or rename the columns."
+    )
+
+
+@row()
+def an_unknown_subgroup(b):
+    return evaluate(b, b.hub.root, "--by", "splitt"), (
+        f"--by splitt: {b.data / 'labels.csv'} has no such column (nearest: split): correct it."
+    )
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_bad_input_gives_its_sentence(name, bench, run_cli):
+    ROWS.check(name, bench, run_cli)
