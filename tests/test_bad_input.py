@@ -421,6 +421,25 @@ def two_models_of_one_name(b):
     )
 
 
+@row()
+def models_of_other_classes(b):
+    other = b.checkpoint("other", label_names=["round", "lobed", "striped"])
+    return ["evaluate", b.base, other, "--data", b.table(GOOD), "--out", b.tmp / "e"], (
+        f"{other} has the classes round, lobed, striped, {b.base} has round, lobed, granular: "
+        "evaluate them separately, or use 'merge-kit compare' for the classes in common."
+    )
+
+
+@row()
+def imported_probabilities_that_do_not_sum_to_one(b):
+    lines = [f"{i}.png,0.5,0.5,0.5" for i in range(12)]
+    path = b.table("\n".join(["file,p_round,p_lobed,p_granular", *lines]) + "\n", "clinic.csv")
+    return ["evaluate", path, "--data", b.table(GOOD), "--split", "all", "--out", b.tmp / "e"], (
+        f"{path} line 2: the probabilities sum to 1.5, not to 1: give softmax outputs; where a "
+        "case may have several classes, say so with --multi-label."
+    )
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_bad_input_gives_its_sentence(name, bench, run_cli):
     ROWS.check(name, bench, run_cli)
