@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluate.document import Report
 from evaluate.processes import Group
 from tests.conftest import CLASSES
 from tests.evaluate.helpers import draw_images
@@ -79,8 +80,14 @@ def test_two_processes_of_torchrun_give_the_figures_of_one(hub, table, tmp_path)
     assert said.count("Next: open") == 1
     assert kept(tmp_path / "one") == kept(tmp_path / "two")
     assert len(kept(tmp_path / "two")) == BATCHES
-    for name in ("metrics.json", "predictions.csv"):
-        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    texts = [(tmp_path / name / "predictions.csv").read_text() for name in ("one", "two")]
+    assert texts[0] == texts[1]
+    reports = [
+        Report.model_validate_json((tmp_path / name / "report.json").read_text())
+        for name in ("one", "two")
+    ]
+    one, two = (report.model_copy(update={"created": ""}) for report in reports)
+    assert one == two
 
 
 def test_every_batch_is_of_one_process():
