@@ -43,7 +43,9 @@ def test_kappas_and_macro_f1_equal_those_of_scikit_learn(seed: int) -> None:
     )
 
 
-def test_macro_f1_counts_a_class_that_is_only_predicted_and_leaves_out_one_that_is_nowhere() -> None:
+def test_macro_f1_counts_a_class_that_is_only_predicted_and_leaves_out_one_that_is_nowhere() -> (
+    None
+):
     labels, probabilities = np.array([0, 0, 1]), np.eye(4)[[0, 2, 1]]
     assert metrics.macro_f1(labels, probabilities) == pytest.approx((2 / 3 + 1 + 0) / 3)
 
