@@ -32,6 +32,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from threadpoolctl import threadpool_limits
 
 from evaluate.metrics import calibration, checks, counts, recalibration, utility
 from evaluate.metrics.counts import Counts
@@ -249,11 +250,14 @@ def resampled(
         return under(block[:, members])
 
     start = 0
-    for figures in _in_order(score, times, threads or _cores()):
-        stop = start + len(next(iter(figures.values())))
-        for name, figure in figures.items():
-            found[name][start:stop] = figure
-        start = stop
+    with threadpool_limits(
+        1, user_api="blas"
+    ):  # blocks run at once, and are too small to share out
+        for figures in _in_order(score, times, threads or _cores()):
+            stop = start + len(next(iter(figures.values())))
+            for name, figure in figures.items():
+                found[name][start:stop] = figure
+            start = stop
     return found
 
 

@@ -13,7 +13,7 @@ Binary = tuple[NDArray[np.int64], Floats]
 
 
 def binary_sample(n: int, seed: int, *, decimals: int = 15, signal: float = 1.0) -> Binary:
-    """Truth with both classes for n > 1, and probabilities inside (0, 1); few decimals give ties."""
+    """Truth, with both classes for n > 1, and probabilities in (0, 1); few decimals give ties."""
     rng = np.random.default_rng(seed)
     truth = rng.integers(0, 2, n)
     truth[:2] = [0, 1][:n]
