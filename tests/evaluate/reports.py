@@ -360,6 +360,3 @@ def made_up(
         "verdict": VERDICT,
     }
     return Report.model_validate(content | changes)
-
-
-def survey()

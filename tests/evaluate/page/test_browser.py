@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from evaluate.page import render
 from tests.evaluate.reports import MODELS, made_up
@@ -48,15 +48,15 @@ def page(browser: Browser, file: Path) -> Iterator[Page]:
     """The opened page, which says nothing on the console and asks for nothing but itself."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     said: list[str] = []
-    asked: list[Request] = []
+    asked: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", asked.append)
+    page.on("request", lambda request: asked.append(request.url))
     page.goto(file.as_uri())
     yield page
     page.close()
     assert said == []
-    assert [request.url for request in asked] == [file.as_uri()]
+    assert asked == [file.as_uri()]
 
 
 def test_figures_have_size_and_a_name(page: Page) -> None:

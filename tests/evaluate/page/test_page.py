@@ -74,9 +74,9 @@ def test_names_titles_and_notes_are_escaped(hostile: str) -> None:
             software={text: text},
         )
 
-    harmless, parsed = Page(render(made("a"))), Page(render(made(hostile), [(PIXEL, hostile)][:0]))
+    harmless, parsed = Page(render(made("a"))), Page(render(made(hostile)))
     assert [tag for tag, _ in parsed.elements] == [tag for tag, _ in harmless.elements]
-    assert not any({"onclick", "x"} & set(attributes) - {"x"} for _, attributes in parsed.elements)
+    assert not any("onclick" in attributes for _, attributes in parsed.elements)
     assert "".join(parsed.text["h1"]) == hostile
 
 
@@ -206,7 +206,7 @@ def test_the_verdict_comes_before_every_table(report: Report, html: str, page: P
 
 def test_withheld_figures_say_so_and_undefined_ones_are_a_dash(page: Page) -> None:
     assert {cell.strip() for cell in page.row("Balanced accuracy by age", "0-40")} == {"withheld"}
-    assert {cell.strip() for cell in page.row("AUROC by class", "monocyte")} == {"–  undefined"}
+    assert {cell.strip() for cell in page.row("AUROC by class", "monocyte")} == {"– undefined"}
     assert "n < 5, so few cases" in "".join(page.text["p"])
 
 
