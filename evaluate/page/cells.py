@@ -92,7 +92,7 @@ def cell(figure: Figure | None, *, best: float | None = None, with_n: bool = Fal
     if figure.method == "delong" and about[0]:
         about = [f"{about[0]} D"]
     if with_n and figure.n is not None:
-        about.append(f"n {figure.n:,}")
+        about.append(f"n\N{NO-BREAK SPACE}{figure.n:,}")
     return Cell(
         number(figure.value),
         " · ".join(part for part in about if part),

@@ -39,6 +39,7 @@ def test_the_sites_own_model_is_marked_at_its_site_and_nowhere_else() -> None:
 def test_zero_is_in_the_middle_of_all_differences() -> None:
     panels = forest.difference_panels(REPORT)
     assert {panel.reference for panel in panels} == {170.0}
+    assert {tuple(label for _, label in panel.ticks) for panel in panels} == {("−0.2", "0", "+0.2")}
     for row in (row for panel in panels for row in panel.rows):
         assert row.x is not None
         assert (row.x > 170) == row.figure.startswith("+")
