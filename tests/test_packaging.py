@@ -16,6 +16,9 @@ NEEDED = [
     "merge_kit/configs/merge/mean.yaml",
     "finetune/training.py",
     "evaluate/templates/report.html.j2",
+    "evaluate/templates/page/page.html.j2",
+    "evaluate/templates/page/style.css",
+    "evaluate/templates/page/page.js",
     "evaluate/demo.py",
     "merge_kit/py.typed",
 ]

@@ -41,7 +41,6 @@ class Cell:
     own: bool = False
     loss: str = ""
     name: bool = False
-    delong: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +89,15 @@ def cell(figure: Figure | None, *, best: float | None = None, with_n: bool = Fal
         state = "withheld" if figure is not None and figure.small else "undefined"
         return Cell("", state=state)
     about = [span(figure)]
+    if figure.method == "delong" and about[0]:
+        about = [f"{about[0]} D"]
     if with_n and figure.n is not None:
-        about.append(f"n {figure.n:,}")
+        about.append(f"n\N{NO-BREAK SPACE}{figure.n:,}")
     return Cell(
         number(figure.value),
         " · ".join(part for part in about if part),
         figure.value,
         best=best is not None and figure.value == best,
-        delong=figure.method == "delong" and figure.low is not None,
     )
 
 

@@ -14,7 +14,7 @@ from evaluate.page.words import number, said, shortened, span
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 250.0, 46.0, 244.0, 8.0, 178.0
 KEY, LINE = 212.0, 15.0  # where the key starts, and what a line of it takes
 LETTERS = "ABCD"
-_NAME = 12
+_NAME = 11
 _BESIDE = "–"
 
 

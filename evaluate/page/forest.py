@@ -16,7 +16,7 @@ WIDTH, TOP, ROW, FOOT = 350.0, 6.0, 20.0, 20.0
 _SCORE_AXIS = 126.0, 304.0
 _DIFFERENCE_AXIS = 104.0, 236.0
 VALUE = 290.0  # where a difference ends, with its p-value to the right
-_NAME, _SITE = 18, 15
+_NAME, _SITE = 17, 15
 _HALF = 0.05  # smallest half width of the axis of differences
 
 
@@ -128,7 +128,7 @@ def difference_panels(report: Report) -> list[Panel]:
                 rows=tuple(rows),
                 reference=axis.at(0.0),
                 value=VALUE,
-                ticks=_ticks(axis, signs=True),
+                ticks=_signed_ticks(axis),
                 height=TOP + ROW * len(rows) + FOOT,
                 description=f"{score_name(mine[0].score)} of {name} minus the site’s own model: "
                 + "; ".join(row.description for row in rows),
@@ -178,9 +178,12 @@ def _absent(figure: Figure | None) -> str:
     return "withheld" if figure is not None and figure.small else "–"
 
 
-def _ticks(axis: Axis, *, signs: bool = False) -> tuple[tuple[float, str], ...]:
-    def text(value: float) -> str:
-        plain = f"{value:g}".replace("-", "−")
-        return f"+{plain}" if signs and value > 0 else plain
+def _ticks(axis: Axis) -> tuple[tuple[float, str], ...]:
+    return tuple((axis.at(tick), f"{tick:g}") for tick in ticks(axis.low, axis.high))
 
-    return tuple((axis.at(tick), text(tick)) for tick in ticks(axis.low, axis.high))
+
+def _signed_ticks(axis: Axis) -> tuple[tuple[float, str], ...]:
+    """Mark 0 and one round number on either side: more would not fit."""
+    side = ticks(0, axis.high, 2)[-1]
+    words = (f"−{side:g}", "0", f"+{side:g}")
+    return tuple((axis.at(x), word) for x, word in zip((-side, 0, side), words, strict=True))

@@ -131,7 +131,7 @@ def survey_table(report: Report) -> Table:
 
 
 def scopes_table(report: Report, found: Sequence[Scope], score: str, first: str) -> Table:
-    """One row a scope and one column a model; sites have their mean as foot."""
+    """One row a scope and one column a model; sites have a foot."""
     losses = reading.losses(report) if score == report.main_score else {}
     rows = []
     for scope in found:
@@ -146,12 +146,17 @@ def scopes_table(report: Report, found: Sequence[Scope], score: str, first: str)
             for figure, model in zip(figures, report.models, strict=True)
         )
         rows.append(Row(_scope_head(scope), cells))
-    foot: tuple[Row, ...] = ()
-    if len(found) > 1 and found[0].kind == "site":
-        head = Head("Mean over sites", plural(len(found), "site"))
-        foot = (Row(head, tuple(_column(report.models, reading.MEAN, score))),)
+    foot = _site_foot(report, found, score) if found and found[0].kind == "site" else ()
     heads = (Head(first), *(Head(model.name) for model in report.models))
     return Table(f"{score_name(score)} by {first.lower()}", heads, tuple(rows), foot)
+
+
+def _site_foot(report: Report, found: Sequence[Scope], score: str) -> tuple[Row, ...]:
+    external = reading.scope(report, "external")
+    rows = [(_scope_head(external), "external")] if external else []
+    if len(found) > 1:
+        rows.append((Head("Mean over sites", plural(len(found), "site")), reading.MEAN))
+    return tuple(Row(head, tuple(_column(report.models, key, score))) for head, key in rows)
 
 
 def _scope_head(scope: Scope) -> Head:

@@ -55,12 +55,12 @@ _ROLES = {"merged": "merged", "pooled": "pooled training", "federated": "federat
 
 
 def score_name(key: str) -> str:
-    """Name a figure: ``sensitivity_at_0.95`` is the sensitivity at a specificity of 0.95."""
+    """Name a figure; ``sensitivity_at_0.95``: where 0.95 is the specificity on validation."""
     if key in SCORES:
         return SCORES[key]
     score, _, fixed = key.rpartition("_at_")
     if score in SCORES and fixed:
-        return f"{SCORES[score]} at specificity {fixed} on validation"
+        return f"{SCORES[score]} at the threshold for specificity {fixed}"
     return key.replace("_", " ").capitalize()
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from evaluate.document import (
-    ChecklistItem,
     ClassCurves,
     ClassFigures,
     Comparison,
@@ -23,10 +22,9 @@ from evaluate.document import (
     Report,
     Resampling,
     Scope,
-    Similarity,
-    SurveyRow,
     Worst,
 )
+from tests.evaluate.sentences import CHECKLIST, VERDICT, similarity, survey
 
 MODELS = {
     "base": "base",
@@ -101,7 +99,8 @@ class Maker:
             )
             for c, n in zip(self.classes, counts, strict=True)
         )
-        column, _, value = name.partition("=")
+        column = next((c for c in self.columns if name.startswith(f"{c}=")), "")
+        value = name.removeprefix(f"{column}=")
         total = sum(counts)
         return Scope(
             key=key,
@@ -217,7 +216,7 @@ class Maker:
                     low=max(0.0, observed - width),
                     high=min(1.0, observed + width),
                     n=n,
-                )  # fmt: skip
+                )
             )
         return tuple(bins)
 
@@ -273,7 +272,7 @@ class Maker:
 
     def comparisons(self, reference: str | None) -> tuple[Comparison, ...]:
         names = list(self.models)
-        best = max(names, key=self.level)
+        best = max(names, key=self.level, default="")
         others = [name for name in names if name != best]
         found = [self.comparison("best", "union", best, name) for name in others]
         own = {role[5:]: name for name, role in self.models.items() if role.startswith("site:")}
@@ -314,7 +313,7 @@ def made_up(
     seed: int = 0,
     **changes: object,
 ) -> Report:
-    """A report of these models (name: role); `small` scopes and `undefined` classes have no figures."""
+    """A report of models (name: role); `small` scopes and `undefined` classes have no figures."""
     rng = np.random.default_rng(seed)
     columns = columns or {}
     maker = Maker(
@@ -361,43 +360,3 @@ def made_up(
         "verdict": VERDICT,
     }
     return Report.model_validate(content | changes)
-
-
-def survey() -> tuple[SurveyRow, ...]:
-    rows = (("single", None, 0.74), ("cross", None, 0.61), ("mix", "pooled", 0.88),
-            ("federated", "rounds", 0.85), ("merged", "mean", 0.82), ("merged", "TIES", 0.83))  # fmt: skip
-    return tuple(
-        SurveyRow(name=name, model=model, balanced_accuracy=value, macro_auroc=value + 0.08)  # type: ignore[arg-type]
-        for name, model, value in rows
-    )
-
-
-def similarity(models: Sequence[str], rng: np.random.Generator) -> Similarity:
-    size, groups = len(models), ("stem", "stage 1", "stage 2", "stage 3", "stage 4", "head")
-    upper = np.triu(rng.uniform(-0.1, 0.6, (size, size)), 1)
-    norms = rng.uniform(0.01, 0.05, (size, len(groups))) * np.array([1, 1, 1.5, 2, 3, 9])
-    return Similarity(
-        models=tuple(models),
-        cosine=tuple(map(tuple, (upper + upper.T + np.eye(size)).tolist())),
-        groups=groups,
-        norms=tuple(map(tuple, norms.tolist())),
-    )
-
-
-CHECKLIST = (
-    ChecklistItem(guideline="CLAIM 2024", number="20", topic="Data partitions", status="shown",
-                  text="Cases by site and class are printed below."),
-    ChecklistItem(guideline="CLAIM 2024", number="33", topic="Clinical trial", status="human",
-                  text="Say how the reference standard was set, and by whom."),
-    ChecklistItem(guideline="TRIPOD+AI", number="12e", topic="Performance measures", status="partly",
-                  text="Discrimination, calibration and net benefit are shown; say which mattered."),
-)  # fmt: skip
-
-VERDICT = (
-    "“pooled” has the highest balanced accuracy on all 480 cases, 0.884 (95 % interval 0.851 to "
-    "0.912); the next, “TIES”, is lower by 0.041 (0.012 to 0.071).",
-    "The worst site of “pooled” is graz: 0.851 on 160 cases.",
-    "“TIES” falls below the site's own model at 1 of 3 sites: oslo by 0.031 (−0.012 to 0.070, may "
-    "be chance).",
-    "Calibration and net benefit are in the figures below; no figure here clears a model for use.",
-)
