@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from evaluate import labelled, terminal
+from evaluate import loading, terminal
 from evaluate.earlier import PAGE, REPORT
 from evaluate.evaluation import Wishes, run
 from evaluate.models import AnyModel, classes_in_common, find_apart, find_models
@@ -167,9 +167,9 @@ def _evaluate(
 
 def _loader(
     every: Sequence[str], common: Sequence[str], options: dict[str, Any]
-) -> Callable[[], labelled.Loaded]:
+) -> Callable[[], loading.Loaded]:
     read = partial(
-        labelled.load,
+        loading.load,
         options["data"],
         every,
         images=options["images"],

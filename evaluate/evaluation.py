@@ -15,7 +15,8 @@ from evaluate.cards import write_results
 from evaluate.document import Report, Similarity
 from evaluate.earlier import PAGE, REPORT, TABLE, check_place, inputs_of
 from evaluate.fitting import Validation
-from evaluate.labelled import LabelledSet, Loaded
+from evaluate.labelled import LabelledSet
+from evaluate.loading import Loaded
 from evaluate.mistakes import worst_mistakes
 from evaluate.models import AnyModel, Model
 from evaluate.page import render
@@ -90,7 +91,7 @@ def run(
     UsageError
         The folder has a report on other models or images.
     MergeKitError
-        As `labelled.load`, `predict` and `summarise`.
+        As `loading.load`, `predict` and `summarise`.
     """
     with processes.joined() as group:
         device = group.device(choose_device(wishes.device))

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluate.labelled import LabelledSet, Loaded, load
+from evaluate.labelled import LabelledSet
+from evaluate.loading import Loaded, load
 from merge_kit.errors import DataError, ImageError, LabelError, MergeKitError, UsageError
 from tests.evaluate.helpers import draw_images
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from evaluate import kept, predicting
-from evaluate.labelled import LabelledSet, load
+from evaluate.labelled import LabelledSet
+from evaluate.loading import load
 from evaluate.models import classes_in_common, find_apart, find_models
 from evaluate.predicting import Predicted, predict
 from finetune import network

@@ -1,0 +1,299 @@
+"""From tables of labelled images to labelled sets: splits, sites, subgroups, content keys."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from evaluate import data_notes
+from evaluate.data_notes import UNKNOWN, Part
+from evaluate.labelled import LabelledSet
+from finetune.cases import Case, cases_of, content_key
+from finetune.labels import labels_in, nearest
+from finetune.splits import split_of
+from finetune.tables import ArrayItem, Table, read_table
+from merge_kit.errors import DataError, ImageError, LabelError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What `load` found."""
+
+    chosen: LabelledSet
+    """The cases to judge models on."""
+    validation: LabelledSet | None
+    """The cases of the split "val", for thresholds and temperature; None where there are none."""
+    notes: tuple[str, ...]
+    """What a reader of the figures has to know, a sentence each; none names a file."""
+    left_out: tuple[str, ...]
+    """A sentence for each image that cannot be read at all."""
+    copies: tuple[tuple[str, ...], ...]
+    """The files of each image that occurs more than once among the chosen."""
+    listed: frozenset[str]
+    """Every file that the tables list, chosen or not."""
+
+    def restricted_to(self, classes: Sequence[str]) -> Loaded:
+        """The cases of some of the classes; see `LabelledSet.restricted_to`.
+
+        Raises:
+            DataError: no case is of these classes.
+        """
+        chosen = self.chosen.restricted_to(classes)
+        if not len(chosen):
+            raise DataError(f"no case is of {', '.join(classes)}: there is nothing to compare on.")
+        validation = self.validation and self.validation.restricted_to(classes)
+        kept = validation if validation is not None and len(validation) else None
+        return replace(self, chosen=chosen, validation=kept)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One data table, read."""
+
+    name: str
+    """How sentences call it; the site of its cases where it has no column for that."""
+    named: bool
+    table: Table
+
+    @property
+    def words(self) -> str:
+        """How a sentence begins that speaks of it."""
+        return f"The set '{self.name}'" if self.named else "The table"
+
+
+def load(
+    data: Sequence[str | Path],
+    classes: Sequence[str],
+    *,
+    images: Path | None = None,
+    label_map: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    split: str | None = None,
+    site_column: str = "site",
+    by: Sequence[str] = (),
+    multi_label: bool = False,
+    skip_unreadable: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Loaded:
+    """Read labelled cases from one or several tables, in their order.
+
+    Parameters
+    ----------
+    data
+        ``PATH`` or ``NAME=PATH``, each as in `finetune.cases.load_cases`. Where a table has no
+        site column, its name is the site of its cases; a single table without a name has no site.
+    label_map, where
+        As in `load_cases`; a label may occur in any of the tables, a column must be in all.
+    split
+        "train", "val", "test" or "all"; by default, for each table, its test split where it has
+        splits, else all of it.
+    by
+        Columns whose values make subgroups.
+    progress
+        Called with the number of images read for their content key and of all.
+
+    Raises
+    ------
+    UsageError
+        Two tables of one name, a file in two tables, or ``NAME=`` without a path.
+    DataError
+        A table cannot be used, or no case is left; LabelError names the line or the column.
+    """
+    sources = _read(data, images, multi_label)
+    tables = [source.table for source in sources]
+    _check_columns(tables, site_column, by)
+    by_source = [
+        cases_of(
+            source.table,
+            classes=classes,
+            label_map=_entries_for(source.table, tables, label_map or {}, multi_label),
+            where=where,
+            multi_label=multi_label,
+        )
+        for source in sources
+    ]
+    _refuse_file_twice(sources, by_source)
+    pairs = list(zip(sources, by_source, strict=True))
+    chosen = [_choose(source, cases, split) for source, cases in pairs]
+    wanted = [[] if split in ("all", "val") else split_of(cases, "val") for cases in by_source]
+    flat = [case for part in (*chosen, *wanted) for case in part]
+    keys, unreadable = _content_keys(flat, skip_unreadable, progress)
+
+    def gather(parts: Sequence[Sequence[Case]]) -> LabelledSet:
+        placed = [
+            (case, _site(source, case, site_column))
+            for source, part in zip(sources, parts, strict=True)
+            for case in part
+            if case in keys
+        ]
+        return _labelled_set(placed, keys, classes, by, multi_label)
+
+    found, validation = gather(chosen), gather(wanted)
+    if not len(found) or not (found.targets >= 0).any():
+        raise DataError(
+            f"no case of {', '.join(source.table.name for source in sources)} is labelled and can "
+            "be read: there is nothing to judge a model on."
+        )
+    parts = [
+        Part(source.words, cases, mine, source.table.columns)
+        for (source, cases), mine in zip(pairs, chosen, strict=True)
+    ]
+    copies = data_notes.copies_of(found.keys)
+    notes = [
+        *data_notes.on_splits(parts, split, site_column),
+        *data_notes.on_columns(parts, by),
+        *data_notes.on_classes(parts, classes),
+        *data_notes.on_copies(copies, found.targets),
+        *data_notes.on_overlap(found.keys, validation.keys),
+    ]
+    return Loaded(
+        found,
+        validation if len(validation) else None,
+        tuple(notes),
+        unreadable,
+        tuple(tuple(found.files[row] for row in rows) for rows in copies),
+        frozenset(row.fields["file"] for table in tables for row in table.rows),
+    )
+
+
+def _read(data: Sequence[str | Path], images: Path | None, multi_label: bool) -> list[_Source]:
+    sources: list[_Source] = []
+    for text in data:
+        name, equals, path = str(text).partition("=")
+        if not equals or Path(text).exists():
+            name, path = "", str(text)
+        elif not name or not path:
+            raise UsageError(f"--data {text}: write it as --data NAME=PATH.")
+        table = read_table(Path(path), images, multi_label=multi_label)
+        file = Path(table.name).absolute()
+        stem = file.parent.name if file.name == "labels.csv" else file.stem
+        sources.append(_Source(name or stem, bool(name) or len(data) > 1, table))
+        if [source.name for source in sources].count(sources[-1].name) > 1:
+            raise UsageError(
+                f"two sets of data are called '{sources[-1].name}': tell them apart with "
+                "--data NAME=PATH."
+            )
+    return sources
+
+
+def _check_columns(tables: Sequence[Table], site_column: str, by: Sequence[str]) -> None:
+    known = sorted({column for table in tables for column in table.columns})
+    asked = [("--by", column) for column in by]
+    asked += [("--site-column", site_column)] if site_column != "site" else []
+    for option, column in asked:
+        if column not in known:
+            where = " and ".join(table.name for table in tables)
+            raise LabelError(
+                f"{option} {column}: {where} has no such column ({nearest(column, known)}): "
+                "correct it."
+            )
+
+
+def _entries_for(
+    table: Table, tables: Sequence[Table], label_map: Mapping[str, str], multi_label: bool
+) -> dict[str, str]:
+    """The entries whose label occurs in this table, or in none: these have to be refused."""
+    here = labels_in(table, multi_label=multi_label)
+    anywhere = {label for t in tables for label in labels_in(t, multi_label=multi_label)}
+    return {s: t for s, t in label_map.items() if s in here or s not in anywhere}
+
+
+def _refuse_file_twice(sources: Sequence[_Source], by_source: Sequence[Sequence[Case]]) -> None:
+    if len(sources) < 2:
+        return  # within one table it has been refused already
+    first: dict[Path | ArrayItem, str] = {}
+    for source, cases in zip(sources, by_source, strict=True):
+        for case in cases:
+            place = case.source
+            if isinstance(place, Path):
+                place = Path(os.path.realpath(place))
+            other = first.setdefault(place, source.name)
+            if other != source.name:
+                raise UsageError(
+                    f"{case.file} is in two sets of data, '{other}' and '{source.name}': every "
+                    "case counts once; leave it out of one."
+                )
+
+
+def _choose(source: _Source, cases: Sequence[Case], split: str | None) -> list[Case]:
+    if split is None:
+        split = "test" if any(case.split for case in cases) else "all"
+    chosen = list(cases) if split == "all" else split_of(cases, split)
+    if not chosen:
+        which = f" of the set '{source.name}'" if source.named else ""
+        raise DataError(
+            f"no case{which} is in the split '{split}': choose another with --split, or "
+            "--split all."
+        )
+    return chosen
+
+
+def _content_keys(
+    cases: Sequence[Case], skip_unreadable: bool, progress: Callable[[int, int], None] | None
+) -> tuple[dict[Case, str], tuple[str, ...]]:
+    """The content key of each case that can be read, and a sentence for each of the others."""
+
+    def key(case: Case) -> str | ImageError:
+        try:
+            return content_key(case)
+        except ImageError as error:
+            return error
+
+    keys: dict[Case, str] = {}
+    sentences = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, (case, found) in enumerate(zip(cases, pool.map(key, cases), strict=True), 1):
+            if isinstance(found, str):
+                keys[case] = found
+            elif skip_unreadable:
+                sentences.append(str(found))
+            else:
+                raise found
+            if progress:
+                progress(done, len(cases))
+    return keys, tuple(sentences)
+
+
+def _site(source: _Source, case: Case, column: str) -> str:
+    return case.columns.get(column, source.name if source.named else "")
+
+
+def _labelled_set(
+    placed: Sequence[tuple[Case, str]],
+    keys: Mapping[Case, str],
+    classes: Sequence[str],
+    by: Sequence[str],
+    multi_label: bool,
+) -> LabelledSet:
+    cases = [case for case, _ in placed]
+    targets = np.zeros((len(cases), len(classes)), dtype=np.int8)
+    for row, case in enumerate(cases):
+        if case.targets is None:
+            targets[row, case.label] = 1
+        else:
+            targets[row] = case.targets
+    unit = "patient" if any(case.patient for case in cases) else "group"
+    return LabelledSet(
+        classes=tuple(classes),
+        files=tuple(case.file for case in cases),
+        targets=targets,
+        sites=tuple(site for _, site in placed),
+        multi_label=multi_label,
+        patients=tuple(_patient(case, site) for case, site in placed),
+        unit=unit if any(case.patient or case.group for case in cases) else "case",
+        splits=tuple(case.split or "" for case in cases),
+        columns={name: tuple(case.columns.get(name) or UNKNOWN for case in cases) for name in by},
+        keys=tuple(keys[case] for case in cases),
+        cases=tuple(cases),
+    )
+
+
+def _patient(case: Case, site: str) -> str | None:
+    if case.patient:
+        return f"{site}\0{case.patient}"
+    return f"{site}\0\0{case.group}" if case.group else None
