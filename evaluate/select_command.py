@@ -22,7 +22,7 @@ from finetune.image_options import image_options
 from finetune.network import choose_device
 from finetune.pixels import Images, decode
 from finetune.progress import Progress
-from merge_kit import engine, merging, writing
+from merge_kit import devices, engine, merging, writing
 from merge_kit.commands.merging_options import (
     Gathered,
     contribution_options,
@@ -33,6 +33,7 @@ from merge_kit.commands.merging_options import (
 )
 from merge_kit.commands.options import next_step, pairs, shown
 from merge_kit.contributions import list_entries
+from merge_kit.devices import CPU, Device
 from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.files import write_atomic
@@ -139,6 +140,8 @@ def select(
     opened = open_hub(hub)
     federation = federation_on(opened)
     chosen_device = choose_device(device)
+    # A GPU that was found, not named, must not change what is merged.
+    merging_device = devices.choose(device) if device.startswith("cuda") else CPU
     cases = load_cases(
         data,
         classes=federation.classes,
@@ -165,6 +168,7 @@ def select(
         arrived,
         cases,
         chosen_device,
+        merging_device,
         site_column=site_column,
         skip_unreadable=skip_unreadable,
     )
@@ -194,6 +198,7 @@ def select(
         statistics=arrived.statistics,
         refused=arrived.refused,
         replace=replace,
+        device=merging_device,
     )
     click.echo(f"Merged model in {out}, fingerprint {merged.fingerprint}")
     next_step(
@@ -209,6 +214,7 @@ def _search(
     arrived: Gathered,
     cases: Sequence[Case],
     device: torch.device,
+    merging_device: Device,
     *,
     site_column: str,
     skip_unreadable: bool,
@@ -240,7 +246,7 @@ def _search(
             candidates=size,
             progress=lambda done, of: progress.stage("merging and judging", done, of),
         )
-        return selection.select(plan, material, judge)
+        return selection.select(plan, material, judge, merging_device)
 
 
 def _plan(

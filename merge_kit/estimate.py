@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from merge_kit import engine, jobs
-from merge_kit.blocks import BLOCK, one_thread_each
+from merge_kit.blocks import one_thread_each
+from merge_kit.devices import CPU, Device
 from merge_kit.parameters import Role
 from merge_kit.recipe import Recipe, Rule
 from merge_kit.tensorfile import Tensors
@@ -41,7 +42,7 @@ class Estimate:
     """How often the values that a method merges are read from each vector."""
     seconds: float
     memory: int
-    """Bytes of blocks and what is computed from them, above the program itself."""
+    """Bytes of blocks and what is computed from them, above the program itself; on a GPU its."""
     output: int
     """Bytes of the merged weights."""
 
@@ -65,7 +66,11 @@ class _Counted:
 
 
 def estimate(
-    base: Tensors, sources: Sequence[Source], roles: Mapping[str, Role], recipe: Recipe
+    base: Tensors,
+    sources: Sequence[Source],
+    roles: Mapping[str, Role],
+    recipe: Recipe,
+    device: Device = CPU,
 ) -> Estimate:
     """Merge a fiftieth of the values for trial, and say what the whole would be.
 
@@ -83,7 +88,7 @@ def estimate(
             size = sum(base.specs[name].elements for name in names)
             if not size:
                 continue
-            trial = _trial(base, ordered, names, rule, workers, recipe.seed)
+            trial = _trial(base, ordered, names, rule, workers, recipe.seed, device)
             seconds += trial.seconds * size / trial.values
             readings += trial.readings * size
             memory = max(memory, trial.memory)
@@ -113,20 +118,21 @@ def _trial(
     rule: Rule,
     workers: int,
     seed: int,
+    device: Device,
 ) -> _Trial:
     chosen = _sample(base.specs, names)
     values = sum(base.specs[name].elements for name in chosen)
     counted = _Counted(sources[0].file)
     watched = [replace(sources[0], file=counted), *sources[1:]]
     begun = time.perf_counter()
-    job = jobs.plan(base, watched, chosen, rule, workers, seed=seed, sampled=True)
-    for _ in job.reader.each(lambda block: job.combine(block).at(job.scale)):
+    job = jobs.plan(base, watched, chosen, rule, workers, seed=seed, sampled=True, device=device)
+    for _ in job.reader.each(lambda block: job.combine(block).at(job.scale).cpu()):
         pass
     seconds = time.perf_counter() - begun
     largest = max(base.specs[name].elements for name in names)
-    block = largest if job.reader.whole else min(BLOCK, largest)
+    block = largest if job.reader.whole else min(device.block, largest)
     # Float32 values, their float64 copies and what is made of them; results wait in a queue.
-    memory = workers * block * (16 * len(sources) + 64)
+    memory = job.reader.workers * block * (16 * len(sources) + 64)
     return _Trial(values, seconds, counted.values / values, memory)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from merge_kit.blocks import BlockReader
+from merge_kit.devices import CPU, Device
 from merge_kit.errors import RecipeError, VectorError
 from merge_kit.exact import Pair, affine, affine_of_sum
 from merge_kit.methods.base import Block, ByValue, FromGram, Linear, Method, Sparsify
@@ -98,12 +99,14 @@ def plan(
     sums: Sums | None = None,
     notes: Notes | None = None,
     sampled: bool = False,
+    device: Device = CPU,
 ) -> Job:
     """Make a rule ready for the tensors `names`; sources must be sorted by id.
 
     With `sums` a linear rule keeps its exact sum, and reads only what `sums` says has changed; what
     `notes` knows of the vectors is not measured again. `sampled` says that `names` are a sample:
-    a vector that is zero there need not be.
+    a vector that is zero there need not be. Sums that are kept are made on the CPU, in its blocks:
+    their digests are of those.
 
     Raises
     ------
@@ -111,7 +114,8 @@ def plan(
         As `weigh`; or a vector has no direction and the method measures angles.
     """
     read = sources if sums is None else [source for source, _ in sums.changes]
-    reader, changed_by = _reader(base, read, names, rule, workers, seed)
+    device = device if sums is None else CPU
+    reader, changed_by = _reader(base, read, names, rule, workers, seed, device)
     survey = Survey(reader, notes, changed_by)
     (method, options), weighing = rule.merging_rule, weigh(sources, rule)
     weights = torch.tensor(weighing.shares, dtype=torch.float64)
@@ -206,6 +210,7 @@ def _reader(
     rule: Rule,
     workers: int,
     seed: int,
+    device: Device,
 ) -> tuple[BlockReader, tuple[object, ...]]:
     """A reader for a rule, and what tells its changes to the values from others."""
     first, options = rule.entry.rule, rule.checked_options
@@ -226,7 +231,7 @@ def _reader(
         base,
         tuple(source.file for source in sources),
         tuple(name for name in names if base.specs[name].elements),
-        workers,
+        device.workers(workers, whole=whole),
         ids=tuple(source.id for source in sources),
         sites=tuple(source.site for source in sources),
         seed=seed,
@@ -234,5 +239,6 @@ def _reader(
         change=change,
         statistics=tuple(source.statistics[kind] for source in sources) if kind else (),
         kind=kind,
+        device=device,
     )
     return reader, changed_by

@@ -22,6 +22,7 @@ from merge_kit.checkpoints import (
     fingerprint_checked,
 )
 from merge_kit.configuration import CONFIG, ModelConfig, read_config
+from merge_kit.devices import CPU, Device
 from merge_kit.errors import BaseMismatchError, RecipeError, VectorError
 from merge_kit.inputs import Input, choose, each_once, named_apart, open_input
 from merge_kit.material import Material
@@ -244,10 +245,12 @@ def _check_labels(configs: Sequence[ModelConfig]) -> None:
                 )
 
 
-def merge(job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False) -> Merged:
+def merge(
+    job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False, device: Device = CPU
+) -> Merged:
     """Merge into a folder as `merging.merge` makes it; timm loads it when the inputs are timm's.
 
-    With `give_way` a merged model that is there is replaced; `keep_sum` as there.
+    With `give_way` a merged model that is there is replaced; `keep_sum` and `device` as there.
 
     Statistics of norm layers, and heads under ``head: seen``, are weighted as the vectors are; a
     negative weight counts as 0 there.
@@ -260,7 +263,7 @@ def merge(job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False
     found, weights = _weighed(job)
 
     def texts(fingerprint: str) -> dict[str, str]:
-        record = provenance(job, weights, fingerprint)
+        record = provenance(job, weights, fingerprint, device)
         config = {CONFIG: job.config.text} if job.config else {}
         return {
             **config,
@@ -268,7 +271,9 @@ def merge(job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False
             CARD: render("plain_card.md.j2", record=record, config=job.config),
         }
 
-    written = write_folder(out, found, job.recipe, texts, replace=give_way, keep_sum=keep_sum)
+    written = write_folder(
+        out, found, job.recipe, texts, replace=give_way, keep_sum=keep_sum, device=device
+    )
     return Merged(written, tuple(weights))
 
 
@@ -300,7 +305,9 @@ def _weighed(job: Job) -> tuple[Material, list[float]]:
     )
 
 
-def provenance(job: Job, weights: Sequence[float], fingerprint: str) -> dict[str, Any]:
+def provenance(
+    job: Job, weights: Sequence[float], fingerprint: str, device: Device
+) -> dict[str, Any]:
     """What a merged model was made of; names and digests, never a path."""
     return {
         "format": 1,
@@ -316,5 +323,5 @@ def provenance(job: Job, weights: Sequence[float], fingerprint: str) -> dict[str
             }
             for one, weight in zip(job.inputs, weights, strict=True)
         ],
-        "software": software(),
+        "software": {**software(), "device": device.name},
     }

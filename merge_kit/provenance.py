@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator
 
 from merge_kit.contributions import Trust
+from merge_kit.devices import CPU
 from merge_kit.errors import ProvenanceError
 from merge_kit.manifest import Version
 from merge_kit.methods.base import Statistics
@@ -19,6 +20,7 @@ PROVENANCE_LIMIT = 64 << 20
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Key = Annotated[str, StringConstraints(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]
 SignatureText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{86}==$")]
+DeviceName = Annotated[str, StringConstraints(pattern=r"^[ -~]{1,100}$")]
 FolderName = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 
 
@@ -56,10 +58,11 @@ class Refused(Document):
 
 
 class Versions(Document):
-    """The programs that merged."""
+    """What merged."""
 
     merge_kit: Version
     torch: Version
+    device: DeviceName = CPU.name
 
 
 class Provenance(Document):

@@ -22,6 +22,7 @@ from merge_kit.contributions import (
     check_payload,
     entry_at,
 )
+from merge_kit.devices import CPU, Device
 from merge_kit.errors import MergeKitError
 from merge_kit.federation import BASE_WEIGHTS, Federation, Policy, check_base
 from merge_kit.hub import Hub
@@ -80,7 +81,9 @@ class _Base:
     roles: Mapping[str, Role]
 
 
-def verify(folder: Path, hub: Hub, copies: Sequence[Contribution] = ()) -> Report:
+def verify(
+    folder: Path, hub: Hub, copies: Sequence[Contribution] = (), device: Device = CPU
+) -> Report:
     """Compare a merged model with its provenance, the hub and the signatures, and merge it again.
 
     Every file is read, whatever is remembered of it, and nothing is written. A contribution is
@@ -121,10 +124,10 @@ def verify(folder: Path, hub: Hub, copies: Sequence[Contribution] = ()) -> Repor
         except MergeKitError as error:
             checks.append(Check(WEIGHTS, False, str(error)))
         if base and whole:
-            checks += _merge_again(record, federation, base, there, beside, model)
+            checks += _merge_again(record, federation, base, there, beside, model, device)
         else:
             checks.append(Check("rebuilt", False, "not done: it takes the base and every vector."))
-    return Report(tuple(checks), tuple(_notes(record)))
+    return Report(tuple(checks), tuple(_notes(record, device)))
 
 
 def _contract(record: Provenance, federation: Federation) -> Check:
@@ -287,6 +290,7 @@ def _merge_again(
     contributions: Sequence[Contribution],
     beside: Beside,
     model: TensorFile | None,
+    device: Device,
 ) -> list[Check]:
     checks: list[Check] = []
     try:
@@ -296,7 +300,7 @@ def _merge_again(
         ) as inputs:
             engine.check_sites(inputs.sources, recipe)
             checks.append(_shares(record, inputs, recipe))
-            checks.append(_compare(record, inputs, recipe, model))
+            checks.append(_compare(record, inputs, recipe, model, device))
             inputs.check_unchanged()
     except MergeKitError as error:
         checks.append(Check("rebuilt", False, str(error)))
@@ -341,12 +345,16 @@ class _Gap:
 
 
 def _compare(
-    record: Provenance, inputs: Material, recipe: Recipe, model: TensorFile | None
+    record: Provenance,
+    inputs: Material,
+    recipe: Recipe,
+    model: TensorFile | None,
+    device: Device,
 ) -> Check:
     specs = engine.merged_specs(inputs.base.specs, recipe)
     gap = _Gap() if model and model.specs == specs else None
     digest = Fingerprint()
-    for part in engine.merge(inputs.base, inputs.sources, inputs.roles, recipe):
+    for part in engine.merge(inputs.base, inputs.sources, inputs.roles, recipe, device=device):
         if part.begin == 0:
             digest.begin(part.name, specs[part.name])
         digest.values(part.values)
@@ -377,12 +385,18 @@ def _size_of(gap: _Gap | None) -> str:
     )
 
 
-def _notes(record: Provenance) -> list[str]:
+def _notes(record: Provenance, device: Device) -> list[str]:
     stated = record.software
     here = {"merge-kit": importlib.metadata.version("merge-kit"), "torch": str(torch.__version__)}
     then = {"merge-kit": stated.merge_kit, "torch": stated.torch}
-    return [
+    notes = [
         f"it was merged with {name} {then[name]}, this is {name} {version}"
         for name, version in here.items()
         if then[name] != version
     ]
+    if stated.device != device.name:
+        notes.append(
+            f"it was merged on {stated.device}, this is {device.name}: unless the methods are "
+            "linear the last digits may differ (--device takes another)"
+        )
+    return notes

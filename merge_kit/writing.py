@@ -10,6 +10,7 @@ from pathlib import Path
 
 from merge_kit import engine, running
 from merge_kit.checkpoints import WEIGHTS
+from merge_kit.devices import CPU, Device
 from merge_kit.errors import MergeKitError, TensorFileError, UsageError
 from merge_kit.exact import InexactSumError
 from merge_kit.files import new_folder, write_atomic
@@ -54,6 +55,7 @@ def write_folder(
     *,
     replace: bool,
     keep_sum: bool = False,
+    device: Device = CPU,
 ) -> Written:
     """Merge into a new folder.
 
@@ -75,7 +77,7 @@ def write_folder(
     with new_folder(out, replace=replace) as folder:
         # What a killed run had put aside is back by now.
         keep = keep_sum or (running.fits(recipe) and (out / running.FOLDER).is_dir())
-        fingerprint, kept, read = _write_weights(folder, out, material, recipe, keep)
+        fingerprint, kept, read = _write_weights(folder, out, material, recipe, keep, device)
         material.check_unchanged()
         for name, text in texts(fingerprint).items():
             write_atomic(folder / name, text)
@@ -83,7 +85,7 @@ def write_folder(
 
 
 def _write_weights(
-    folder: Path, before: Path, material: Material, recipe: Recipe, keep: bool
+    folder: Path, before: Path, material: Material, recipe: Recipe, keep: bool, device: Device
 ) -> tuple[str, bool, int]:
     groups = engine.groups_of(material.roles, recipe)
     if keep:
@@ -92,7 +94,7 @@ def _write_weights(
             for sums in filter(None, (updates, running.from_scratch(material.sources, recipe))):
                 # A sum that was damaged is made again; one with too many digits is not kept.
                 try:
-                    fingerprint = _write(folder, material, recipe, groups, sums)
+                    fingerprint = _write(folder, material, recipe, groups, sums, device)
                 except TensorFileError:
                     if sums is not updates:
                         raise
@@ -101,7 +103,7 @@ def _write_weights(
                 else:
                     touched = {source.id for one in sums for source, _ in one.changes}
                     return fingerprint, True, len(touched)
-    return _write(folder, material, recipe, groups, ()), False, len(material.sources)
+    return _write(folder, material, recipe, groups, (), device), False, len(material.sources)
 
 
 def _updates(
@@ -125,11 +127,12 @@ def _write(
     recipe: Recipe,
     groups: Sequence[Sequence[str]],
     sums: Sequence[Sums],
+    device: Device,
 ) -> str:
     base = material.base
     specs = engine.merged_specs(base.specs, recipe)
     parts = engine.merge(
-        base, material.sources, material.roles, recipe, sums=sums, notes=material.notes
+        base, material.sources, material.roles, recipe, sums, material.notes, device
     )
     with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
         if not sums:

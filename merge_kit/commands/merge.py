@@ -9,10 +9,11 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from merge_kit import merging, plain
+from merge_kit import devices, merging, plain
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.commands.merging_options import (
     contribution_options,
+    device_option,
     gather,
     recipe_of,
     recipe_options,
@@ -20,6 +21,7 @@ from merge_kit.commands.merging_options import (
 )
 from merge_kit.commands.options import next_step, shown
 from merge_kit.contributions import Entry, list_entries, read_local
+from merge_kit.devices import CPU, Device
 from merge_kit.errors import UsageError
 from merge_kit.estimate import Estimate, estimate
 from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE
@@ -44,6 +46,7 @@ from merge_kit.writing import Written, check_target
     is_flag=True,
     help="Keep the exact running sum beside the model: who comes or goes is then all that is read.",
 )
+@device_option
 @click.option("--print-recipe", is_flag=True, help="Show the recipe with all defaults, and stop.")
 @click.option("--dry-run", is_flag=True, help="Show what would be merged and what it takes, stop.")
 def merge(
@@ -63,6 +66,7 @@ def merge(
     allow_unsigned: bool,
     replace: bool,
     keep_sum: bool,
+    device: str,
     print_recipe: bool,
     dry_run: bool,
 ) -> None:
@@ -83,13 +87,16 @@ def merge(
         return
     target = out or Path(f"merged-{chosen.method}")
     check_target(target, replace=replace)
+    on = devices.choose(device)
     if alone:
         if skip_refused or allow_unsigned:
             raise UsageError(
                 "--skip-refused and --allow-unsigned are for contributions on a hub: leave them "
                 "out, a checkpoint carries no signature."
             )
-        _merge_plain(Path(hub), folders, chosen, target, sites, exclude, replace, keep_sum, dry_run)
+        _merge_plain(
+            Path(hub), folders, chosen, target, sites, exclude, replace, keep_sum, on, dry_run
+        )
         return
     opened = open_hub(hub)
     federation = federation_on(opened)
@@ -113,7 +120,8 @@ def merge(
         beside = merging.beside_of(found.chosen, chosen, found.statistics)
         with opened_material(federation, base, found.chosen, beside=beside) as material:
             names = [f"{source.site} {source.id[:12]}" for source in material.sources]
-            _show(estimate(material.base, material.sources, material.roles, chosen), names, target)
+            expected = estimate(material.base, material.sources, material.roles, chosen, on)
+            _show(expected, names, target, on)
         return
     with Console(stderr=True).status(f"merging {len(found.chosen)} contributions"):
         merged = merging.merge(
@@ -127,6 +135,7 @@ def merge(
             gone=found.others,
             replace=replace,
             keep_sum=keep_sum,
+            device=on,
         )
     click.echo(f"Merged model in {target}: {chosen.method} of {len(found.chosen)} contributions")
     for contribution, weight in zip(merged.contributions, merged.weights, strict=True):
@@ -164,6 +173,7 @@ def _merge_plain(
     exclude: tuple[str, ...],
     replace: bool,
     keep_sum: bool,
+    device: Device,
     dry_run: bool,
 ) -> None:
     with ExitStack() as stack:
@@ -176,10 +186,11 @@ def _merge_plain(
         if dry_run:
             found = plain.material(job)
             names = [f"{one.name} {one.id[:12]}" for one in job.inputs]
-            _show(estimate(found.base, found.sources, found.roles, job.recipe), names, target)
+            expected = estimate(found.base, found.sources, found.roles, job.recipe, device)
+            _show(expected, names, target, device)
             return
         with Console(stderr=True).status(f"merging {len(job.inputs)} checkpoints"):
-            merged = plain.merge(job, target, give_way=replace, keep_sum=keep_sum)
+            merged = plain.merge(job, target, give_way=replace, keep_sum=keep_sum, device=device)
     click.echo(f"Merged model in {target}: {recipe.method} of {len(job.inputs)} checkpoints")
     for one, weight in zip(job.inputs, merged.weights, strict=True):
         click.echo(f"  {one.name:<20} {one.id[:12]}  weight {weight:.3f}  {one.path}")
@@ -211,12 +222,13 @@ def _end(written: Written, asked: bool) -> None:
     click.echo(f"  fingerprint {written.fingerprint}")
 
 
-def _show(found: Estimate, names: Sequence[str], target: Path) -> None:
+def _show(found: Estimate, names: Sequence[str], target: Path, device: Device) -> None:
     click.echo(f"{len(names)} vectors: {', '.join(names)}")
     for row in found.rows:
         click.echo(f"  {row.what:<14} {row.tensors:>5} tensors {row.values:>12,}  {row.treatment}")
     click.echo(f"Reads  each vector {found.readings:.1f} times")
-    click.echo(f"Memory about {found.memory / 2**20:.0f} MiB above the program itself")
+    where = "above the program itself" if device is CPU else f"of {device.place}"
+    click.echo(f"Memory about {found.memory / 2**20:.0f} MiB {where}")
     click.echo(f"Time   about {found.seconds:.1f} s on this machine, from a trial on a part of it")
     click.echo(f"Writes {found.output / 2**20:.0f} MiB to {target}")
     next_step("the same command without --dry-run.")

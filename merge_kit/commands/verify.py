@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from merge_kit import verifying
+from merge_kit import devices, verifying
+from merge_kit.commands.merging_options import device_option
 from merge_kit.contributions import read_local
 from merge_kit.hub import open_hub
 from merge_kit.site import federation_on
@@ -26,18 +27,20 @@ from merge_kit.site import federation_on
     type=click.Path(path_type=Path),
     help="A contribution in a local folder, in place of the hub's (repeatable).",
 )
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a program.")
-def verify(folder: Path, hub: str, copies: tuple[Path, ...], as_json: bool) -> None:
+def verify(folder: Path, hub: str, copies: tuple[Path, ...], device: str, as_json: bool) -> None:
     """Make the merged model in FOLDER again from what lies on the hub, and compare.
 
     Reads every file again, checks every signature, and writes nothing. Exits with 0 when all is as
     the model's provenance.json states, with 1 when anything differs.
     """
+    on = devices.choose(device)
     opened = open_hub(hub)
     federation = federation_on(opened)
     local = [read_local(copy, federation) for copy in copies]
     with Console(stderr=True).status("reading everything again"):
-        report = verifying.verify(folder, opened, local)
+        report = verifying.verify(folder, opened, local, on)
     if as_json:
         facts = {"verified": report.verified, "verdict": report.verdict, **asdict(report)}
         click.echo(json.dumps(facts, indent=2))

@@ -1,4 +1,10 @@
-"""What a merge method is: its defaults, its needs, and the pure functions of tensors that do it."""
+"""What a merge method is: its defaults, its needs, and the pure functions of tensors that do it.
+
+Blocks may lie on a GPU. What has a value for each of theirs is on their device and stays there.
+What has one for each vector, or each pair (weights, inner products, all that a survey finds), is on
+the CPU: a method reads it as numbers, or takes it to the block's device where it meets a block.
+Random numbers are drawn on the CPU, the same for every device.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +27,10 @@ class NoOptions(Document):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The same values of every task vector: a stretch of one tensor, or all of it."""
+    """The same values of every task vector: a stretch of one tensor, or all of it.
+
+    All its tensors are on one device.
+    """
 
     tensor: str
     shape: tuple[int, ...]
@@ -61,7 +70,7 @@ class Vectors(Protocol):
         """Number of values of each vector."""
 
     def total(self, measure: Callable[[Block], Tensor]) -> Tensor:
-        """Sum of a measure over all blocks."""
+        """Sum of a measure over all blocks, on the CPU like all that follows."""
 
     def totals(self, measure: Callable[[Block], Tensor]) -> dict[str, Tensor]:
         """Sum of a measure over the blocks of each tensor."""
@@ -117,7 +126,7 @@ class ByValue:
     """Each merged value follows from the sites' values of one block and a first pass over all."""
 
     combine: Callable[[Block, Tensor, Any, Any], Tensor]
-    """Block, (N,) weights that average 1, options, what `survey` found: (n,) float64."""
+    """Block, (N,) weights that average 1, options, what `survey` found: (n,) float64, there."""
     survey: Callable[[Vectors, Any], Any] | None = None
     whole: Callable[[Any], bool] = lambda options: False
     """Whether blocks must be whole tensors."""

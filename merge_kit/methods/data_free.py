@@ -138,8 +138,8 @@ def ace(
     Tensor
         (out, d) float64.
     """
-    energies = torch.stack([_energy(tau.double()) for tau in vectors])
-    traces = torch.stack([_energy(_centred(tau)) for tau in vectors])
+    energies = torch.stack([_energy(tau.double()) for tau in vectors]).cpu()
+    traces = torch.stack([_energy(_centred(tau)) for tau in vectors]).cpu()
     kept = (traces > 0) & (weights > 0)
     if int(kept.sum()) < 2:
         return weighted_mean(vectors, weights * kept if bool(kept.any()) else weights)
@@ -147,8 +147,9 @@ def ace(
     differ = bool(logs.var() > threshold * logs.mean().square())
     shares = torch.where(kept, weights / weights[kept].mean(), 0.0)
     factors = torch.where(kept, shares / traces, 0.0) if differ else shares
-    total = energies.new_zeros(vectors.shape[2], vectors.shape[2])
-    top = energies.new_zeros(vectors.shape[1:])
+    width = vectors.shape[2]
+    total = vectors.new_zeros(width, width, dtype=torch.float64)
+    top = vectors.new_zeros(vectors.shape[1:], dtype=torch.float64)
     residual = torch.zeros_like(top)
     for tau, factor in zip(vectors, factors.tolist(), strict=True):
         centred = _centred(tau)

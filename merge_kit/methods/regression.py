@@ -33,8 +33,9 @@ _CONDITION = 1e-10
 
 def weighted_mean(vectors: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i tau_i / sum_i w_i, float64: (N, ...) and (N,) give (...)."""
-    # Weights that are divided first would not give back equal vectors to the last digit.
-    return weighted_sum(vectors, weights).div_(weights.sum())
+    # Weights that are divided first would not give back equal vectors to the last digit, nor would
+    # a divisor on the CPU: a GPU multiplies by its inverse.
+    return weighted_sum(vectors, weights).div_(weights.sum().to(vectors.device))
 
 
 def divide(numerator: Tensor, gram: Tensor) -> Tensor:
