@@ -74,6 +74,20 @@ def one_vector_only(b, on_hub):
     )
 
 
+@rows(FORMS, status=2)
+def a_gpu_that_is_not_there(b, on_hub):
+    return merge_both(b, on_hub, "--device", "cuda:77"), (
+        "the device 'cuda:77' is not there: give --device cpu, or see 'merge-kit doctor'."
+    )
+
+
+@rows(FORMS, status=2)
+def a_device_without_float64(b, on_hub):
+    return merge_both(b, on_hub, "--device", "mps"), (
+        "--device mps: merges run on cpu, or on cuda, cuda:1 and so on."
+    )
+
+
 @row()
 def two_identical_contributions(b):
     parcel = b.contribute("south")
