@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from merge_kit import verifying
+from merge_kit.checks import Report
 from merge_kit.contributions import read_local
 from merge_kit.hub import open_hub
 from merge_kit.site import federation_on
@@ -47,7 +48,7 @@ def verify(folder: Path, hub: str, copies: tuple[Path, ...], as_json: bool) -> N
         sys.exit(1)
 
 
-def _show(report: verifying.Report) -> None:
+def _show(report: Report) -> None:
     width = max(len(check.subject) for check in report.checks)
     for check in report.checks:
         mark = "ok     " if check.ok else "DIFFERS"
