@@ -15,13 +15,19 @@ from merge_kit.checkpoints import WEIGHTS
 from merge_kit.checks import Check, Report
 from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution
-from merge_kit.errors import MergeKitError
+from merge_kit.errors import MergeKitError, ProvenanceError
 from merge_kit.federation import Federation, Policy
 from merge_kit.hub import Hub
 from merge_kit.ingredients import FoundBase, find_base, find_contribution, find_statistics
 from merge_kit.material import Beside, opened
 from merge_kit.methods.base import Statistics
-from merge_kit.provenance import PROVENANCE, Ingredient, Provenance, read_provenance
+from merge_kit.provenance import (
+    PROVENANCE,
+    Ingredient,
+    PlainProvenance,
+    Provenance,
+    read_provenance,
+)
 from merge_kit.rebuilding import compare, shares
 from merge_kit.recipe import make_recipe
 from merge_kit.site import federation_on
@@ -38,11 +44,16 @@ def verify(folder: Path, hub: Hub, copies: Sequence[Contribution] = ()) -> Repor
     Raises
     ------
     ProvenanceError
-        The provenance cannot be read.
+        The provenance cannot be read, or names no federation.
     FederationError
         The hub holds no federation.
     """
     record = read_provenance(folder)
+    if isinstance(record, PlainProvenance):
+        raise ProvenanceError(
+            f"{folder / PROVENANCE} names no federation: a model that was merged from plain "
+            "checkpoints cannot be verified, there is nothing signed to compare it with."
+        )
     federation = federation_on(hub).model_copy(update={"policy": Policy()})
     base_check, base = find_base(record, federation, hub)
     checks = [_contract(record, federation), _config(folder, federation), base_check]

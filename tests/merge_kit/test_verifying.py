@@ -485,10 +485,9 @@ def test_verify_does_not_believe_what_is_remembered(merged, monkeypatch, tmp_pat
         (b'{"a": 1, "a": 2}', " is not sound JSON: it was changed or damaged."),
         (b'{"a": ' + b"9" * 5000 + b"}", " is not sound JSON: it was changed or damaged."),
         (b"[]", ": 'the document': input should be a valid dictionary or instance of Provenance."),
-        (b'{"format": 1}', " names no federation: a model that was merged from plain checkpoints "
-         "cannot be verified, there is nothing signed to compare it with."),
-        (b'{"format": 1, "federation": null}', " names no federation: a model that was merged "
-         "from plain checkpoints cannot be verified, there is nothing signed to compare it with."),
+        (b'{"format": 1}', ": the key 'base' is missing."),
+        (b'{"format": 1, "federation": null}', ": 'federation': input should be a valid dictionary "
+         "or instance of Contract (got None)."),
         (b'{"format": 1, "federation": {}}', ": the key 'federation.name' is missing."),
     ],
     ids=["empty", "bytes", "deep", "nan", "twice", "digits", "list", "plain", "null", "lacking"],
