@@ -45,7 +45,7 @@ def find_base(
             f"{PROVENANCE} states {record.base}, the contract on the hub "
             f"{federation.base_fingerprint}."
         )
-        return Check("base", False, text), None
+        return Check("base", "differs", text), None
     try:
         path = hub.fetch(BASE_WEIGHTS)
         checked = check_base(federation, path, str(path), again=True)
@@ -53,8 +53,8 @@ def find_base(
             roles = roles_of(file.specs, federation.classifier)
             base = FoundBase(path, checked, file.specs, roles)
     except MergeKitError as error:
-        return Check("base", False, str(error)), None
-    return Check("base", True, f"has the stated fingerprint {record.base}"), base
+        return Check("base", "differs", str(error)), None
+    return Check("base", "ok", f"has the stated fingerprint {record.base}"), base
 
 
 def find_contribution(
@@ -67,7 +67,7 @@ def find_contribution(
     """A contribution that was merged: among the `local` copies, then on the hub."""
 
     def differs(text: str) -> tuple[Check, None]:
-        return Check(part.label, False, text), None
+        return Check(part.label, "differs", text), None
 
     found = local.get((part.site, part.id))
     if found is None:
@@ -95,7 +95,7 @@ def find_contribution(
         Trust.UNSIGNED: "not signed: nobody vouches for it",
     }
     text = f"{trust[found.trust]}; payload as stated"
-    return Check(part.label, True, text), replace(found, checked=checked)
+    return Check(part.label, "ok", text), replace(found, checked=checked)
 
 
 def find_statistics(
@@ -114,20 +114,20 @@ def find_statistics(
                 entry = entry_at(hub, federation, part.site, name)
                 found = entry.contribution
                 if found is None:
-                    yield Check(subject, False, str(entry.problem)), kind, None
+                    yield Check(subject, "differs", str(entry.problem)), kind, None
                     continue
             if found.kind != kind or found.manifest.about != part.payload or base is None:
                 text = f"is not the {kind} of {part.label}, or the base is missing."
-                yield Check(subject, False, text), kind, None
+                yield Check(subject, "differs", text), kind, None
                 continue
             try:
                 expected = vector_specs(base.specs, base.roles)
                 checked = check_payload(found, federation, expected, base.roles, again=True)
             except MergeKitError as error:
-                yield Check(subject, False, str(error)), kind, None
+                yield Check(subject, "differs", str(error)), kind, None
                 continue
             text = f"{kind} of {part.label}, as signed"
-            yield Check(subject, True, text), kind, replace(found, checked=checked)
+            yield Check(subject, "ok", text), kind, replace(found, checked=checked)
 
 
 def _misstated(part: Ingredient, found: Contribution) -> str | None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from merge_kit import engine
+from merge_kit import engine, running
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.checks import Check
+from merge_kit.comparing import MaskFiles, SumFiles
+from merge_kit.exact import InexactSumError
 from merge_kit.material import Material
 from merge_kit.provenance import PROVENANCE, Provenance
 from merge_kit.recipe import Recipe
+from merge_kit.running import Sums
 from merge_kit.tensorfile import Fingerprint, TensorFile
 
 LAST_DIGIT = 1e-5
@@ -27,8 +33,8 @@ def shares(record: Provenance, inputs: Material, recipe: Recipe) -> Check:
             f"{PROVENANCE} states {odd[0].weight:.6g} for {odd[0].label}, by the recipe and the "
             f"manifests it is {found[odd[0].id]:.6g}."
         )
-        return Check("weights", False, text)
-    return Check("weights", True, "follow from the recipe and the manifests")
+        return Check("weights", "differs", text)
+    return Check("weights", "ok", "follow from the recipe and the manifests")
 
 
 @dataclass(slots=True)
@@ -56,25 +62,60 @@ class _Gap:
             self.largest, self.tensor = largest, part.name
 
 
-def compare(
-    record: Provenance, inputs: Material, recipe: Recipe, model: TensorFile | None
-) -> Check:
-    """Merge again and compare with the stated fingerprint; with the model, value by value."""
-    specs = engine.merged_specs(inputs.base.specs, recipe)
+def rebuild(
+    record: Provenance, inputs: Material, recipe: Recipe, folder: Path, model: TensorFile | None
+) -> list[Check]:
+    """Merge again and compare with the stated fingerprint, and with every tensor in the folder.
+
+    `model` is the folder's own, if it can be read.
+    """
+    if running.fits(recipe) and (folder / running.FOLDER).is_dir():
+        try:
+            sums = running.from_scratch(inputs.sources, recipe)
+            return _compare(record, inputs, recipe, folder, model, sums)
+        except InexactSumError:  # then no merge has kept it
+            pass
+    return _compare(record, inputs, recipe, folder, model, ())
+
+
+def _compare(
+    record: Provenance,
+    inputs: Material,
+    recipe: Recipe,
+    folder: Path,
+    model: TensorFile | None,
+    sums: Sequence[Sums],
+) -> list[Check]:
+    base = inputs.base.specs
+    specs = engine.merged_specs(base, recipe)
     gap = _Gap() if model and model.specs == specs else None
     digest = Fingerprint()
-    for part in engine.merge(inputs.base, inputs.sources, inputs.roles, recipe):
-        if part.begin == 0:
-            digest.begin(part.name, specs[part.name])
-        digest.values(part.values)
-        if gap and model:
-            gap.add(part, model)
-    found = str(digest)
-    if found == record.merged:
+    with ExitStack() as stack:
+        masks = MaskFiles(folder, inputs.sources, specs, stack)
+        groups = engine.groups_of(inputs.roles, recipe)
+        kept = (
+            SumFiles(folder, inputs.base_fingerprint, base, groups, sums, stack) if sums else None
+        )
+        for part in engine.merge(inputs.base, inputs.sources, inputs.roles, recipe, sums=sums):
+            if part.begin == 0:
+                digest.begin(part.name, specs[part.name])
+            digest.values(part.values)
+            if gap and model:
+                gap.add(part, model)
+            masks.add(part)
+            if kept:
+                kept.add(part)
+        found = str(digest)
+        beside = masks.checks(found) + (kept.checks() if kept else [])
+    return [_rebuilt(found, record.merged, gap), *beside]
+
+
+def _rebuilt(found: str, stated: str, gap: _Gap | None) -> Check:
+    if found == stated:
         text = f"merging again gives the stated fingerprint {found}"
-        return Check("rebuilt", True, f"{text}; {_size_of(gap)}" if gap and gap.differing else text)
-    text = f"merging again gives {found}, {PROVENANCE} states {record.merged}; {_size_of(gap)}"
-    return Check("rebuilt", False, text)
+        return Check("rebuilt", "ok", f"{text}; {_size_of(gap)}" if gap and gap.differing else text)
+    text = f"merging again gives {found}, {PROVENANCE} states {stated}; {_size_of(gap)}"
+    return Check("rebuilt", "differs", text)
 
 
 def _size_of(gap: _Gap | None) -> str:

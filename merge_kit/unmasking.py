@@ -19,7 +19,7 @@ from merge_kit.sitemasks import (
     unmasked,
 )
 from merge_kit.tensorfile import TensorFile, TensorWriter
-from merge_kit.writing import write_parts
+from merge_kit.writing import METADATA, write_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def unmask(merged: Path, base_path: Path, site: str, out: Path) -> Unmasked:
             )
         check_masks(masks, header, model, base)
         with new_folder(out) as folder:
-            with TensorWriter(folder / WEIGHTS, model.specs, ("format", "pt")) as writer:
+            with TensorWriter(folder / WEIGHTS, model.specs, METADATA) as writer:
                 made = write_parts(writer, unmasked(model, base, masks, header))
             if (merged / CONFIG).is_file():  # a merge of files without one has none
                 write_atomic(folder / CONFIG, (merged / CONFIG).read_bytes())

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from merge_kit import engine
+from merge_kit.accounting import check_card, check_config, check_others, check_weights
 from merge_kit.blocks import in_order, one_thread_each
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.checks import Check, Report
-from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution
 from merge_kit.errors import MergeKitError, ProvenanceError
 from merge_kit.federation import Federation, Policy
 from merge_kit.hub import Hub
 from merge_kit.ingredients import FoundBase, find_base, find_contribution, find_statistics
 from merge_kit.material import Beside, opened
+from merge_kit.merging import CARD, model_card, software
 from merge_kit.methods.base import Statistics
 from merge_kit.provenance import (
     PROVENANCE,
     Ingredient,
     PlainProvenance,
     Provenance,
+    Versions,
     read_provenance,
 )
-from merge_kit.rebuilding import compare, shares
-from merge_kit.recipe import make_recipe
+from merge_kit.rebuilding import rebuild, shares
+from merge_kit.recipe import Recipe, make_recipe
 from merge_kit.site import federation_on
-from merge_kit.tensorfile import TensorFile, fingerprint, read_all
+from merge_kit.tensorfile import TensorFile
 
 
 def verify(folder: Path, hub: Hub, copies: Sequence[Contribution] = ()) -> Report:
@@ -39,7 +39,7 @@ def verify(folder: Path, hub: Hub, copies: Sequence[Contribution] = ()) -> Repor
 
     Every file is read, whatever is remembered of it, and nothing is written. A contribution is
     looked for among `copies` first, then on the hub. The federation's policy is not applied: it
-    may have changed since. The model card is not compared: people add to it.
+    may have changed since. Each file of the folder is accounted for.
 
     Raises
     ------
@@ -56,7 +56,8 @@ def verify(folder: Path, hub: Hub, copies: Sequence[Contribution] = ()) -> Repor
         )
     federation = federation_on(hub).model_copy(update={"policy": Policy()})
     base_check, base = find_base(record, federation, hub)
-    checks = [_contract(record, federation), _config(folder, federation), base_check]
+    config = check_config(folder, federation.model_config_json, "the contract")
+    checks = [_contract(record, federation), config, base_check]
     local = {(copy.site, copy.id): copy for copy in copies}
 
     def find(part: Ingredient) -> tuple[Check, Contribution | None]:
@@ -71,63 +72,59 @@ def verify(folder: Path, hub: Hub, copies: Sequence[Contribution] = ()) -> Repor
         checks.append(check)
         if statistic:
             beside.setdefault(kind, []).append(statistic)
-    whole = all(check.ok for check in checks[3:])
+    whole = base is not None and all(check.state == "ok" for check in checks[3:])
     with ExitStack() as stack:
-        model = None
-        try:
-            model = stack.enter_context(TensorFile(folder / WEIGHTS))
-            checks.append(_weights(model, record))
-        except MergeKitError as error:
-            checks.append(Check(WEIGHTS, False, str(error)))
+        model, check = _open_weights(folder, record.merged, stack)
+        checks.append(check)
         if base and whole:
-            checks += _merge_again(record, federation, base, there, beside, model)
+            again = _merge_again(folder, record, federation, base, there, beside, model)
         else:
-            checks.append(Check("rebuilt", False, "not done: it takes the base and every vector."))
-    return Report(tuple(checks), tuple(_notes(record)))
+            text = "not done: it takes the base and every vector."
+            again = [Check("rebuilt", "differs", text)]
+    return _report(folder, record, checks, again)
+
+
+def _open_weights(folder: Path, stated: str, stack: ExitStack) -> tuple[TensorFile | None, Check]:
+    try:
+        model = stack.enter_context(TensorFile(folder / WEIGHTS))
+        return model, check_weights(model, stated)
+    except MergeKitError as error:
+        return None, Check(WEIGHTS, "differs", str(error))
+
+
+def _report(
+    folder: Path, record: Provenance, checks: Sequence[Check], again: Sequence[Check]
+) -> Report:
+    """All checks; those of the rebuilt model, `again`, end with the card's where it was rebuilt."""
+    rebuilt = any(check.subject == CARD for check in again)
+    found = [*checks, *again]
+    if rebuilt:
+        found.append(_statements(found))
+    found += check_others(folder, again, rebuilt=rebuilt)
+    return Report(tuple(found), tuple(_notes(record.software)))
+
+
+def _statements(checks: Sequence[Check]) -> Check:
+    if any(check.state == "differs" for check in checks):
+        return Check(PROVENANCE, "unknown", "what differs from its statements is said above")
+    text = "each statement was compared, but for the versions and what was refused"
+    return Check(PROVENANCE, "ok", text)
 
 
 def _contract(record: Provenance, federation: Federation) -> Check:
     stated, found = record.federation, federation.contract_hash
     if (stated.name, stated.hash) == (federation.name, found):
-        return Check("contract", True, f"federation '{federation.name}', {found}")
+        return Check("contract", "ok", f"federation '{federation.name}', {found}")
     return Check(
         "contract",
-        False,
+        "differs",
         f"the model is of the federation '{stated.name}' with the contract {stated.hash}, the hub "
         f"is '{federation.name}' with {found}: give the hub that it was merged from.",
     )
 
 
-def _config(folder: Path, federation: Federation) -> Check:
-    expected = federation.model_config_json.encode()
-    try:
-        with (folder / CONFIG).open("rb") as file:
-            found = file.read(len(expected) + 1)
-    except OSError as error:
-        return Check(CONFIG, False, f"cannot be read: {error.strerror}.")
-    if found == expected:
-        return Check(CONFIG, True, "as the contract gives it")
-    return Check(
-        CONFIG,
-        False,
-        "is not what the contract gives: architecture, classes or preprocessing were changed, "
-        "and right weights may give wrong predictions.",
-    )
-
-
-def _weights(model: TensorFile, record: Provenance) -> Check:
-    found = fingerprint(read_all(model))
-    if found == record.merged:
-        return Check(WEIGHTS, True, f"has the stated fingerprint {found}")
-    return Check(
-        WEIGHTS,
-        False,
-        f"has the fingerprint {found}, {PROVENANCE} states {record.merged}: one of the two was "
-        "changed after the merge.",
-    )
-
-
 def _merge_again(
+    folder: Path,
     record: Provenance,
     federation: Federation,
     base: FoundBase,
@@ -143,19 +140,41 @@ def _merge_again(
         ) as inputs:
             engine.check_sites(inputs.sources, recipe)
             checks.append(shares(record, inputs, recipe))
-            checks.append(compare(record, inputs, recipe, model))
+            checks += rebuild(record, inputs, recipe, folder, model)
             inputs.check_unchanged()
     except MergeKitError as error:
-        checks.append(Check("rebuilt", False, str(error)))
-    return checks
+        return [*checks, Check("rebuilt", "differs", str(error))]
+    card = _card(record, federation, contributions, recipe)
+    return [*checks, check_card(folder, card, same_version=_same_version(record.software))]
 
 
-def _notes(record: Provenance) -> list[str]:
-    stated = record.software
-    here = {"merge-kit": importlib.metadata.version("merge-kit"), "torch": str(torch.__version__)}
-    then = {"merge-kit": stated.merge_kit, "torch": stated.torch}
+def _card(
+    record: Provenance,
+    federation: Federation,
+    contributions: Sequence[Contribution],
+    recipe: Recipe,
+) -> str:
+    """The model card as it was written, when sites may have been admitted that are not now."""
+    parts = {part.id: part for part in record.contributions}
+    then = [replace(c, trust=parts[c.id].trust) for c in sorted(contributions, key=lambda c: c.id)]
+    stated = {
+        **record.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "contributions": [parts[c.id].model_dump(mode="json") for c in then],
+    }
+    return model_card(federation, then, stated)
+
+
+def _same_version(stated: Versions) -> bool:
+    return stated.merge_kit == software()["merge_kit"]
+
+
+def _notes(stated: Versions) -> list[str]:
+    here = {key: str(version) for key, version in software().items()}
+    then = {"merge_kit": stated.merge_kit, "torch": stated.torch}
+    names = {"merge_kit": "merge-kit", "torch": "torch"}
     return [
-        f"it was merged with {name} {then[name]}, this is {name} {version}"
-        for name, version in here.items()
-        if then[name] != version
+        f"it was merged with {names[key]} {then[key]}, this is {names[key]} {version}"
+        for key, version in here.items()
+        if then[key] != version
     ]

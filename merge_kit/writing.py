@@ -20,6 +20,9 @@ from merge_kit.running import RunningSum, Sums, SumWriter
 from merge_kit.sitemasks import MaskWriter
 from merge_kit.tensorfile import Fingerprint, TensorWriter
 
+METADATA = ("format", "pt")
+"""What the header of a model's weights says: transformers and timm look for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -131,7 +134,7 @@ def _write(
     parts = engine.merge(
         base, material.sources, material.roles, recipe, sums=sums, notes=material.notes
     )
-    with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
+    with TensorWriter(folder / WEIGHTS, specs, METADATA) as writer:
         if not sums:
             with MaskWriter(folder, material.sources) as masks:
                 fingerprint = write_parts(writer, masks.seen(parts))

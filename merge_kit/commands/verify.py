@@ -32,7 +32,8 @@ def verify(folder: Path, hub: str, copies: tuple[Path, ...], as_json: bool) -> N
     """Make the merged model in FOLDER again from what lies on the hub, and compare.
 
     Reads every file again, checks every signature, and writes nothing. Exits with 0 when all is as
-    the model's provenance.json states, with 1 when anything differs.
+    the model's provenance.json states, with 1 when anything differs. Files that no merge writes are
+    named as unknown; they make no difference.
     """
     opened = open_hub(hub)
     federation = federation_on(opened)
@@ -51,11 +52,11 @@ def verify(folder: Path, hub: str, copies: tuple[Path, ...], as_json: bool) -> N
 def _show(report: Report) -> None:
     width = max(len(check.subject) for check in report.checks)
     for check in report.checks:
-        mark = "ok     " if check.ok else "DIFFERS"
-        click.echo(f"{mark}  {check.subject:<{width}}  {_printable(check.text)}")
+        mark = "DIFFERS" if check.state == "differs" else f"{check.state:<7}"
+        click.echo(f"{mark}  {_printable(f'{check.subject:<{width}}  {check.text}')}")
     for note in report.notes:
         click.echo(f"note     {note}")
-    click.echo(f"\n{report.verdict}")
+    click.echo(f"\n{_printable(report.verdict)}")
 
 
 def _printable(text: str) -> str:
