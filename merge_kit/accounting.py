@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from merge_kit.checkpoints import WEIGHTS
-from merge_kit.checks import Check
+from merge_kit.checks import Check, Report
 from merge_kit.comparing import EQUAL, has_bytes
 from merge_kit.configuration import CONFIG
 from merge_kit.errors import MergeKitError
-from merge_kit.merging import CARD
-from merge_kit.provenance import PROVENANCE
+from merge_kit.merging import CARD, software
+from merge_kit.provenance import PROVENANCE, Versions
 from merge_kit.running import FOLDER
 from merge_kit.sitemasks import MASKS
 from merge_kit.tensorfile import TensorFile, fingerprint, read_all
@@ -86,13 +87,42 @@ def check_card(folder: Path, expected: str, *, same_version: bool) -> Check:
     )
 
 
-def check_others(folder: Path, compared: Iterable[Check], *, rebuilt: bool) -> list[Check]:
-    """A check of every other file in the folder, after those of masks and of the running sum.
+def open_weights(folder: Path, stated: str, stack: ExitStack) -> tuple[TensorFile | None, Check]:
+    """The merged model's file, open until `stack` closes, and the check of it."""
+    try:
+        model = stack.enter_context(TensorFile(folder / WEIGHTS))
+        return model, check_weights(model, stated)
+    except MergeKitError as error:
+        return None, Check(WEIGHTS, "differs", str(error))
+
+
+def report(
+    folder: Path, stated: Versions, checks: Sequence[Check], again: Sequence[Check]
+) -> Report:
+    """All checks; those of the rebuilt model, `again`, end with the card's where it was rebuilt."""
+    rebuilt = any(check.subject == CARD for check in again)
+    found = [*checks, *again]
+    if rebuilt:
+        found.append(_statements(found))
+    done = {check.subject for check in again if "/" in check.subject}
+    done |= {check.subject for check in checks if check.subject == CONFIG}
+    found += check_others(folder, done, rebuilt=rebuilt)
+    return Report(tuple(found), tuple(_notes(stated)))
+
+
+def _statements(checks: Sequence[Check]) -> Check:
+    if any(check.state == "differs" for check in checks):
+        return Check(PROVENANCE, "unknown", "what differs from its statements is said above")
+    text = "each statement was compared, but for the versions and what was refused"
+    return Check(PROVENANCE, "ok", text)
+
+
+def check_others(folder: Path, compared: Collection[str], *, rebuilt: bool) -> list[Check]:
+    """A check of every file in the folder that was not among the `compared`.
 
     `rebuilt` says whether the model was merged again; what depends on it is unknown otherwise.
     """
-    done = {WEIGHTS, CONFIG, *(check.subject for check in compared if "/" in check.subject)}
-    done |= {CARD, PROVENANCE} if rebuilt else set()
+    done = {WEIGHTS, *compared, *((CARD, PROVENANCE) if rebuilt else ())}
     found = []
     for name in _names(folder, ""):
         ours = name in (CARD, PROVENANCE) or name.startswith((f"{MASKS}/", f"{FOLDER}/"))
@@ -117,3 +147,19 @@ def _names(folder: Path, under: str) -> Iterator[str]:
             yield from _names(folder, f"{entry.name}/")
         else:
             yield f"{under}{entry.name}"
+
+
+def same_version(stated: Versions) -> bool:
+    """Whether this version of merge-kit is the one that merged."""
+    return stated.merge_kit == software()["merge_kit"]
+
+
+def _notes(stated: Versions) -> list[str]:
+    here = {key: str(version) for key, version in software().items()}
+    then = {"merge_kit": stated.merge_kit, "torch": stated.torch}
+    names = {"merge_kit": "merge-kit", "torch": "torch"}
+    return [
+        f"it was merged with {names[key]} {then[key]}, this is {names[key]} {version}"
+        for key, version in here.items()
+        if then[key] != version
+    ]

@@ -15,7 +15,7 @@ from merge_kit.checks import Check
 from merge_kit.comparing import MaskFiles, SumFiles
 from merge_kit.exact import InexactSumError
 from merge_kit.material import Material
-from merge_kit.provenance import PROVENANCE, Provenance
+from merge_kit.provenance import PROVENANCE, PlainProvenance, Provenance
 from merge_kit.recipe import Recipe
 from merge_kit.running import Sums
 from merge_kit.tensorfile import Fingerprint, TensorFile
@@ -24,17 +24,19 @@ LAST_DIGIT = 1e-5
 """A relative difference that may come from rounding."""
 
 
-def shares(record: Provenance, inputs: Material, recipe: Recipe) -> Check:
+def shares(record: Provenance | PlainProvenance, inputs: Material, recipe: Recipe) -> Check:
     """Compare the stated weights with those that follow from the recipe."""
+    of_a_hub = isinstance(record, Provenance)
+    basis = "the recipe and the manifests" if of_a_hub else "the recipe"
     found_shares = engine.weigh(inputs.sources, recipe).shares
     found = dict(zip([source.id for source in inputs.sources], found_shares, strict=True))
-    if odd := [part for part in record.contributions if part.weight != found[part.id]]:
+    if odd := [part for part in record.ingredients if part.weight != found[part.id]]:
         text = (
-            f"{PROVENANCE} states {odd[0].weight:.6g} for {odd[0].label}, by the recipe and the "
-            f"manifests it is {found[odd[0].id]:.6g}."
+            f"{PROVENANCE} states {odd[0].weight:.6g} for {odd[0].label}, by {basis} it is "
+            f"{found[odd[0].id]:.6g}."
         )
         return Check("weights", "differs", text)
-    return Check("weights", "ok", "follow from the recipe and the manifests")
+    return Check("weights", "ok", f"follow from {basis}")
 
 
 @dataclass(slots=True)
@@ -63,7 +65,11 @@ class _Gap:
 
 
 def rebuild(
-    record: Provenance, inputs: Material, recipe: Recipe, folder: Path, model: TensorFile | None
+    record: Provenance | PlainProvenance,
+    inputs: Material,
+    recipe: Recipe,
+    folder: Path,
+    model: TensorFile | None,
 ) -> list[Check]:
     """Merge again and compare with the stated fingerprint, and with every tensor in the folder.
 
@@ -79,7 +85,7 @@ def rebuild(
 
 
 def _compare(
-    record: Provenance,
+    record: Provenance | PlainProvenance,
     inputs: Material,
     recipe: Recipe,
     folder: Path,

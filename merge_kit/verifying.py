@@ -8,25 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge_kit import engine
-from merge_kit.accounting import check_card, check_config, check_others, check_weights
+from merge_kit.accounting import check_card, check_config, open_weights, report, same_version
 from merge_kit.blocks import in_order, one_thread_each
-from merge_kit.checkpoints import WEIGHTS
 from merge_kit.checks import Check, Report
 from merge_kit.contributions import Contribution
-from merge_kit.errors import MergeKitError, ProvenanceError
+from merge_kit.errors import MergeKitError
 from merge_kit.federation import Federation, Policy
 from merge_kit.hub import Hub
 from merge_kit.ingredients import FoundBase, find_base, find_contribution, find_statistics
 from merge_kit.material import Beside, opened
-from merge_kit.merging import CARD, model_card, software
+from merge_kit.merging import model_card
 from merge_kit.methods.base import Statistics
 from merge_kit.provenance import (
     PROVENANCE,
     Ingredient,
-    PlainProvenance,
     Provenance,
-    Versions,
-    read_provenance,
 )
 from merge_kit.rebuilding import rebuild, shares
 from merge_kit.recipe import Recipe, make_recipe
@@ -34,7 +30,9 @@ from merge_kit.site import federation_on
 from merge_kit.tensorfile import TensorFile
 
 
-def verify(folder: Path, hub: Hub, copies: Sequence[Contribution] = ()) -> Report:
+def verify(
+    folder: Path, record: Provenance, hub: Hub, copies: Sequence[Contribution] = ()
+) -> Report:
     """Compare a merged model with its provenance, the hub and the signatures, and merge it again.
 
     Every file is read, whatever is remembered of it, and nothing is written. A contribution is
@@ -43,17 +41,9 @@ def verify(folder: Path, hub: Hub, copies: Sequence[Contribution] = ()) -> Repor
 
     Raises
     ------
-    ProvenanceError
-        The provenance cannot be read, or names no federation.
     FederationError
         The hub holds no federation.
     """
-    record = read_provenance(folder)
-    if isinstance(record, PlainProvenance):
-        raise ProvenanceError(
-            f"{folder / PROVENANCE} names no federation: a model that was merged from plain "
-            "checkpoints cannot be verified, there is nothing signed to compare it with."
-        )
     federation = federation_on(hub).model_copy(update={"policy": Policy()})
     base_check, base = find_base(record, federation, hub)
     config = check_config(folder, federation.model_config_json, "the contract")
@@ -74,41 +64,14 @@ def verify(folder: Path, hub: Hub, copies: Sequence[Contribution] = ()) -> Repor
             beside.setdefault(kind, []).append(statistic)
     whole = base is not None and all(check.state == "ok" for check in checks[3:])
     with ExitStack() as stack:
-        model, check = _open_weights(folder, record.merged, stack)
+        model, check = open_weights(folder, record.merged, stack)
         checks.append(check)
         if base and whole:
             again = _merge_again(folder, record, federation, base, there, beside, model)
         else:
             text = "not done: it takes the base and every vector."
             again = [Check("rebuilt", "differs", text)]
-    return _report(folder, record, checks, again)
-
-
-def _open_weights(folder: Path, stated: str, stack: ExitStack) -> tuple[TensorFile | None, Check]:
-    try:
-        model = stack.enter_context(TensorFile(folder / WEIGHTS))
-        return model, check_weights(model, stated)
-    except MergeKitError as error:
-        return None, Check(WEIGHTS, "differs", str(error))
-
-
-def _report(
-    folder: Path, record: Provenance, checks: Sequence[Check], again: Sequence[Check]
-) -> Report:
-    """All checks; those of the rebuilt model, `again`, end with the card's where it was rebuilt."""
-    rebuilt = any(check.subject == CARD for check in again)
-    found = [*checks, *again]
-    if rebuilt:
-        found.append(_statements(found))
-    found += check_others(folder, again, rebuilt=rebuilt)
-    return Report(tuple(found), tuple(_notes(record.software)))
-
-
-def _statements(checks: Sequence[Check]) -> Check:
-    if any(check.state == "differs" for check in checks):
-        return Check(PROVENANCE, "unknown", "what differs from its statements is said above")
-    text = "each statement was compared, but for the versions and what was refused"
-    return Check(PROVENANCE, "ok", text)
+    return report(folder, record.software, checks, again)
 
 
 def _contract(record: Provenance, federation: Federation) -> Check:
@@ -145,7 +108,7 @@ def _merge_again(
     except MergeKitError as error:
         return [*checks, Check("rebuilt", "differs", str(error))]
     card = _card(record, federation, contributions, recipe)
-    return [*checks, check_card(folder, card, same_version=_same_version(record.software))]
+    return [*checks, check_card(folder, card, same_version=same_version(record.software))]
 
 
 def _card(
@@ -163,18 +126,3 @@ def _card(
         "contributions": [parts[c.id].model_dump(mode="json") for c in then],
     }
     return model_card(federation, then, stated)
-
-
-def _same_version(stated: Versions) -> bool:
-    return stated.merge_kit == software()["merge_kit"]
-
-
-def _notes(stated: Versions) -> list[str]:
-    here = {key: str(version) for key, version in software().items()}
-    then = {"merge_kit": stated.merge_kit, "torch": stated.torch}
-    names = {"merge_kit": "merge-kit", "torch": "torch"}
-    return [
-        f"it was merged with {names[key]} {then[key]}, this is {names[key]} {version}"
-        for key, version in here.items()
-        if then[key] != version
-    ]

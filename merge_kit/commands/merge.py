@@ -184,7 +184,9 @@ def _merge_plain(
     for one, weight in zip(job.inputs, merged.weights, strict=True):
         click.echo(f"  {one.name:<20} {one.id[:12]}  weight {weight:.3f}  {one.path}")
     _end(merged.written, keep_sum)
-    click.echo(f"  {_relied([checked for _, checked in job.files], 'checkpoints')}")
+    again = f"merge-kit verify {shown(target)} --base {shown(base)} <checkpoints>"
+    relied = _relied([checked for _, checked in job.files], "checkpoints")
+    click.echo(f"  {relied} ({again} checks all again)")
     if job.config:
         next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
     else:

@@ -536,7 +536,11 @@ def test_a_folder_without_provenance_is_no_merged_model(hub, tmp_path, run_cli):
     )
 
 
-def test_without_a_hub_there_is_nothing_to_compare_with(tmp_path, run_cli):
-    result = run_cli("verify", tmp_path)
+@pytest.mark.parametrize("options", [[], ["--base", "base"], ["more", "--hub", "hub"]])
+def test_without_a_hub_there_is_nothing_to_compare_with(merged, run_cli, options):
+    result = run_cli("verify", merged.folder, *options)
     assert result.exit_code == 2
-    assert "Missing option '--hub'" in result.stderr
+    assert result.stderr == (
+        f"Error: {merged.folder} was merged from a hub: give it with --hub, and nothing after the "
+        "folder.\n"
+    )
