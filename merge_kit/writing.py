@@ -31,6 +31,8 @@ class Written:
     fingerprint: str
     sum_kept: bool
     """Whether the exact running sum lies beside the model."""
+    sum_lost: str | None
+    """Why none lies there, where one was asked for or lay beside the model that gave way."""
     read: int
     """How many vectors were read for the weights; the running sum stood for the others."""
 
@@ -77,12 +79,19 @@ def write_folder(
         )
     with new_folder(out, replace=replace) as folder:
         # What a killed run had put aside is back by now.
-        keep = keep_sum or (running.fits(recipe) and (out / running.FOLDER).is_dir())
+        had = (out / running.FOLDER).is_dir()
+        keep = keep_sum or (running.fits(recipe) and had)
         fingerprint, kept, read = _write_weights(folder, out, material, recipe, keep)
         material.check_unchanged()
         for name, text in texts(fingerprint).items():
             write_atomic(folder / name, text)
-    return Written(fingerprint, kept, read)
+    return Written(fingerprint, kept, None if kept else _lost(keep, had), read)
+
+
+def _lost(asked: bool, had: bool) -> str | None:
+    if asked:
+        return "the vectors' sum has too many digits for one"
+    return "the one that was there is gone, only linear methods have one" if had else None
 
 
 def _write_weights(
