@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -246,8 +247,20 @@ def statistics(
                 )
                 for sentence in made.left_out:
                     click.echo(f"Left out: {sentence}", err=True)
+                if made.few_rows:
+                    click.echo(_singular(made.few_rows, len(found)), err=True)
                 click.echo(f"  {kind:<8} {made.path} ({made.size / 2**20:.1f} MiB)")
     next_step(
         f"see what would leave the site with\n"
         f"  merge-kit publish {shown(site.root)} --run {shown(chosen)} --dry-run"
+    )
+
+
+def _singular(layers: Sequence[str], images: int) -> str:
+    """What RegMean does where a Gram matrix had fewer rows than columns."""
+    return (
+        f"Few rows: {images} images give {len(layers)} layer(s) fewer rows than input columns, "
+        f"such as {layers[0]}: their Gram matrices are singular and give away the space of the "
+        "inputs. RegMean then leans on its 'alpha', which shrinks entries off the diagonal, and "
+        "its 'ridge', and takes the mean where nothing is known; more --examples help."
     )

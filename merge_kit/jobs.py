@@ -14,7 +14,7 @@ from merge_kit.blocks import BlockReader
 from merge_kit.devices import CPU, Device
 from merge_kit.errors import RecipeError, VectorError
 from merge_kit.exact import Pair, affine, affine_of_sum
-from merge_kit.methods.base import Block, ByValue, FromGram, Linear, Method, Sparsify
+from merge_kit.methods.base import Block, ByValue, FromGram, Linear, Method, Sparsify, Statistics
 from merge_kit.methods.linear import weighted_sum
 from merge_kit.notes import Notes
 from merge_kit.recipe import Rule
@@ -80,11 +80,16 @@ def _check_method(method: Method, options: Document, sources: Sequence[Source]) 
     if method.statistics:
         for source in sources:
             if method.statistics not in source.statistics:
-                raise RecipeError(
-                    f"site '{source.site}' has published no {method.statistics} statistics for "
-                    "its vector: ask it to run 'merge-kit statistics' and to publish again, or "
-                    "take another method (plain checkpoints have none)."
-                )
+                raise without_statistics(source.site, method.statistics)
+
+
+def without_statistics(site: str, kind: Statistics) -> RecipeError:
+    """The error that a site's vector has none of the statistics that a method asks for."""
+    return RecipeError(
+        f"site '{site}' has published no {kind} statistics for its vector: ask it to run "
+        f"'merge-kit statistics <folder> --kind {kind}' and to publish again, or take another "
+        "method (plain checkpoints have none)."
+    )
 
 
 def plan(

@@ -22,8 +22,9 @@ from merge_kit.contributions import (
     speaks_of,
 )
 from merge_kit.devices import CPU, Device
-from merge_kit.errors import ContributionError, RecipeError
+from merge_kit.errors import ContributionError
 from merge_kit.federation import Federation
+from merge_kit.jobs import without_statistics
 from merge_kit.material import Beside, opened
 from merge_kit.methods.base import Statistics
 from merge_kit.provenance import PROVENANCE
@@ -125,11 +126,7 @@ def find_statistics(
     for contribution in contributions:
         own = [s for s in there if s.kind == kind and speaks_of(s, contribution)]
         if not own:
-            raise RecipeError(
-                f"site '{contribution.site}' has published no {kind} statistics for its vector: "
-                f"ask it to run 'merge-kit statistics <folder> --kind {kind}' and to publish "
-                "again, or take another method."
-            )
+            raise without_statistics(contribution.site, kind)
         found.append(max(own, key=lambda s: (s.manifest.created_at, s.id)))
     return found
 

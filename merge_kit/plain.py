@@ -82,6 +82,7 @@ def gather(
     *,
     sites: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    again: bool = False,
 ) -> Iterator[Job]:
     """Open a base and what is to be merged, and check that it fits, before any work starts.
 
@@ -94,6 +95,8 @@ def gather(
         as ``NAME=PATH``. Two with the same tensors count once.
     sites, exclude
         Names to merge, or to leave out.
+    again
+        Read everything, whatever is remembered of it.
 
     Raises
     ------
@@ -125,7 +128,7 @@ def gather(
                 vector.check_specs(one.file, vector_specs(start.specs, roles))
             else:
                 check_fit(one.file, start, roles)
-        fingerprint, found, files = _read_all(file, found)
+        fingerprint, found, files = _read_all(file, found, again=again)
         once, notes = each_once(found)
         chosen = choose(named_apart(once), sites, exclude)
         job = Job(start, fingerprint, roles, tuple(chosen), recipe, None, tuple(notes), files)
@@ -146,12 +149,12 @@ def _sound(file: Checkpoint) -> Sound:
 
 
 def _read_all(
-    base: Checkpoint, found: Sequence[Input]
+    base: Checkpoint, found: Sequence[Input], *, again: bool
 ) -> tuple[str, list[Input], tuple[tuple[Checkpoint, Checked], ...]]:
     """The base's fingerprint, and the inputs with theirs: all is read, or was read before."""
     files = [base, *(one.file for one in found)]
     with one_thread_each() as workers:
-        looked = list(in_order(lambda file: look(file, Sound, _sound), files, workers))
+        looked = list(in_order(lambda file: look(file, Sound, _sound, again=again), files, workers))
     fingerprint, *theirs = (sound.fingerprint for sound, _ in looked)
     checked = tuple(zip(files, (check for _, check in looked), strict=True))
     for one in found:
@@ -268,7 +271,7 @@ def merge(
         return {
             **config,
             PROVENANCE: json.dumps(record, indent=2, ensure_ascii=False),
-            CARD: render("plain_card.md.j2", record=record, config=job.config),
+            CARD: model_card(record, job.config),
         }
 
     written = write_folder(
@@ -305,6 +308,11 @@ def _weighed(job: Job) -> tuple[Material, list[float]]:
     )
 
 
+def model_card(record: dict[str, Any], config: ModelConfig | None) -> str:
+    """The merged model's README.md; `record` is its provenance."""
+    return render("plain_card.md.j2", record=record, config=config)
+
+
 def provenance(
     job: Job, weights: Sequence[float], fingerprint: str, device: Device
 ) -> dict[str, Any]:
@@ -317,7 +325,7 @@ def provenance(
         "inputs": [
             {
                 "name": one.name,
-                "kind": "vector" if one.header else "checkpoint",
+                "kind": one.kind,
                 "fingerprint": one.fingerprint,
                 "weight": weight,
             }

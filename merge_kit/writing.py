@@ -21,6 +21,9 @@ from merge_kit.running import RunningSum, Sums, SumWriter
 from merge_kit.sitemasks import MaskWriter
 from merge_kit.tensorfile import Fingerprint, TensorWriter
 
+METADATA = ("format", "pt")
+"""What the header of a model's weights says: transformers and timm look for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -29,6 +32,8 @@ class Written:
     fingerprint: str
     sum_kept: bool
     """Whether the exact running sum lies beside the model."""
+    sum_lost: str | None
+    """Why none lies there, where one was asked for or lay beside the model that gave way."""
     read: int
     """How many vectors were read for the weights; the running sum stood for the others."""
 
@@ -76,12 +81,19 @@ def write_folder(
         )
     with new_folder(out, replace=replace) as folder:
         # What a killed run had put aside is back by now.
-        keep = keep_sum or (running.fits(recipe) and (out / running.FOLDER).is_dir())
+        had = (out / running.FOLDER).is_dir()
+        keep = keep_sum or (running.fits(recipe) and had)
         fingerprint, kept, read = _write_weights(folder, out, material, recipe, keep, device)
         material.check_unchanged()
         for name, text in texts(fingerprint).items():
             write_atomic(folder / name, text)
-    return Written(fingerprint, kept, read)
+    return Written(fingerprint, kept, None if kept else _lost(keep, had), read)
+
+
+def _lost(asked: bool, had: bool) -> str | None:
+    if asked:
+        return "the vectors' sum has too many digits for one"
+    return "the one that was there is gone, only linear methods have one" if had else None
 
 
 def _write_weights(
@@ -134,7 +146,7 @@ def _write(
     parts = engine.merge(
         base, material.sources, material.roles, recipe, sums, material.notes, device
     )
-    with TensorWriter(folder / WEIGHTS, specs, ("format", "pt")) as writer:
+    with TensorWriter(folder / WEIGHTS, specs, METADATA) as writer:
         if not sums:
             with MaskWriter(folder, material.sources) as masks:
                 fingerprint = write_parts(writer, masks.seen(parts))

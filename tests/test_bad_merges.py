@@ -153,6 +153,15 @@ def weight_of_nobody(b, on_hub):
     )
 
 
+@rows(FORMS)
+def method_that_asks_for_statistics(b, on_hub):
+    return merge_both(b, on_hub, "--method", "regmean"), (
+        "site 'south' has published no gram statistics for its vector: ask it to run 'merge-kit "
+        "statistics <folder> --kind gram' and to publish again, or take another method (plain "
+        "checkpoints have none)."
+    )
+
+
 @row(2)
 def base_alone(b):
     return ["merge", b.base], (

@@ -143,7 +143,7 @@ def merge(
             f"  {contribution.site:<20} {contribution.id[:12]}  weight {weight:.3f}  "
             f"{contribution.trust.value}"
         )
-    _end(merged.written, keep_sum)
+    _end(merged.written)
     again = f"merge-kit verify {shown(target)} --hub {shown(hub)}"
     checks = [merged.base, *(c.checked for c in merged.contributions)]
     click.echo(f"  {_relied(checks, 'payloads')} ({again} checks all again)")
@@ -194,8 +194,10 @@ def _merge_plain(
     click.echo(f"Merged model in {target}: {recipe.method} of {len(job.inputs)} checkpoints")
     for one, weight in zip(job.inputs, merged.weights, strict=True):
         click.echo(f"  {one.name:<20} {one.id[:12]}  weight {weight:.3f}  {one.path}")
-    _end(merged.written, keep_sum)
-    click.echo(f"  {_relied([checked for _, checked in job.files], 'checkpoints')}")
+    _end(merged.written)
+    again = f"merge-kit verify {shown(target)} --base {shown(base)} <checkpoints>"
+    relied = _relied([checked for _, checked in job.files], "checkpoints")
+    click.echo(f"  {relied} ({again} checks all again)")
     if job.config:
         next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
     else:
@@ -214,11 +216,11 @@ def _relied(checks: Sequence[Checked | None], what: str) -> str:
     )
 
 
-def _end(written: Written, asked: bool) -> None:
+def _end(written: Written) -> None:
     if written.sum_kept:
         click.echo(f"  {written.read} vector(s) read, the running sum is kept beside the model")
-    elif asked:
-        click.echo("  no running sum is kept: the vectors' sum has too many digits for one")
+    elif written.sum_lost:
+        click.echo(f"  no running sum is kept: {written.sum_lost}")
     click.echo(f"  fingerprint {written.fingerprint}")
 
 

@@ -110,8 +110,11 @@ def test_the_sum_that_a_killed_run_had_put_aside_is_used(three, merge_all, tmp_p
 
 def test_another_method_leaves_the_sum_behind(three, merge_all, tmp_path):
     merge_all("merged", "--keep-sum")
-    merge_all("merged", "--replace", "--method", "median")
+    said = merge_all("merged", "--replace", "--method", "median")
     assert FOLDER not in listing(tmp_path / "merged")
+    lost = "no running sum is kept: the one that was there is gone, only linear methods have one"
+    assert lost in said
+    assert "running sum" not in merge_all("merged", "--replace", "--method", "median")
 
 
 def test_a_sum_is_kept_of_linear_methods_only(three, run_cli, hub, tmp_path):
