@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import click
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +39,7 @@ from merge_kit.hub import open_hub
 from merge_kit.material import opened as opened_material
 from merge_kit.recipe import Recipe
 from merge_kit.site import federation_on
+from merge_kit.yamlfile import yaml_value
 
 TABLE = "selection.json"
 
@@ -279,10 +279,10 @@ def _values(grid: tuple[str, ...]) -> dict[str, list[Any]]:
     """``NAME=A,B`` as the values of each option, each once."""
     try:
         return {
-            name: list(dict.fromkeys(yaml.safe_load(value) for value in text.split(",")))
+            name: list(dict.fromkeys(yaml_value(value) for value in text.split(",")))
             for name, text in pairs(grid, "--grid").items()
         }
-    except (yaml.YAMLError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UsageError("--grid: a value is not a plain number or word.") from error
 
 

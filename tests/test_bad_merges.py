@@ -46,7 +46,35 @@ def infinite_scale_in_yaml(b, scale):
     recipe = b.tmp / "recipe.yaml"
     recipe.write_text(f"method: ties\nscale: {scale}\n")
     return merge_both(b, False, "--recipe", recipe), (
-        f"{recipe}: 'scale': input should be a finite number (got {scale[1:]})."
+        f"{recipe}, line 2: 'scale': input should be a finite number (got {scale[1:]})."
+    )
+
+
+@row()
+def key_twice_in_a_recipe(b):
+    recipe = b.tmp / "recipe.yaml"
+    recipe.write_text("method: ties\noptions:\n  density: 0.1\n  density: 0.9\n")
+    return merge_both(b, False, "--recipe", recipe), (
+        f"{recipe}, line 4: the key 'density' stands there already, in line 3: leave one of the "
+        "two."
+    )
+
+
+@row()
+def references_in_a_recipe(b):
+    recipe = b.tmp / "recipe.yaml"
+    recipe.write_text("method: &m mean\ngroups:\n- match: fc.*\n  method: *m\n")
+    return merge_both(b, False, "--recipe", recipe), (
+        f"{recipe}, line 4: a reference (*name) has no place here: write it out."
+    )
+
+
+@rows({"true": "true", "text": "two"})
+def option_of_another_type(b, value):
+    got = {"true": "True", "two": "'two'"}[value]
+    arguments = merge_both(b, False, "--method", "ties", "--option", f"density={value}")
+    return arguments, (
+        f"the command line, options of ties: 'density': input should be a valid number (got {got})."
     )
 
 
