@@ -37,7 +37,13 @@ from merge_kit.files import write_atomic
 @click.option("--pooled", multiple=True, metavar="NAME", help="Trained on all sites' images.")
 @click.option("--out", type=click.Path(path_type=Path), default="evaluation", show_default=True)
 @click.option("--title", default="Evaluation", show_default=True, help="Heading of the report.")
-@click.option("--resamples", default=1000, show_default=True, help="Of the bootstrap.")
+@click.option(
+    "--resamples",
+    type=click.IntRange(1, 100_000),
+    default=1000,
+    show_default=True,
+    help="Of the bootstrap.",
+)
 def evaluate(
     models: tuple[str, ...],
     data: Path,

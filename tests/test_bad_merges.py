@@ -95,6 +95,23 @@ def density(b, density):
     return arguments, f"the command line, options of dare: 'density': {fault}."
 
 
+@rows(
+    {
+        "clipping": ("centred-clipping", 10_001),
+        "median": ("geometric-median", 10**30),
+        "karcher": ("karcher", 10_001),
+        "wudi": ("wudi", 10_001),
+    }
+)
+def endless_iterations(b, chosen):
+    method, count = chosen
+    arguments = merge_both(b, False, "--method", method, "--option", f"iterations={count}")
+    return arguments, (
+        f"the command line, options of {method}: 'iterations': input should be less than or equal "
+        f"to 10000 (got {count})."
+    )
+
+
 @rows(FORMS)
 def one_vector_only(b, on_hub):
     return merge_both(b, on_hub, "--method", "slerp"), (

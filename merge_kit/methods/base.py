@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import Field
 from torch import Tensor
 
 from merge_kit.schema import Document
@@ -13,6 +14,8 @@ from merge_kit.schema import Document
 WeightScheme = Literal["uniform", "examples", "sqrt-examples", "steps"]
 Scope = Literal["vector", "tensor"]
 Statistics = Literal["fisher", "gram"]
+Iterations = Annotated[int, Field(ge=1, le=10_000)]
+"""Most steps of a method; many times what any of them takes to settle."""
 
 
 class NoOptions(Document):

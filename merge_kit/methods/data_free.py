@@ -192,7 +192,7 @@ class WudiOptions(MatrixOptions):
 
     solver: Solver = "adam"
     """Some steps of Adam (the paper), or the minimum itself."""
-    iterations: int = Field(default=300, ge=0)
+    iterations: int = Field(default=300, ge=0, le=10_000)
     """Steps of Adam."""
     rate: float = Field(default=1e-5, gt=0)
     """Length of a step of Adam, in units of the weights."""
