@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,8 +11,10 @@ from pathlib import Path
 
 from merge_kit import engine, running
 from merge_kit.checkpoints import WEIGHTS
+from merge_kit.contributions import ROOT
 from merge_kit.errors import MergeKitError, TensorFileError, UsageError
 from merge_kit.exact import InexactSumError
+from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE
 from merge_kit.files import new_folder, write_atomic
 from merge_kit.material import Material
 from merge_kit.provenance import PROVENANCE
@@ -19,6 +22,9 @@ from merge_kit.recipe import Recipe
 from merge_kit.running import RunningSum, Sums, SumWriter
 from merge_kit.sitemasks import MaskWriter
 from merge_kit.tensorfile import Fingerprint, TensorWriter
+
+_OF_A_HUB = (ROOT, str(Path(BASE_WEIGHTS).parent))
+"""Folders that only sites, and only `init`, write to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +44,17 @@ def check_target(out: Path, *, replace: bool) -> None:
     Raises
     ------
     UsageError
-        `out` exists, and is no merged model that may be replaced.
+        `out` exists, and is no merged model that may be replaced; or it lies where a federation
+        keeps its base or its contributions.
     """
+    place = Path(os.path.realpath(out))
+    for root in place.parents:
+        part = place.relative_to(root).parts[0]
+        if part in _OF_A_HUB and (root / FEDERATION_FILE).is_file():
+            raise UsageError(
+                f"{out} lies in the folder '{part}' of the federation in {root}: choose another "
+                "--out."
+            )
     if out.exists() and not replace:
         raise UsageError(f"{out} exists already: choose another --out, or pass --replace.")
     if replace and out.exists() and not (out / PROVENANCE).is_file():

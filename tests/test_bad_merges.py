@@ -153,9 +153,28 @@ def zero_vector(b, on_hub):
     else:
         shutil.copytree(b.base, b.tmp / "zero")
         arguments.insert(2, b.tmp / "zero")
+    others = 44 if on_hub else 46  # the head is merged like the weights
     return arguments, (
-        "site 'zero': its vector is all zeros and 'nuslerp' needs a direction: leave it out with "
-        "--exclude zero."
+        f"site 'zero': its vector is all zeros in what 'nuslerp' merges ('bn1.bias' and {others} "
+        "more) and has no direction: leave it out with --exclude zero, or merge these tensors by "
+        "another method."
+    )
+
+
+@row()
+def zero_vector_in_a_group(b):
+    """Elsewhere it is not zero: a rule looks at the tensors that it merges."""
+
+    def still(tensors):
+        tensors["fc.weight"].copy_(start)
+
+    with TensorFile(b.base / "model.safetensors") as file:
+        start = file.read("fc.weight")
+    recipe = b.tmp / "recipe.yaml"
+    recipe.write_text("method: mean\ngroups:\n- match: fc.weight\n  method: nuslerp\n")
+    return b.plain(b.checkpoint("south"), b.checkpoint("zero", still), "--recipe", recipe), (
+        "site 'zero': its vector is all zeros in what 'nuslerp' merges ('fc.weight') and has no "
+        "direction: leave it out with --exclude zero, or merge these tensors by another method."
     )
 
 
@@ -189,6 +208,25 @@ def base_alone(b):
     return ["merge", b.base], (
         f"{b.base} is no hub, it has no federation.yaml: merge a hub with 'merge-kit merge HUB', "
         "or checkpoints with 'merge-kit merge BASE CHECKPOINT...'."
+    )
+
+
+@rows({"contributions": "contributions/south/x", "base": "base/merged"}, status=2)
+def output_in_the_hubs_own_folders(b, place):
+    b.contribute("south")
+    out = b.hub.root / place
+    return ["merge", b.hub.root, "--out", out], (
+        f"{out} lies in the folder '{place.split('/')[0]}' of the federation in {b.hub.root}: "
+        "choose another --out."
+    )
+
+
+@row(2)
+def plain_output_in_the_hubs_own_folders(b):
+    out = b.hub.root / "contributions" / "south"
+    return ["merge", b.base, b.checkpoint("south"), "--out", out], (
+        f"{out} lies in the folder 'contributions' of the federation in {b.hub.root}: choose "
+        "another --out."
     )
 
 

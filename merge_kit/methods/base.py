@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
@@ -16,6 +16,12 @@ Scope = Literal["vector", "tensor"]
 Statistics = Literal["fisher", "gram"]
 Iterations = Annotated[int, Field(ge=1, le=10_000)]
 """Most steps of a method; many times what any of them takes to settle."""
+
+
+def named(tensors: Iterable[str]) -> str:
+    """The tensors that a rule merges, for a message: the first, and how many others."""
+    first, *others = tensors
+    return f"'{first}' and {len(others)} more" if others else f"'{first}'"
 
 
 class NoOptions(Document):
