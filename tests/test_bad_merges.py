@@ -381,6 +381,61 @@ def another_number_of_class_names(b):
 
 
 @row()
+def class_names_for_another_head(b):
+    names = ["round", "lobed"]
+    one = b.checkpoint("south", label_names=names, num_classes=3)
+    config = json.loads((b.base / "config.json").read_bytes())
+    (b.base / "config.json").write_text(json.dumps({**config, "label_names": names}))
+    return b.plain(one), (
+        f"{b.base}/config.json names 2 classes, but the head 'fc.bias' beside it has 3 rows: copy "
+        "both again, or correct it."
+    )
+
+
+@row()
+def another_number_of_classes_than_the_head(b):
+    one = b.checkpoint("south", num_classes=4)
+    return b.plain(one), (
+        f"{one}/config.json: 'num_classes' is 4, but the head 'fc.bias' beside it has 3 rows: copy "
+        "both again, or correct it."
+    )
+
+
+@row()
+def configuration_of_another_architecture(b):
+    one = b.checkpoint("south", architecture="test_resnet_d")
+    return b.plain(one), (
+        f"{one}/config.json is of a 'test_resnet_d', {b.base}/config.json of a 'test_resnet': only "
+        "checkpoints of one architecture can be merged; correct the file that is wrong."
+    )
+
+
+@row()
+def vector_without_its_metadata(b):
+    write_run(b.site, b.tmp / "run")
+    with TensorFile(b.tmp / "run" / publishing.VECTOR) as file:
+        tensors = dict(read_all(file))
+    path = b.tmp / "bare.safetensors"
+    write_tensors(path, tensors)
+    return b.plain(path), (
+        f"{path} is no checkpoint of this base: its weights have 0.067 times the base's length, as "
+        "a task vector without its metadata would; give the checkpoint, or the vector's file as "
+        "merge-kit wrote it."
+    )
+
+
+@rows({"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64})
+def difference_that_overflows(b, dtype):
+    base = b.file("b", v=torch.ones(9), w=torch.tensor([-3e38, 1.0]))
+    large = torch.tensor([1e300 if dtype is torch.float64 else 3e38, 1.0], dtype=dtype)
+    one = b.file("one", v=torch.ones(9), w=large)
+    return ["merge", base, one, "--method", "median", "--out", b.tmp / "out"], (
+        f"{one}: tensor 'w' has values so large that the difference from the base's overflows "
+        "float32: give a sound checkpoint."
+    )
+
+
+@row()
 def classifier_that_is_not_there(b):
     config = json.loads((b.base / "config.json").read_bytes())
     config["pretrained_cfg"]["classifier"] = "head"
