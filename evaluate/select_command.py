@@ -90,7 +90,7 @@ TABLE = "selection.json"
     help=f"The chosen recipe; {TABLE} is put beside it.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Also merge by it, into this folder.")
-@click.option("--replace", is_flag=True, help="Replace an existing merged model.")
+@click.option("--replace", is_flag=True, help="Replace an earlier recipe, table and merged model.")
 def select(
     hub: str,
     data: Path,
@@ -132,8 +132,7 @@ def select(
     defaults = {"weights": "uniform"} if search == "greedy-soup" else {}
     start = recipe_of(method, recipe, option, settings, defaults)
     plan = _plan(search, start, metric, scales, grid, option, accept)
-    if out_recipe.is_dir():
-        raise UsageError(f"{out_recipe} is a folder: --out-recipe takes the name of a file.")
+    _check_recipe(out_recipe, replace=replace)
     if out:
         writing.check_target(out, replace=replace)
     opened = open_hub(hub)
@@ -200,6 +199,17 @@ def select(
         "evaluate it on images that had no part in this with\n"
         f"  merge-kit evaluate {shown(out)} --data <labels.csv>"
     )
+
+
+def _check_recipe(path: Path, *, replace: bool) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: --out-recipe takes the name of a file.")
+    for place in (path, path.parent / TABLE):
+        if place.exists() and not replace:
+            raise UsageError(
+                f"{place} exists already: choose an --out-recipe in another folder, or pass "
+                "--replace."
+            )
 
 
 def _search(
