@@ -12,6 +12,7 @@ from pathlib import Path
 from merge_kit import engine, running
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.contributions import ROOT
+from merge_kit.coverage import Coverage, coverage
 from merge_kit.errors import MergeKitError, TensorFileError, UsageError
 from merge_kit.exact import InexactSumError
 from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE
@@ -36,6 +37,8 @@ class Written:
     """Whether the exact running sum lies beside the model."""
     read: int
     """How many vectors were read for the weights; the running sum stood for the others."""
+    partly: tuple[Coverage, ...] = ()
+    """Of the rules whose method does not merge all of its tensors itself."""
 
 
 def check_target(out: Path, *, replace: bool) -> None:
@@ -61,6 +64,22 @@ def check_target(out: Path, *, replace: bool) -> None:
         raise UsageError(f"{out} is no merged model: --replace does not remove it.")
 
 
+def check_keeps(recipe: Recipe, *, keep_sum: bool) -> None:
+    """Refuse to keep a running sum of rules that have none.
+
+    Raises
+    ------
+    UsageError
+        Names the method.
+    """
+    if keep_sum and not running.fits(recipe):
+        odd = next(rule.method for rule in recipe.rules if not running.is_linear(rule))
+        raise UsageError(
+            f"a running sum can be kept of linear methods only, '{odd}' is none: leave --keep-sum "
+            "out."
+        )
+
+
 def write_folder(
     out: Path,
     material: Material,
@@ -81,12 +100,7 @@ def write_folder(
     UsageError
         A running sum is asked of rules that are not linear.
     """
-    if keep_sum and not running.fits(recipe):
-        odd = next(rule.method for rule in recipe.rules if not running.is_linear(rule))
-        raise UsageError(
-            f"a running sum can be kept of linear methods only, '{odd}' is none: leave --keep-sum "
-            "out."
-        )
+    check_keeps(recipe, keep_sum=keep_sum)
     with new_folder(out, replace=replace) as folder:
         # What a killed run had put aside is back by now.
         keep = keep_sum or (running.fits(recipe) and (out / running.FOLDER).is_dir())
@@ -94,7 +108,25 @@ def write_folder(
         material.check_unchanged()
         for name, text in texts(fingerprint).items():
             write_atomic(folder / name, text)
-    return Written(fingerprint, kept, read)
+    groups = engine.groups_of(material.roles, recipe)
+    found = (
+        coverage(rule, names, material.base.specs, material.sources)
+        for rule, names in zip(recipe.rules, groups, strict=True)
+    )
+    return Written(fingerprint, kept, read, tuple(one for one in found if one.rest))
+
+
+def expected_reads(
+    out: Path, material: Material, recipe: Recipe, *, keep_sum: bool
+) -> tuple[bool, int]:
+    """Whether `write_folder` would keep a running sum there, and how many vectors it would read."""
+    every = len(material.sources)
+    if not (running.fits(recipe) and (keep_sum or (out / running.FOLDER).is_dir())):
+        return False, every
+    groups = engine.groups_of(material.roles, recipe)
+    with ExitStack() as stack:
+        sums = _updates(out, material, recipe, groups, stack)
+    return True, every if sums is None else _count(sums)
 
 
 def _write_weights(
@@ -114,9 +146,12 @@ def _write_weights(
                 except InexactSumError:
                     shutil.rmtree(folder / running.FOLDER)
                 else:
-                    touched = {source.id for one in sums for source, _ in one.changes}
-                    return fingerprint, True, len(touched)
+                    return fingerprint, True, _count(sums)
     return _write(folder, material, recipe, groups, ()), False, len(material.sources)
+
+
+def _count(sums: Sequence[Sums]) -> int:
+    return len({source.id for one in sums for source, _ in one.changes})
 
 
 def _updates(

@@ -135,6 +135,10 @@ class ByValue:
     (N, n) of True and False, the values of the merged vector that are this site's too."""
     rescalers: Callable[[Any], Tensor] | None = None
     """With `masks`: what `survey` found gives (N,) float64, the factor of each site's values."""
+    takes: Callable[[str, tuple[int, ...], Any], bool] = lambda name, shape, options: True
+    """Whether the method itself merges a tensor: name, shape, options. `others` says what becomes
+    of those that it does not take."""
+    others: Callable[[Any], Literal["mean", "base"]] = lambda options: "mean"
 
 
 @dataclass(frozen=True, slots=True)
