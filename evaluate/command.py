@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluate import report
+from evaluate.earlier import METRICS, PREDICTIONS, REPORT, check_place, inputs_of
 from evaluate.metrics import summarise, verdict
 from evaluate.models import find_models
 from evaluate.predictions import choose_cases, predict, to_csv
@@ -36,8 +37,15 @@ from merge_kit.files import write_atomic
 @click.option("--classes", default="", help="Class names, if a model's own folder has none.")
 @click.option("--pooled", multiple=True, metavar="NAME", help="Trained on all sites' images.")
 @click.option("--out", type=click.Path(path_type=Path), default="evaluation", show_default=True)
+@click.option("--replace", is_flag=True, help="Replace a report on other models or images.")
 @click.option("--title", default="Evaluation", show_default=True, help="Heading of the report.")
-@click.option("--resamples", default=1000, show_default=True, help="Of the bootstrap.")
+@click.option(
+    "--resamples",
+    type=click.IntRange(1, 100_000),
+    default=1000,
+    show_default=True,
+    help="Of the bootstrap.",
+)
 def evaluate(
     models: tuple[str, ...],
     data: Path,
@@ -50,6 +58,7 @@ def evaluate(
     classes: str,
     pooled: tuple[str, ...],
     out: Path,
+    replace: bool,
     title: str,
     device: str,
     resamples: int,
@@ -71,6 +80,8 @@ def evaluate(
     )
     unsplit = split is None and not any(case.split for case in cases)
     cases = choose_cases(cases, split)
+    inputs = inputs_of(found, cases)
+    check_place(out, inputs, replace=replace)
     models_of = f"{len(found)} model{'s' * (len(found) > 1)}"
     click.echo(f"{models_of} on {len(cases)} images, on {chosen}")
     with Progress() as progress:
@@ -99,13 +110,15 @@ def evaluate(
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         notes=notes,
     )
-    write_atomic(out / "metrics.json", json.dumps(summary, indent=2, ensure_ascii=False))
-    write_atomic(out / "predictions.csv", to_csv(predictions))
-    write_atomic(out / "report.html", page)
+    # First what says of which inputs the files are: a run that was killed here can be repeated.
+    record = {**summary, "inputs": inputs}
+    write_atomic(out / METRICS, json.dumps(record, indent=2, ensure_ascii=False))
+    write_atomic(out / PREDICTIONS, to_csv(predictions))
+    write_atomic(out / REPORT, page)
     Console().print(table(summary))
     for sentence in verdict(summary):
         click.echo(f"- {sentence}")
-    next_step(f"open {out / 'report.html'}; figures for a program are in {out / 'metrics.json'}")
+    next_step(f"open {out / REPORT}; figures for a program are in {out / METRICS}")
 
 
 def table(summary: Mapping[str, Any]) -> Table:

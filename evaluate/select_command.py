@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import click
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +40,7 @@ from merge_kit.hub import open_hub
 from merge_kit.material import opened as opened_material
 from merge_kit.recipe import Recipe
 from merge_kit.site import federation_on
+from merge_kit.yamlfile import yaml_value
 
 TABLE = "selection.json"
 
@@ -91,7 +91,7 @@ TABLE = "selection.json"
     help=f"The chosen recipe; {TABLE} is put beside it.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Also merge by it, into this folder.")
-@click.option("--replace", is_flag=True, help="Replace an existing merged model.")
+@click.option("--replace", is_flag=True, help="Replace an earlier recipe, table and merged model.")
 def select(
     hub: str,
     data: Path,
@@ -133,8 +133,7 @@ def select(
     defaults = {"weights": "uniform"} if search == "greedy-soup" else {}
     start = recipe_of(method, recipe, option, settings, defaults)
     plan = _plan(search, start, metric, scales, grid, option, accept)
-    if out_recipe.is_dir():
-        raise UsageError(f"{out_recipe} is a folder: --out-recipe takes the name of a file.")
+    _check_recipe(out_recipe, replace=replace)
     if out:
         writing.check_target(out, replace=replace)
     opened = open_hub(hub)
@@ -205,6 +204,17 @@ def select(
         "evaluate it on images that had no part in this with\n"
         f"  merge-kit evaluate {shown(out)} --data <labels.csv>"
     )
+
+
+def _check_recipe(path: Path, *, replace: bool) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: --out-recipe takes the name of a file.")
+    for place in (path, path.parent / TABLE):
+        if place.exists() and not replace:
+            raise UsageError(
+                f"{place} exists already: choose an --out-recipe in another folder, or pass "
+                "--replace."
+            )
 
 
 def _search(
@@ -285,10 +295,10 @@ def _values(grid: tuple[str, ...]) -> dict[str, list[Any]]:
     """``NAME=A,B`` as the values of each option, each once."""
     try:
         return {
-            name: list(dict.fromkeys(yaml.safe_load(value) for value in text.split(",")))
+            name: list(dict.fromkeys(yaml_value(value) for value in text.split(",")))
             for name, text in pairs(grid, "--grid").items()
         }
-    except (yaml.YAMLError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UsageError("--grid: a value is not a plain number or word.") from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from merge_kit.errors import UsageError
 from merge_kit.methods.base import Statistics
 from merge_kit.publishing import payload_file
 from merge_kit.runs import latest_run
-from merge_kit.schema import read_yaml
 from merge_kit.site import open_site
+from merge_kit.yamlfile import read_yaml
 
 _TRAINING = TrainingOptions()
 
@@ -133,8 +133,12 @@ def _options(context: click.Context, config: Path | None, given: dict[str, Any])
     }
     if "steps" in typed and "epochs" in typed:
         raise UsageError("--steps and --epochs both set the length: give one of them.")
-    from_file = dict(read_yaml(config, UsageError)) if config else {}
-    return make_options({**from_file, **typed}, str(config) if config else "the command line")
+    from_file: Mapping[str, Any] = {}
+    if config:
+        file = read_yaml(config, UsageError)
+        make_options(file.data, file.place)
+        from_file = file.data
+    return make_options({**from_file, **typed}, "the command line")
 
 
 def _close(finished: runs.Run) -> None:

@@ -14,7 +14,16 @@ from merge_kit.blocks import BlockReader
 from merge_kit.devices import CPU, Device
 from merge_kit.errors import RecipeError, VectorError
 from merge_kit.exact import Pair, affine, affine_of_sum
-from merge_kit.methods.base import Block, ByValue, FromGram, Linear, Method, Sparsify, Statistics
+from merge_kit.methods.base import (
+    Block,
+    ByValue,
+    FromGram,
+    Linear,
+    Method,
+    Sparsify,
+    Statistics,
+    named,
+)
 from merge_kit.methods.linear import weighted_sum
 from merge_kit.notes import Notes
 from merge_kit.recipe import Rule
@@ -172,7 +181,7 @@ def _from_gram(
     assert isinstance(method.rule, FromGram)
     grams = survey.inner_products(on_weights=method.rule.on_weights(options))
     if method.directions and grams and not sampled:
-        _check_directions(sum_in_order(grams), sources, method)
+        _check_directions(grams, sources, method)
     chosen = _coefficients(grams, method, weights, options)
     on_weights = method.rule.on_weights(options)
 
@@ -189,12 +198,16 @@ def _from_gram(
     return Job(survey.reader, rule.scale, combine, keeps)
 
 
-def _check_directions(gram: Tensor, sources: Sequence[Source], method: Method) -> None:
-    for source, square in zip(sources, gram.diagonal().tolist(), strict=True):
+def _check_directions(
+    grams: Mapping[str, Tensor], sources: Sequence[Source], method: Method
+) -> None:
+    squares = sum_in_order(grams).diagonal().tolist()
+    for source, square in zip(sources, squares, strict=True):
         if square == 0:
             raise VectorError(
-                f"site '{source.site}': its vector is all zeros and '{method.name}' needs a "
-                f"direction: leave it out with --exclude {source.site}."
+                f"site '{source.site}': its vector is all zeros in what '{method.name}' merges "
+                f"({named(grams)}) and has no direction: leave it out with "
+                f"--exclude {source.site}, or merge these tensors by another method."
             )
 
 

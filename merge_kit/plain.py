@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,13 @@ from typing import Any
 import torch
 
 from merge_kit import engine, vector
+from merge_kit.agreement import (
+    check_architectures,
+    check_classes,
+    check_heads,
+    check_labels,
+    check_length,
+)
 from merge_kit.blocks import in_order, one_thread_each
 from merge_kit.checkpoints import (
     Checkpoint,
@@ -19,11 +26,11 @@ from merge_kit.checkpoints import (
     Start,
     WithHead,
     check_fit,
-    fingerprint_checked,
+    read_checked,
 )
 from merge_kit.configuration import CONFIG, ModelConfig, read_config
 from merge_kit.devices import CPU, Device
-from merge_kit.errors import BaseMismatchError, RecipeError, VectorError
+from merge_kit.errors import BaseMismatchError, NonFiniteError, RecipeError, VectorError
 from merge_kit.inputs import Input, choose, each_once, named_apart, open_input
 from merge_kit.material import Material
 from merge_kit.merging import CARD, render, software
@@ -121,14 +128,19 @@ def gather(
         start = _with_their_head(file, found, classifier)
         renewed = start is not file
         roles = roles_of(start.specs, classifier)
-        _check_heads(start, roles)
-        _check_labels([config for config in known if not (renewed and config is own)])
+        check_heads(start, roles)
+        check_labels([config for config in known if not (renewed and config is own)])
+        check_architectures(known)
+        for config, tensors in ((own, file), *((one.config, one.file) for one in found)):
+            if config:
+                check_classes(config, _head(tensors, classifier))
         for one in found:
             if one.header:
                 vector.check_specs(one.file, vector_specs(start.specs, roles))
             else:
                 check_fit(one.file, start, roles)
-        fingerprint, found, files = _read_all(file, found, again=again)
+                check_length(one.file, start, roles)
+        fingerprint, found, files = _read_all(file, found, Start(start, roles), again=again)
         once, notes = each_once(found)
         chosen = choose(named_apart(once), sites, exclude)
         job = Job(start, fingerprint, roles, tuple(chosen), recipe, None, tuple(notes), files)
@@ -142,20 +154,24 @@ class Sound(Document):
     """What reading a checkpoint finds: all its values are finite."""
 
     fingerprint: Digest
+    huge: tuple[str, ...]
+    """Tensors whose difference from a base may overflow."""
 
 
 def _sound(file: Checkpoint) -> Sound:
-    return Sound(fingerprint=fingerprint_checked(file))
+    fingerprint, huge = read_checked(file)
+    return Sound(fingerprint=fingerprint, huge=huge)
 
 
 def _read_all(
-    base: Checkpoint, found: Sequence[Input], *, again: bool
+    base: Checkpoint, found: Sequence[Input], start: Start, *, again: bool
 ) -> tuple[str, list[Input], tuple[tuple[Checkpoint, Checked], ...]]:
     """The base's fingerprint, and the inputs with theirs: all is read, or was read before."""
     files = [base, *(one.file for one in found)]
     with one_thread_each() as workers:
         looked = list(in_order(lambda file: look(file, Sound, _sound, again=again), files, workers))
     fingerprint, *theirs = (sound.fingerprint for sound, _ in looked)
+    huge, *others = (sound.huge for sound, _ in looked)
     checked = tuple(zip(files, (check for _, check in looked), strict=True))
     for one in found:
         if one.header and one.header.base != fingerprint:
@@ -163,8 +179,20 @@ def _read_all(
                 f"{one.path} was taken from the base {one.header.base}, the given base is "
                 f"{fingerprint}: give the base that it was taken from."
             )
+    for one, own in zip(found, others, strict=True):
+        if not one.header:
+            _check_difference(one, start, {*huge, *own} & start.specs.keys())
     named = [replace(one, fingerprint=f) for one, f in zip(found, theirs, strict=True)]
     return fingerprint, named, checked
+
+
+def _check_difference(one: Input, start: Start, names: Collection[str]) -> None:
+    for name in sorted(names):
+        if not bool(Difference(start, one.file).read(name).isfinite().all()):
+            raise NonFiniteError(
+                f"{one.path}: tensor '{name}' has values so large that the difference from the "
+                "base's overflows float32: give a sound checkpoint."
+            )
 
 
 def _with_new_head(job: Job, old: Mapping[str, TensorSpec]) -> Job:
@@ -217,35 +245,6 @@ def _with_their_head(
         return base
     body = {name: spec for name, spec in base.specs.items() if name not in old}
     return WithHead(base, dict(sorted((body | head).items())), frozenset(head))
-
-
-def _check_heads(base: Tensors, roles: Mapping[str, Role]) -> None:
-    heads = [name for name, role in roles.items() if role is Role.HEAD]
-    for name in heads[1:]:
-        one, other = base.specs[heads[0]], base.specs[name]
-        if one.shape[:1] != other.shape[:1]:
-            raise VectorError(
-                f"the heads '{heads[0]}' ({one}) and '{name}' ({other}) are not of the same "
-                "classes: correct 'classifier' in config.json."
-            )
-
-
-def _check_labels(configs: Sequence[ModelConfig]) -> None:
-    named = [config for config in configs if config.label_names]
-    for config in named[1:]:
-        ours, theirs = named[0].label_names, config.label_names
-        if len(ours) != len(theirs):
-            raise VectorError(
-                f"{config.path} names {len(theirs)} classes, {named[0].path} names {len(ours)}: "
-                "only checkpoints of the same classes can be merged."
-            )
-        for number, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            if our != their:
-                raise VectorError(
-                    f"class {number} is '{their}' in {config.path} and '{our}' in "
-                    f"{named[0].path}: only checkpoints with the same classes in the same order "
-                    "can be merged."
-                )
 
 
 def merge(

@@ -23,14 +23,15 @@ from merge_kit.commands.options import next_step, shown
 from merge_kit.contributions import Entry, list_entries, read_local
 from merge_kit.devices import CPU, Device
 from merge_kit.errors import UsageError
-from merge_kit.estimate import Estimate, estimate
+from merge_kit.estimate import estimate
 from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE
 from merge_kit.hub import open_hub
+from merge_kit.material import Material
 from merge_kit.material import opened as opened_material
 from merge_kit.recipe import Recipe
 from merge_kit.remembered import Checked
 from merge_kit.site import federation_on
-from merge_kit.writing import Written, check_target
+from merge_kit.writing import Written, check_keeps, check_target, expected_reads
 
 
 @click.command()
@@ -118,10 +119,9 @@ def merge(
     )
     if dry_run:
         beside = merging.beside_of(found.chosen, chosen, found.statistics)
-        with opened_material(federation, base, found.chosen, beside=beside) as material:
+        with opened_material(federation, base, found.chosen, found.others, beside) as material:
             names = [f"{source.site} {source.id[:12]}" for source in material.sources]
-            expected = estimate(material.base, material.sources, material.roles, chosen, on)
-            _show(expected, names, target, on)
+            _show(material, chosen, names, target, keep_sum, on)
         return
     with Console(stderr=True).status(f"merging {len(found.chosen)} contributions"):
         merged = merging.merge(
@@ -184,10 +184,8 @@ def _merge_plain(
         for note in job.notes:
             click.echo(note)
         if dry_run:
-            found = plain.material(job)
             names = [f"{one.name} {one.id[:12]}" for one in job.inputs]
-            expected = estimate(found.base, found.sources, found.roles, job.recipe, device)
-            _show(expected, names, target, device)
+            _show(plain.material(job), job.recipe, names, target, keep_sum, device)
             return
         with Console(stderr=True).status(f"merging {len(job.inputs)} checkpoints"):
             merged = plain.merge(job, target, give_way=replace, keep_sum=keep_sum, device=device)
@@ -221,16 +219,40 @@ def _end(written: Written) -> None:
         click.echo(f"  {written.read} vector(s) read, the running sum is kept beside the model")
     elif written.sum_lost:
         click.echo(f"  no running sum is kept: {written.sum_lost}")
+    for part in written.partly:
+        click.echo(f"  {part}")
     click.echo(f"  fingerprint {written.fingerprint}")
 
 
-def _show(found: Estimate, names: Sequence[str], target: Path, device: Device) -> None:
+def _show(
+    material: Material,
+    recipe: Recipe,
+    names: Sequence[str],
+    target: Path,
+    keep_sum: bool,
+    device: Device,
+) -> None:
+    check_keeps(recipe, keep_sum=keep_sum)
+    found = estimate(material.base, material.sources, material.roles, recipe, device)
+    kept, read = expected_reads(target, material, recipe, keep_sum=keep_sum)
     click.echo(f"{len(names)} vectors: {', '.join(names)}")
     for row in found.rows:
         click.echo(f"  {row.what:<14} {row.tensors:>5} tensors {row.values:>12,}  {row.treatment}")
-    click.echo(f"Reads  each vector {found.readings:.1f} times")
+    if read < len(names):
+        click.echo(f"Reads  {read} vector(s), the running sum there stands for the others")
+    else:
+        less = " (less, where an earlier merge noted its first pass)"
+        noted = less if found.readings > 1 and material.notes else ""
+        click.echo(f"Reads  each vector {found.readings:.1f} times{noted}")
+    if found.statistics:
+        click.echo(f"       {found.statistics / 2**20:.0f} MiB of statistics beside them")
     where = "above the program itself" if device is CPU else f"of {device.place}"
     click.echo(f"Memory about {found.memory / 2**20:.0f} MiB {where}")
-    click.echo(f"Time   about {found.seconds:.1f} s on this machine, from a trial on a part of it")
+    most = "at most" if read < len(names) else "about"
+    click.echo(f"Time   {most} {found.seconds:.1f} s on this machine, from a trial on a part of it")
     click.echo(f"Writes {found.output / 2**20:.0f} MiB to {target}")
+    if kept:
+        click.echo(f"       {found.running_sum / 2**20:.0f} MiB for the running sum beside it")
+    if found.masks:
+        click.echo(f"       {found.masks / 2**20:.1f} MiB for the sites' masks beside it")
     next_step("the same command without --dry-run.")

@@ -8,10 +8,11 @@ Random numbers are drawn on the CPU, the same for every device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import Field
 from torch import Tensor
 
 from merge_kit.schema import Document
@@ -19,6 +20,14 @@ from merge_kit.schema import Document
 WeightScheme = Literal["uniform", "examples", "sqrt-examples", "steps"]
 Scope = Literal["vector", "tensor"]
 Statistics = Literal["fisher", "gram"]
+Iterations = Annotated[int, Field(ge=1, le=10_000)]
+"""Most steps of a method; many times what any of them takes to settle."""
+
+
+def named(tensors: Iterable[str]) -> str:
+    """The tensors that a rule merges, for a message: the first, and how many others."""
+    first, *others = tensors
+    return f"'{first}' and {len(others)} more" if others else f"'{first}'"
 
 
 class NoOptions(Document):
@@ -135,6 +144,10 @@ class ByValue:
     (N, n) of True and False, the values of the merged vector that are this site's too."""
     rescalers: Callable[[Any], Tensor] | None = None
     """With `masks`: what `survey` found gives (N,) float64, the factor of each site's values."""
+    takes: Callable[[str, tuple[int, ...], Any], bool] = lambda name, shape, options: True
+    """Whether the method itself merges a tensor: name, shape, options. `others` says what becomes
+    of those that it does not take."""
+    others: Callable[[Any], Literal["mean", "base"]] = lambda options: "mean"
 
 
 @dataclass(frozen=True, slots=True)

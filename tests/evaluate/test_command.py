@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 from finetune import network
 from finetune.cases import load_cases
 from finetune.pixels import decode
+from merge_kit.tensorfile import write_tensors
+from tests.merge_kit.helpers import load
 
 
 @pytest.fixture
@@ -98,3 +101,36 @@ def test_a_class_without_a_case_is_said_in_the_verdict(hub, table, tmp_path, run
     result = run_cli("evaluate", hub.root, "--data", table, "--out", out, "--where", "label=round")
     assert result.exit_code == 0, result.stderr
     assert "No case is of the class lobed and granular" in result.stdout
+
+
+def test_a_report_gives_way_to_one_on_the_same_models_and_images(hub, table, tmp_path, run_cli):
+    out = tmp_path / "e"
+    command = ("evaluate", hub.root, "--data", table, "--out", out, "--resamples", 10)
+    first = run_cli(*command)
+    before = (out / "metrics.json").read_bytes()
+    assert (first.exit_code, run_cli(*command).exit_code) == (0, 0)
+    assert (out / "metrics.json").read_bytes() == before
+    refused = f"Error: {out}/metrics.json speaks of other models or images: choose another --out, "
+    other = run_cli(*command, "--split", "train")
+    assert (other.exit_code, other.stderr) == (2, f"{refused}or pass --replace.\n")
+    assert (out / "metrics.json").read_bytes() == before
+    assert run_cli(*command, "--split", "train", "--replace").exit_code == 0
+
+
+def test_a_report_is_not_lost_to_that_of_changed_weights(hub, table, tmp_path, run_cli):
+    out, base = tmp_path / "e", tmp_path / "base"
+    shutil.copytree(hub.root / "base", base)
+    command = ("evaluate", base, "--data", table, "--out", out, "--resamples", 10)
+    assert run_cli(*command).exit_code == 0
+    weights = load(base / "model.safetensors")
+    write_tensors(base / "model.safetensors", {**weights, "fc.bias": weights["fc.bias"] + 1})
+    assert run_cli(*command).exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["report.html", "predictions.csv"])
+def test_a_file_of_the_users_is_not_overwritten(hub, table, tmp_path, run_cli, name):
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / name).write_text("mine")
+    result = run_cli("evaluate", hub.root, "--data", table, "--out", tmp_path / "e")
+    assert result.exit_code == 2
+    assert (tmp_path / "e" / name).read_text() == "mine"

@@ -424,10 +424,10 @@ def test_verify_does_not_believe_what_is_remembered(merged, monkeypatch, tmp_pat
         (b'{"a": NaN}', " is not sound JSON: it was changed or damaged."),
         (b'{"a": 1, "a": 2}', " is not sound JSON: it was changed or damaged."),
         (b'{"a": ' + b"9" * 5000 + b"}", " is not sound JSON: it was changed or damaged."),
-        (b"[]", ": 'the document': input should be a valid dictionary or instance of Provenance."),
+        (b"[]", ": 'the document': input should be an object."),
         (b'{"format": 1}', ": the key 'base' is missing."),
-        (b'{"format": 1, "federation": null}', ": 'federation': input should be a valid dictionary "
-         "or instance of Contract (got None)."),
+        (b'{"format": 1, "federation": null}', ": 'federation': input should be an object (got "
+         "None)."),
         (b'{"format": 1, "federation": {}}', ": the key 'federation.name' is missing."),
     ],
     ids=["empty", "bytes", "deep", "nan", "twice", "digits", "list", "plain", "null", "lacking"],
@@ -454,7 +454,7 @@ def test_a_provenance_that_cannot_be_read_is_said(hub, tmp_path, run_cli, conten
          "'^[0-9a-f]{64}$' (got '../../../../etc')."),
         ({"site": "../.."}, "'contributions.0.site': a name has 1 to 63 characters: a-z, 0-9, and "
          "hyphens inside (got '../..')."),
-        ({"weight": "1e999"}, "'contributions.0.weight': input should be a finite number "
+        ({"weight": "1e999"}, "'contributions.0.weight': input should be a valid number "
          "(got '1e999')."),
         ({"trust": "\x1b[2J"}, "'contributions.0.trust': input should be 'admitted', 'not "
          "admitted' or 'unsigned' (got '\\x1b[2J')."),
@@ -475,9 +475,9 @@ def test_a_provenance_that_breaks_the_format_is_refused(merged, changes, sentenc
 
 
 def test_what_a_stranger_wrote_does_not_reach_the_terminal(merged):
-    merged.state(recipe={**merged.record["recipe"], "method": "\x1b[2J\ud800"})
-    assert "unknown method '?[2J?'" in merged.verify().stdout
-    assert "unknown method '?[2J?'" in merged.differing()["rebuilt"]
+    merged.state(recipe={**merged.record["recipe"], "method": "\x1b[2J"})
+    assert "unknown method '?[2J'" in merged.verify().stdout
+    assert "unknown method '?[2J'" in merged.differing()["rebuilt"]
 
 
 def paths_of(node, path=()):
