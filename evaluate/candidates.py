@@ -16,6 +16,7 @@ from finetune.scores import Interval, Score, bootstrap_intervals
 from merge_kit import engine
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG
+from merge_kit.devices import CPU, Device
 from merge_kit.federation import Federation
 from merge_kit.files import write_atomic
 from merge_kit.material import Material
@@ -39,10 +40,12 @@ def states(
     factors: Sequence[float],
     *,
     held: int = HELD,
+    device: Device = CPU,
 ) -> Iterator[dict[str, Tensor]]:
     """The merged state dict of `scaled(recipe, factor)` for each factor, in their order.
 
-    The vectors are read once for as many factors as fit into `held` bytes.
+    The vectors are read once for as many factors as fit into `held` bytes. Merged on `device`, the
+    models lie on the CPU.
     """
     specs = engine.merged_specs(material.base.specs, recipe)
     size = sum(spec.nbytes for spec in specs.values())
@@ -55,7 +58,9 @@ def states(
             {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
             for _ in chosen
         ]
-        for parts in engine.merge_scales(material.base, sources, material.roles, given, chosen):
+        for parts in engine.merge_scales(
+            material.base, sources, material.roles, given, chosen, device=device
+        ):
             for model, part in zip(models, parts, strict=True):
                 flat = model[part.name].view(-1)
                 flat[part.begin : part.begin + part.values.numel()] = part.values

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import click
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +21,7 @@ from finetune.image_options import image_options
 from finetune.network import choose_device
 from finetune.pixels import Images, decode
 from finetune.progress import Progress
-from merge_kit import engine, merging, writing
+from merge_kit import devices, engine, merging, writing
 from merge_kit.commands.merging_options import (
     Gathered,
     contribution_options,
@@ -33,6 +32,7 @@ from merge_kit.commands.merging_options import (
 )
 from merge_kit.commands.options import next_step, pairs, shown
 from merge_kit.contributions import list_entries
+from merge_kit.devices import CPU, Device
 from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.files import write_atomic
@@ -40,6 +40,7 @@ from merge_kit.hub import open_hub
 from merge_kit.material import opened as opened_material
 from merge_kit.recipe import Recipe
 from merge_kit.site import federation_on
+from merge_kit.yamlfile import yaml_value
 
 TABLE = "selection.json"
 
@@ -90,7 +91,7 @@ TABLE = "selection.json"
     help=f"The chosen recipe; {TABLE} is put beside it.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Also merge by it, into this folder.")
-@click.option("--replace", is_flag=True, help="Replace an existing merged model.")
+@click.option("--replace", is_flag=True, help="Replace an earlier recipe, table and merged model.")
 def select(
     hub: str,
     data: Path,
@@ -132,13 +133,14 @@ def select(
     defaults = {"weights": "uniform"} if search == "greedy-soup" else {}
     start = recipe_of(method, recipe, option, settings, defaults)
     plan = _plan(search, start, metric, scales, grid, option, accept)
-    if out_recipe.is_dir():
-        raise UsageError(f"{out_recipe} is a folder: --out-recipe takes the name of a file.")
+    _check_recipe(out_recipe, replace=replace)
     if out:
         writing.check_target(out, replace=replace)
     opened = open_hub(hub)
     federation = federation_on(opened)
     chosen_device = choose_device(device)
+    # A GPU that was found, not named, must not change what is merged.
+    merging_device = devices.choose(device) if device.startswith("cuda") else CPU
     cases = load_cases(
         data,
         classes=federation.classes,
@@ -165,6 +167,7 @@ def select(
         arrived,
         cases,
         chosen_device,
+        merging_device,
         site_column=site_column,
         skip_unreadable=skip_unreadable,
     )
@@ -194,12 +197,24 @@ def select(
         statistics=arrived.statistics,
         refused=arrived.refused,
         replace=replace,
+        device=merging_device,
     )
     click.echo(f"Merged model in {out}, fingerprint {merged.fingerprint}")
     next_step(
         "evaluate it on images that had no part in this with\n"
         f"  merge-kit evaluate {shown(out)} --data <labels.csv>"
     )
+
+
+def _check_recipe(path: Path, *, replace: bool) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: --out-recipe takes the name of a file.")
+    for place in (path, path.parent / TABLE):
+        if place.exists() and not replace:
+            raise UsageError(
+                f"{place} exists already: choose an --out-recipe in another folder, or pass "
+                "--replace."
+            )
 
 
 def _search(
@@ -209,6 +224,7 @@ def _search(
     arrived: Gathered,
     cases: Sequence[Case],
     device: torch.device,
+    merging_device: Device,
     *,
     site_column: str,
     skip_unreadable: bool,
@@ -240,7 +256,7 @@ def _search(
             candidates=size,
             progress=lambda done, of: progress.stage("merging and judging", done, of),
         )
-        return selection.select(plan, material, judge)
+        return selection.select(plan, material, judge, merging_device)
 
 
 def _plan(
@@ -279,10 +295,10 @@ def _values(grid: tuple[str, ...]) -> dict[str, list[Any]]:
     """``NAME=A,B`` as the values of each option, each once."""
     try:
         return {
-            name: list(dict.fromkeys(yaml.safe_load(value) for value in text.split(",")))
+            name: list(dict.fromkeys(yaml_value(value) for value in text.split(",")))
             for name, text in pairs(grid, "--grid").items()
         }
-    except (yaml.YAMLError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UsageError("--grid: a value is not a plain number or word.") from error
 
 

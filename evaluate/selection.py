@@ -26,6 +26,7 @@ from finetune.scores import (
     macro_auroc,
 )
 from finetune.splits import split_of
+from merge_kit.devices import CPU, Device
 from merge_kit.errors import DataError, UsageError
 from merge_kit.material import Material
 from merge_kit.recipe import Recipe, make_recipe
@@ -188,8 +189,8 @@ class Selection:
     chosen: Candidate
 
 
-def select(plan: Plan, material: Material, judge: Judge) -> Selection:
-    """Carry a plan out.
+def select(plan: Plan, material: Material, judge: Judge, device: Device = CPU) -> Selection:
+    """Carry a plan out; candidates are merged on `device`.
 
     Raises
     ------
@@ -199,15 +200,15 @@ def select(plan: Plan, material: Material, judge: Judge) -> Selection:
         A merge is refused.
     """
     search = _greedy_soup if plan.search == "greedy-soup" else _search_scales
-    return search(plan, material, judge)
+    return search(plan, material, judge, device)
 
 
-def _search_scales(plan: Plan, material: Material, judge: Judge) -> Selection:
+def _search_scales(plan: Plan, material: Material, judge: Judge, device: Device) -> Selection:
     """Of equal figures the scale nearest to 0 is chosen, then the earlier recipe."""
     metric, sites = METRICS[plan.metric], _sites(material)
     tried = []
     for recipe in plan.recipes:
-        models = states(material, material.sources, recipe, plan.factors)
+        models = states(material, material.sources, recipe, plan.factors, device=device)
         for factor, state in zip(plan.factors, models, strict=True):
             tried.append(Candidate(scaled(recipe, factor), sites, judge(state), factor))
     chosen = min(tried, key=lambda c: (-metric.gain(c.figure), abs(c.factor)))
@@ -215,7 +216,7 @@ def _search_scales(plan: Plan, material: Material, judge: Judge) -> Selection:
     return Selection(plan, tuple(tried), chosen)
 
 
-def _greedy_soup(plan: Plan, material: Material, judge: Judge) -> Selection:
+def _greedy_soup(plan: Plan, material: Material, judge: Judge, device: Device) -> Selection:
     """Greedy soup: arXiv 2203.05482, recipe 1. An ingredient is a site: base + its vector.
 
     Sort the sites by their figures, the best first. S = {}; for each site i in this order
@@ -227,7 +228,7 @@ def _greedy_soup(plan: Plan, material: Material, judge: Judge) -> Selection:
 
     def judged(*sites: str) -> Interval:
         sources = [source for source in material.sources if source.site in sites]
-        (state,) = states(material, sources, recipe, plan.factors)
+        (state,) = states(material, sources, recipe, plan.factors, device=device)
         return judge(state)
 
     single = [Candidate(recipe, (site,), judged(site)) for site in _sites(material)]

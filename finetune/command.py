@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from merge_kit.errors import UsageError
 from merge_kit.methods.base import Statistics
 from merge_kit.publishing import payload_file
 from merge_kit.runs import latest_run
-from merge_kit.schema import read_yaml
 from merge_kit.site import open_site
+from merge_kit.yamlfile import read_yaml
 
 _TRAINING = TrainingOptions()
 
@@ -132,8 +133,12 @@ def _options(context: click.Context, config: Path | None, given: dict[str, Any])
     }
     if "steps" in typed and "epochs" in typed:
         raise UsageError("--steps and --epochs both set the length: give one of them.")
-    from_file = dict(read_yaml(config, UsageError)) if config else {}
-    return make_options({**from_file, **typed}, str(config) if config else "the command line")
+    from_file: Mapping[str, Any] = {}
+    if config:
+        file = read_yaml(config, UsageError)
+        make_options(file.data, file.place)
+        from_file = file.data
+    return make_options({**from_file, **typed}, "the command line")
 
 
 def _close(finished: runs.Run) -> None:
@@ -246,8 +251,20 @@ def statistics(
                 )
                 for sentence in made.left_out:
                     click.echo(f"Left out: {sentence}", err=True)
+                if made.few_rows:
+                    click.echo(_singular(made.few_rows, len(found)), err=True)
                 click.echo(f"  {kind:<8} {made.path} ({made.size / 2**20:.1f} MiB)")
     next_step(
         f"see what would leave the site with\n"
         f"  merge-kit publish {shown(site.root)} --run {shown(chosen)} --dry-run"
+    )
+
+
+def _singular(layers: Sequence[str], images: int) -> str:
+    """What RegMean does where a Gram matrix had fewer rows than columns."""
+    return (
+        f"Few rows: {images} images give {len(layers)} layer(s) fewer rows than input columns, "
+        f"such as {layers[0]}: their Gram matrices are singular and give away the space of the "
+        "inputs. RegMean then leans on its 'alpha', which shrinks entries off the diagonal, and "
+        "its 'ridge', and takes the mean where nothing is known; more --examples help."
     )

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.pixels import Images, centre
+from merge_kit import devices
 from merge_kit.backbone import classifier_of
-from merge_kit.errors import MergeKitError, UsageError, VectorError
+from merge_kit.errors import MergeKitError, VectorError
 
 
 def load(folder: Path) -> nn.Module:
@@ -74,14 +75,7 @@ def choose_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"the device '{name}' is not there: use --device auto, or see 'merge-kit doctor'."
-        ) from error
-    return device
+    return devices.existing(name, "use --device auto")
 
 
 def resolved(precision: str, device: torch.device) -> str:

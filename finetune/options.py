@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from merge_kit.errors import UsageError
-from merge_kit.schema import Document, parse
+from merge_kit.schema import Document, Place, parse
 
 
 class TrainingOptions(Document):
@@ -52,7 +52,7 @@ class TrainingOptions(Document):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-def make_options(data: Mapping[str, Any], where: str) -> TrainingOptions:
+def make_options(data: Mapping[str, Any], where: str | Place) -> TrainingOptions:
     """Check training options.
 
     Raises

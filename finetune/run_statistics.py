@@ -42,6 +42,8 @@ class Made:
     size: int
     left_out: tuple[str, ...]
     """A sentence for each layer without a Gram matrix."""
+    few_rows: tuple[str, ...] = ()
+    """Layers whose Gram matrix was made of fewer rows than it has columns."""
 
 
 def is_made(run: Path, kind: Statistics) -> bool:
@@ -168,12 +170,13 @@ def make(
     with alone(run):
         draft, model = read_draft(run / DRAFT), network.load(run / MODEL)
         left_out: list[str] = []
+        few: list[str] = []
         if kind == "fisher":
             counts = [draft.class_counts[name] for name in site.federation.classes]
             seen = torch.tensor([count != 0 for count in counts])
             tensors = statistics.fisher(model, images, seen, device, progress)
         else:
-            tensors, left_out = statistics.grams(model, images, device, max_width, progress)
+            tensors, left_out, few = statistics.grams(model, images, device, max_width, progress)
         path = run / payload_file(kind)
         norm = _write(site, path, kind, draft.payload.sha256, tensors)
         payload = Payload(sha256=sha256_file(path), size=path.stat().st_size, norm=norm)
@@ -187,7 +190,7 @@ def make(
         }
         beside = Draft(**{**draft.model_dump(), **told})
         write_atomic(run / draft_file(kind), beside.model_dump_json(indent=2))
-    return Made(path, payload.size, tuple(left_out))
+    return Made(path, payload.size, tuple(left_out), tuple(few))
 
 
 def _write(

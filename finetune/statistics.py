@@ -91,7 +91,7 @@ def _directions(outputs: Tensor) -> Iterator[tuple[Tensor, bool]]:
 
 def grams(
     model: nn.Module, images: Images, device: torch.device, max_width: int, progress: Report
-) -> tuple[dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Gram matrices of the inputs of linear layers (RegMean, arXiv 2212.09849, section 3.1).
 
     G = X^T X / rows for every nn.Linear and every nn.Conv2d of one group, X (rows, d) being what
@@ -107,7 +107,8 @@ def grams(
     -------
     tuple
         (d, d) float32, exactly symmetric, on the CPU, by the weight's name in the state dict; and a
-        sentence for each layer that was left out.
+        sentence for each layer that was left out; and the names of those with fewer rows than
+        columns, whose matrices are singular.
 
     Raises
     ------
@@ -134,11 +135,12 @@ def grams(
             left_out.append(f"{name} is not multiplied with an input as it stands.")
     if not inputs.sums:
         raise UsageError(f"no layer is left with --max-width {max_width}: give a larger one.")
+    few = [name for name, rows in inputs.rows.items() if rows < widths[name]]
     found = {}
     for name in list(inputs.sums):
         gram = inputs.sums.pop(name) / inputs.rows[name]
         found[name] = ((gram + gram.T) / 2).float().cpu()
-    return found, left_out
+    return found, left_out, few
 
 
 class _Inputs(TorchFunctionMode):

@@ -14,14 +14,13 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from merge_kit.devices import BLOCK as BLOCK
+from merge_kit.devices import CPU, Device
 from merge_kit.methods.base import Block, Statistics
 from merge_kit.order_statistics import Stretch
 from merge_kit.tensorfile import Tensors
 from merge_kit.tensorheader import TensorSpec
 
-BLOCK = 65536
-"""Values of each vector in one block: with its float64 temporaries it stays in the cache."""
-_AHEAD = 4
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -34,13 +33,17 @@ class Values(Protocol):
 
 
 def stretches(
-    specs: Mapping[str, TensorSpec], names: Iterable[str], *, whole: bool = False
+    specs: Mapping[str, TensorSpec],
+    names: Iterable[str],
+    *,
+    block: int = BLOCK,
+    whole: bool = False,
 ) -> list[Stretch]:
     """Cut tensors into blocks, or leave them whole; the cuts depend on the shapes alone."""
     found = []
     for name in names:
         size = specs[name].elements
-        step = max(size, 1) if whole else BLOCK
+        step = max(size, 1) if whole else block
         found += [Stretch(name, at, min(step, size - at)) for at in range(0, size, step)]
     return found
 
@@ -60,7 +63,7 @@ def one_thread_each() -> Iterator[int]:
 
 
 def in_order(
-    function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int = _AHEAD
+    function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int = CPU.ahead
 ) -> Iterator[R]:
     """Results in the order of the items, at most a few for each worker ahead of the reader."""
     if workers == 1:
@@ -98,6 +101,8 @@ class BlockReader:
     statistics: tuple[Tensors, ...] = ()
     """What the sites published beside their vectors, of the kind `kind`."""
     kind: Statistics | None = None
+    device: Device = CPU
+    """Where blocks are worked on."""
     _local: threading.local = field(default_factory=threading.local, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -106,7 +111,8 @@ class BlockReader:
     @cached_property
     def stretches(self) -> list[Stretch]:
         """Where the blocks lie."""
-        return stretches(self.base.specs, self.names, whole=self.whole)
+        size, whole = self.device.block, self.whole
+        return stretches(self.base.specs, self.names, block=size, whole=whole)
 
     def only(self, chosen: Sequence[int]) -> BlockReader:
         """A reader of some of the vectors."""
@@ -129,8 +135,8 @@ class BlockReader:
             tensor=stretch.tensor,
             shape=spec.shape,
             begin=stretch.begin,
-            values=values,
-            start=start,
+            values=self._moved(values),
+            start=self._moved(start),
             ids=self.ids,
             sites=self.sites,
             seed=self.seed,
@@ -143,11 +149,11 @@ class BlockReader:
         if not files or any(stretch.tensor not in file.specs for file in files):
             return None
         if self.kind == "gram":
-            return torch.stack([file.read(stretch.tensor) for file in files])
+            return self._moved(torch.stack([file.read(stretch.tensor) for file in files]))
         found = torch.empty(len(files), stretch.size)
         for row, file in zip(found, files, strict=True):
             file.read_into(stretch.tensor, stretch.begin, row)
-        return found
+        return self._moved(found)
 
     def _start(self, stretch: Stretch) -> Tensor:
         read = self._kept("read", stretch.size, 1, self.base.specs[stretch.tensor].dtype)[0]
@@ -161,27 +167,35 @@ class BlockReader:
         New memory for each block, between small results that stay, would scatter the heap.
         """
         # A first pass that starts inside a block of another must not overwrite it.
-        if size > BLOCK or getattr(self._local, "depth", 0) > 1:
+        if size > self.device.block or getattr(self._local, "depth", 0) > 1:
             return torch.empty(rows, size, dtype=dtype)
         name = f"{what} {dtype}"
         if not hasattr(self._local, name):
-            setattr(self._local, name, torch.empty(rows * BLOCK, dtype=dtype))
+            setattr(self._local, name, self.device.buffer(rows * self.device.block, dtype))
         kept: Tensor = getattr(self._local, name)[: rows * size]
         return kept.view(rows, size)
+
+    def _moved(self, values: Tensor) -> Tensor:
+        # From plain memory this waits, from a device's buffers the lane does.
+        return values.to(self.device.place, non_blocking=True)
 
     def each(
         self, function: Callable[[Block], R], parts: Sequence[Stretch] | None = None
     ) -> Iterator[tuple[Stretch, R]]:
-        """A function's result for every block, or for some, in order."""
+        """A function's result for every block, or for some, in order.
+
+        The function works on the reader's device; what it gives must lie on the CPU.
+        """
 
         def work(stretch: Stretch) -> tuple[Stretch, R]:
             self._local.depth = getattr(self._local, "depth", 0) + 1
             try:
-                return stretch, function(self.block(stretch))
+                with self.device.lane():
+                    return stretch, function(self.block(stretch))
             finally:
                 self._local.depth -= 1
 
         inside = getattr(self._local, "depth", 0) > 0
         chosen = self.stretches if parts is None else parts
-        ahead = 1 if self.whole else _AHEAD
+        ahead = 1 if self.whole else self.device.ahead
         return in_order(work, chosen, 1 if inside else self.workers, ahead)

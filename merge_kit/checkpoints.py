@@ -7,6 +7,7 @@ like the task vector that `vector.subtract` would write.
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pth.tar")
 _STEP = 1 << 18
+_HUGE = torch.finfo(torch.float32).max / 2
 
 
 class Checkpoint:
@@ -339,14 +341,27 @@ def fingerprint_checked(file: StoredTensors) -> str:
     NonFiniteError
         Names the tensor.
     """
-    found = Fingerprint()
+    return read_checked(file)[0]
+
+
+def read_checked(file: StoredTensors) -> tuple[str, tuple[str, ...]]:
+    """As `fingerprint_checked`, and the tensors with values so large that a difference of two such
+    may overflow float32.
+    """
+    found, huge = Fingerprint(), dict[str, None]()
     for name, spec in file.specs.items():
         found.begin(name, spec)
         for begin in range(0, spec.elements, _STEP):
             values = torch.empty(min(_STEP, spec.elements - begin), dtype=spec.dtype)
             file.read_into(name, begin, values)
             found.values(values)
-            if values.is_floating_point() and not bool(values.sum(dtype=torch.float64).isfinite()):
+            if not values.is_floating_point():
+                continue
+            least, most = (float(end) for end in torch.aminmax(values))
+            largest = max(-least, most)
+            if not math.isfinite(largest):
                 where, remedy = str(file.path), "give a sound checkpoint."
                 vector.check_finite(file.read(name), name, where, remedy)
-    return str(found)
+            if largest > _HUGE:
+                huge[name] = None
+    return str(found), tuple(huge)

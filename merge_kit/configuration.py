@@ -25,6 +25,10 @@ class ModelConfig:
     """Module names of the classifiers; empty where the file names none or the model has none."""
     label_names: tuple[str, ...]
     """Class names in the order of the head's rows; empty where the file does not name them."""
+    num_classes: int | None = None
+    """Rows of the head; None where the file does not say."""
+    architecture: str = ""
+    """timm's name; empty where the file does not say."""
 
     @property
     def text(self) -> str:
@@ -42,7 +46,7 @@ class ModelConfig:
         for key in ("pretrained_cfg", "model_args"):
             if isinstance(data.get(key), dict):
                 data[key] = _renumbered(data[key], count)
-        return replace(self, data=data, label_names=())
+        return replace(self, data=data, label_names=(), num_classes=count)
 
 
 def _renumbered(data: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -72,8 +76,14 @@ def read_config(path: Path) -> ModelConfig | None:
     both = {**nested, **data}
     classifier = () if both.get("num_classes") == 0 else both.get("classifier") or ()
     labels = both.get("label_names") or both.get("labels") or ()
+    count, architecture = data.get("num_classes"), data.get("architecture")
     return ModelConfig(
-        file, data, _names(classifier, file, "classifier"), _names(labels, file, "label_names")
+        file,
+        data,
+        _names(classifier, file, "classifier"),
+        _names(labels, file, "label_names"),
+        count if isinstance(count, int) and count > 0 else None,
+        architecture if isinstance(architecture, str) else "",
     )
 
 

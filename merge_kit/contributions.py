@@ -242,24 +242,12 @@ def check_payload(
             raise _damaged(contribution) from None
         raise
     with file:
-        measured, checked = look(file, vector.Measured, vector.measure, again=again)
-        if measured.sha256 != stated.sha256:
-            raise _damaged(contribution)
         if kind == "vector":
-            header = vector.read_header(file)
+            norm, checked = _check_vector(contribution, file, federation, expected, roles, again)
         else:
-            header = statistics.check_header(file, kind, contribution.manifest.about, where)
-        vector.check_header(header, federation.base_fingerprint, federation.contract_hash, where)
-        if header.site != contribution.site:
-            raise ContributionError(
-                f"{where}: the payload is of site '{header.site}': it is refused."
+            norm, checked = _check_statistics(
+                contribution, kind, file, federation, expected, roles, again
             )
-        if kind == "vector":
-            vector.check_specs(file, expected)
-            # Where a value is not finite, a second reading finds and names it.
-            norm = vector.norm(file, roles) if measured.norm is None else measured.norm
-        else:
-            norm = statistics.check(file, kind, expected, roles)
     if abs(norm - stated.norm) > 1e-4 * norm:
         raise ContributionError(
             f"{where} has the norm {norm:.4g}, its manifest says {stated.norm:.4g}: it is refused."
@@ -270,6 +258,55 @@ def check_payload(
             f"{where} has the norm {norm:.4g}, above the policy's {bound:.4g}: it is refused."
         )
     return checked
+
+
+def _check_vector(
+    contribution: Contribution,
+    file: TensorFile,
+    federation: Federation,
+    expected: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
+    again: bool,
+) -> tuple[float, Checked]:
+    """The norm of the vector, and the file that was checked."""
+    measured, checked = look(file, vector.Measured, vector.measure, again=again)
+    if measured.sha256 != contribution.manifest.payload.sha256:
+        raise _damaged(contribution)
+    _check_origin(contribution, vector.read_header(file), federation)
+    vector.check_specs(file, expected)
+    # Where a value is not finite, a second reading finds and names it.
+    return vector.norm(file, roles) if measured.norm is None else measured.norm, checked
+
+
+def _check_statistics(
+    contribution: Contribution,
+    kind: Kind,
+    file: TensorFile,
+    federation: Federation,
+    expected: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
+    again: bool,
+) -> tuple[float, Checked]:
+    """The norm of statistics, and the file that was checked."""
+    measured, checked = look(file, statistics.Measured, statistics.measure, again=again)
+    if measured.sha256 != contribution.manifest.payload.sha256:
+        raise _damaged(contribution)
+    about, where = contribution.manifest.about, contribution.label
+    _check_origin(contribution, statistics.check_header(file, kind, about, where), federation)
+    statistics.check_specs(file, kind, expected, roles)
+    if measured.norm is None or kind not in measured.sound:
+        # A second reading finds and names what is wrong.
+        return statistics.check(file, kind, expected, roles), checked
+    return measured.norm, checked
+
+
+def _check_origin(
+    contribution: Contribution, header: vector.VectorHeader, federation: Federation
+) -> None:
+    where = contribution.label
+    vector.check_header(header, federation.base_fingerprint, federation.contract_hash, where)
+    if header.site != contribution.site:
+        raise ContributionError(f"{where}: the payload is of site '{header.site}': it is refused.")
 
 
 def _damaged(contribution: Contribution) -> ContributionError:

@@ -71,10 +71,10 @@ def create(
                 "model_args": dict(model_args),
                 "classifier": classifier,
                 "classes": tuple(classes),
-                "preprocessing": chosen,
+                "preprocessing": chosen.model_dump(mode="json"),
                 "weights_source": _source(architecture, weights, model),
                 "base_fingerprint": fingerprint_file(draft / BASE_WEIGHTS),
-                "policy": policy,
+                "policy": policy.model_dump(mode="json"),
             },
             "the new federation",
         )

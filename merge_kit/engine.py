@@ -13,6 +13,7 @@ from torch import Tensor
 from merge_kit import jobs, vector
 from merge_kit.blocks import one_thread_each
 from merge_kit.depth import depths
+from merge_kit.devices import CPU, Device
 from merge_kit.errors import RecipeError
 from merge_kit.exact import Pair
 from merge_kit.jobs import Job
@@ -114,6 +115,7 @@ def merge(
     recipe: Recipe,
     sums: Sequence[Sums] = (),
     notes: Notes | None = None,
+    device: Device = CPU,
 ) -> Iterator[Part]:
     """The merged model, stretch by stretch, sorted by name, in the dtypes of `merged_specs`.
 
@@ -124,7 +126,8 @@ def merge(
 
     `sums`, one for each of the recipe's `rules`, keep the exact sums of linear rules, and say which
     vectors have come or gone since the sums were made. `notes` save first passes over vectors that
-    were merged before. Neither changes a byte.
+    were merged before. Neither changes a byte. The device may change the last digit of rules that
+    are not linear; parts lie on the CPU.
 
     Raises
     ------
@@ -135,7 +138,7 @@ def merge(
     NonFiniteError
         A merged value overflows.
     """
-    for parts in merge_scales(base, sources, roles, recipe, (1.0,), sums, notes):
+    for parts in merge_scales(base, sources, roles, recipe, (1.0,), sums, notes, device):
         yield parts[0]
 
 
@@ -147,6 +150,7 @@ def merge_scales(
     factors: Sequence[float],
     sums: Sequence[Sums] = (),
     notes: Notes | None = None,
+    device: Device = CPU,
 ) -> Iterator[tuple[Part, ...]]:
     """As `merge`, one part for each factor of the recipe's scales; the files are read once."""
     ordered = sorted(sources, key=lambda source: source.id)
@@ -165,6 +169,7 @@ def merge_scales(
                 dtype=DTYPES[recipe.dtype],
                 sums=kept_sum,
                 notes=notes,
+                device=device,
             )
             for rule, names, kept_sum in zip_longest(recipe.rules, groups, sums)
         ]
@@ -204,12 +209,13 @@ def _stream(
     def work(block: Block) -> tuple[Part, ...]:
         name, found = block.tensor, job.combine(block)
         scale = job.scale * layers.get(name, 1.0)
+        masks = None if found.masks is None else found.masks.cpu()
         return tuple(
             Part(
                 name,
                 block.begin,
-                _cast(found.at(scale * f), name, specs),
-                found.masks,
+                _cast(found.at(scale * f), name, specs).cpu(),
+                masks,
                 found.pair,
                 None if job.rescalers is None else job.rescalers / (scale * f),
             )

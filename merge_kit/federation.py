@@ -13,8 +13,9 @@ from merge_kit import signing
 from merge_kit.errors import BaseMismatchError, FederationError
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.remembered import Checked, look
-from merge_kit.schema import Digest, Document, SiteName, dump_yaml, parse, read_yaml
+from merge_kit.schema import Digest, Document, Place, SiteName, parse
 from merge_kit.tensorfile import TensorFile, fingerprint, read_all
+from merge_kit.yamlfile import dump_yaml, read_yaml
 
 FEDERATION_FILE = "federation.yaml"
 BASE_WEIGHTS = "base/model.safetensors"
@@ -188,7 +189,7 @@ class Federation(Document):
         return dump_yaml(self)
 
 
-def parse_federation(data: Mapping[str, Any], where: str) -> Federation:
+def parse_federation(data: Mapping[str, Any], where: str | Place) -> Federation:
     """Check the content of a federation.yaml."""
     return parse(Federation, data, where, FederationError)
 
@@ -207,7 +208,8 @@ def read_federation(folder: Path) -> Federation:
             f"{folder} is not a federation: it has no {FEDERATION_FILE}; "
             "create one with 'merge-kit init'."
         )
-    return parse_federation(read_yaml(path, FederationError), str(path))
+    file = read_yaml(path, FederationError)
+    return parse_federation(file.data, file.place)
 
 
 class BaseTensors(Document):

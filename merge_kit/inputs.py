@@ -39,6 +39,11 @@ class Input:
     """Of the tensors and not of the files: shards and metadata make no other checkpoint."""
 
     @property
+    def kind(self) -> str:
+        """What provenance calls it."""
+        return "vector" if self.header else "checkpoint"
+
+    @property
     def id(self) -> str:
         """What the engine sorts by: the order of the arguments never matters."""
         return self.fingerprint.removeprefix("sha256:")

@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 
 from merge_kit.blocks import BlockReader
+from merge_kit.devices import CPU, Device
 from merge_kit.errors import RecipeError, VectorError
 from merge_kit.exact import Pair, affine, affine_of_sum
-from merge_kit.methods.base import Block, ByValue, FromGram, Linear, Method, Sparsify
+from merge_kit.methods.base import (
+    Block,
+    ByValue,
+    FromGram,
+    Linear,
+    Method,
+    Sparsify,
+    Statistics,
+    named,
+)
 from merge_kit.methods.linear import weighted_sum
 from merge_kit.notes import Notes
 from merge_kit.recipe import Rule
@@ -79,11 +89,16 @@ def _check_method(method: Method, options: Document, sources: Sequence[Source]) 
     if method.statistics:
         for source in sources:
             if method.statistics not in source.statistics:
-                raise RecipeError(
-                    f"site '{source.site}' has published no {method.statistics} statistics for "
-                    "its vector: ask it to run 'merge-kit statistics' and to publish again, or "
-                    "take another method (plain checkpoints have none)."
-                )
+                raise without_statistics(source.site, method.statistics)
+
+
+def without_statistics(site: str, kind: Statistics) -> RecipeError:
+    """The error that a site's vector has none of the statistics that a method asks for."""
+    return RecipeError(
+        f"site '{site}' has published no {kind} statistics for its vector: ask it to run "
+        f"'merge-kit statistics <folder> --kind {kind}' and to publish again, or take another "
+        "method (plain checkpoints have none)."
+    )
 
 
 def plan(
@@ -98,12 +113,14 @@ def plan(
     sums: Sums | None = None,
     notes: Notes | None = None,
     sampled: bool = False,
+    device: Device = CPU,
 ) -> Job:
     """Make a rule ready for the tensors `names`; sources must be sorted by id.
 
     With `sums` a linear rule keeps its exact sum, and reads only what `sums` says has changed; what
     `notes` knows of the vectors is not measured again. `sampled` says that `names` are a sample:
-    a vector that is zero there need not be.
+    a vector that is zero there need not be. Sums that are kept are made on the CPU, in its blocks:
+    their digests are of those.
 
     Raises
     ------
@@ -111,7 +128,8 @@ def plan(
         As `weigh`; or a vector has no direction and the method measures angles.
     """
     read = sources if sums is None else [source for source, _ in sums.changes]
-    reader, changed_by = _reader(base, read, names, rule, workers, seed)
+    device = device if sums is None else CPU
+    reader, changed_by = _reader(base, read, names, rule, workers, seed, device)
     survey = Survey(reader, notes, changed_by)
     (method, options), weighing = rule.merging_rule, weigh(sources, rule)
     weights = torch.tensor(weighing.shares, dtype=torch.float64)
@@ -163,7 +181,7 @@ def _from_gram(
     assert isinstance(method.rule, FromGram)
     grams = survey.inner_products(on_weights=method.rule.on_weights(options))
     if method.directions and grams and not sampled:
-        _check_directions(sum_in_order(grams), sources, method)
+        _check_directions(grams, sources, method)
     chosen = _coefficients(grams, method, weights, options)
     on_weights = method.rule.on_weights(options)
 
@@ -180,12 +198,16 @@ def _from_gram(
     return Job(survey.reader, rule.scale, combine, keeps)
 
 
-def _check_directions(gram: Tensor, sources: Sequence[Source], method: Method) -> None:
-    for source, square in zip(sources, gram.diagonal().tolist(), strict=True):
+def _check_directions(
+    grams: Mapping[str, Tensor], sources: Sequence[Source], method: Method
+) -> None:
+    squares = sum_in_order(grams).diagonal().tolist()
+    for source, square in zip(sources, squares, strict=True):
         if square == 0:
             raise VectorError(
-                f"site '{source.site}': its vector is all zeros and '{method.name}' needs a "
-                f"direction: leave it out with --exclude {source.site}."
+                f"site '{source.site}': its vector is all zeros in what '{method.name}' merges "
+                f"({named(grams)}) and has no direction: leave it out with "
+                f"--exclude {source.site}, or merge these tensors by another method."
             )
 
 
@@ -206,6 +228,7 @@ def _reader(
     rule: Rule,
     workers: int,
     seed: int,
+    device: Device,
 ) -> tuple[BlockReader, tuple[object, ...]]:
     """A reader for a rule, and what tells its changes to the values from others."""
     first, options = rule.entry.rule, rule.checked_options
@@ -226,7 +249,7 @@ def _reader(
         base,
         tuple(source.file for source in sources),
         tuple(name for name in names if base.specs[name].elements),
-        workers,
+        device.workers(workers, whole=whole),
         ids=tuple(source.id for source in sources),
         sites=tuple(source.site for source in sources),
         seed=seed,
@@ -234,5 +257,6 @@ def _reader(
         change=change,
         statistics=tuple(source.statistics[kind] for source in sources) if kind else (),
         kind=kind,
+        device=device,
     )
     return reader, changed_by

@@ -21,8 +21,10 @@ from merge_kit.contributions import (
     current,
     speaks_of,
 )
-from merge_kit.errors import ContributionError, RecipeError
+from merge_kit.devices import CPU, Device
+from merge_kit.errors import ContributionError
 from merge_kit.federation import Federation
+from merge_kit.jobs import without_statistics
 from merge_kit.material import Beside, opened
 from merge_kit.methods.base import Statistics
 from merge_kit.provenance import PROVENANCE
@@ -124,11 +126,7 @@ def find_statistics(
     for contribution in contributions:
         own = [s for s in there if s.kind == kind and speaks_of(s, contribution)]
         if not own:
-            raise RecipeError(
-                f"site '{contribution.site}' has published no {kind} statistics for its vector: "
-                f"ask it to run 'merge-kit statistics <folder> --kind {kind}' and to publish "
-                "again, or take another method."
-            )
+            raise without_statistics(contribution.site, kind)
         found.append(max(own, key=lambda s: (s.manifest.created_at, s.id)))
     return found
 
@@ -158,6 +156,7 @@ def merge(
     gone: Sequence[Contribution] = (),
     replace: bool = False,
     keep_sum: bool = False,
+    device: Device = CPU,
 ) -> Merged:
     """Merge contributions into a folder that timm loads, with provenance and model card.
 
@@ -165,10 +164,11 @@ def merge(
     `refused` is what was left out, for the provenance. With `replace` an existing merged model
     gives way; any other folder is never touched. With `keep_sum`, or where the model that gives way
     has one, an exact running sum is kept beside the model; `gone` are contributions that may be in
-    it and are not merged now.
+    it and are not merged now. A running sum is made on the CPU, whatever the device.
 
     Everything is checked before any work starts. The folder appears whole or not at all, and its
-    bytes depend only on the base, the set of contributions and the recipe.
+    bytes depend only on the base, the set of contributions and the recipe; unless the methods are
+    linear, on the kind of device too.
 
     Raises
     ------
@@ -184,14 +184,18 @@ def merge(
         weights = engine.weigh(material.sources, recipe).shares
 
         def texts(fingerprint: str) -> dict[str, str]:
-            record = provenance(federation, ordered, beside, weights, recipe, fingerprint, refused)
+            record = provenance(
+                federation, ordered, beside, weights, recipe, fingerprint, refused, device
+            )
             return {
                 CONFIG: federation.model_config_json,
                 PROVENANCE: json.dumps(record, indent=2, ensure_ascii=False),
                 CARD: model_card(federation, ordered, record),
             }
 
-        written = write_folder(out, material, recipe, texts, replace=replace, keep_sum=keep_sum)
+        written = write_folder(
+            out, material, recipe, texts, replace=replace, keep_sum=keep_sum, device=device
+        )
     return Merged(out, written, material.contributions, tuple(weights), material.files[0][1])
 
 
@@ -203,6 +207,7 @@ def provenance(
     recipe: Recipe,
     fingerprint: str,
     refused: Sequence[Entry],
+    device: Device,
 ) -> dict[str, Any]:
     """What a merged model was made of: enough to make it again and compare."""
     return {
@@ -225,7 +230,7 @@ def provenance(
             for index, (c, weight) in enumerate(zip(contributions, weights, strict=True))
         ],
         "refused": [{"site": entry.site, "id": entry.id} for entry in refused],
-        "software": software(),
+        "software": {**software(), "device": device.name},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,13 @@ from typing import Any
 import torch
 
 from merge_kit import engine, vector
+from merge_kit.agreement import (
+    check_architectures,
+    check_classes,
+    check_heads,
+    check_labels,
+    check_length,
+)
 from merge_kit.blocks import in_order, one_thread_each
 from merge_kit.checkpoints import (
     Checkpoint,
@@ -19,10 +26,11 @@ from merge_kit.checkpoints import (
     Start,
     WithHead,
     check_fit,
-    fingerprint_checked,
+    read_checked,
 )
 from merge_kit.configuration import CONFIG, ModelConfig, read_config
-from merge_kit.errors import BaseMismatchError, RecipeError, VectorError
+from merge_kit.devices import CPU, Device
+from merge_kit.errors import BaseMismatchError, NonFiniteError, RecipeError, VectorError
 from merge_kit.inputs import Input, choose, each_once, named_apart, open_input
 from merge_kit.material import Material
 from merge_kit.merging import CARD, render, software
@@ -81,6 +89,7 @@ def gather(
     *,
     sites: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    again: bool = False,
 ) -> Iterator[Job]:
     """Open a base and what is to be merged, and check that it fits, before any work starts.
 
@@ -93,6 +102,8 @@ def gather(
         as ``NAME=PATH``. Two with the same tensors count once.
     sites, exclude
         Names to merge, or to leave out.
+    again
+        Read everything, whatever is remembered of it.
 
     Raises
     ------
@@ -117,14 +128,19 @@ def gather(
         start = _with_their_head(file, found, classifier)
         renewed = start is not file
         roles = roles_of(start.specs, classifier)
-        _check_heads(start, roles)
-        _check_labels([config for config in known if not (renewed and config is own)])
+        check_heads(start, roles)
+        check_labels([config for config in known if not (renewed and config is own)])
+        check_architectures(known)
+        for config, tensors in ((own, file), *((one.config, one.file) for one in found)):
+            if config:
+                check_classes(config, _head(tensors, classifier))
         for one in found:
             if one.header:
                 vector.check_specs(one.file, vector_specs(start.specs, roles))
             else:
                 check_fit(one.file, start, roles)
-        fingerprint, found, files = _read_all(file, found)
+                check_length(one.file, start, roles)
+        fingerprint, found, files = _read_all(file, found, Start(start, roles), again=again)
         once, notes = each_once(found)
         chosen = choose(named_apart(once), sites, exclude)
         job = Job(start, fingerprint, roles, tuple(chosen), recipe, None, tuple(notes), files)
@@ -138,21 +154,25 @@ class Sound(Document):
     """What reading a checkpoint finds: all its values are finite."""
 
     fingerprint: Digest
+    huge: tuple[str, ...]
+    """Tensors whose difference from a base may overflow."""
 
 
 def sound(file: Checkpoint) -> Sound:
     """What `look` finds in a checkpoint; raises NonFiniteError."""
-    return Sound(fingerprint=fingerprint_checked(file))
+    fingerprint, huge = read_checked(file)
+    return Sound(fingerprint=fingerprint, huge=huge)
 
 
 def _read_all(
-    base: Checkpoint, found: Sequence[Input]
+    base: Checkpoint, found: Sequence[Input], start: Start, *, again: bool
 ) -> tuple[str, list[Input], tuple[tuple[Checkpoint, Checked], ...]]:
     """The base's fingerprint, and the inputs with theirs: all is read, or was read before."""
     files = [base, *(one.file for one in found)]
     with one_thread_each() as workers:
-        looked = list(in_order(lambda file: look(file, Sound, sound), files, workers))
+        looked = list(in_order(lambda file: look(file, Sound, sound, again=again), files, workers))
     fingerprint, *theirs = (one.fingerprint for one, _ in looked)
+    huge, *others = (one.huge for one, _ in looked)
     checked = tuple(zip(files, (check for _, check in looked), strict=True))
     for one in found:
         if one.header and one.header.base != fingerprint:
@@ -160,8 +180,20 @@ def _read_all(
                 f"{one.path} was taken from the base {one.header.base}, the given base is "
                 f"{fingerprint}: give the base that it was taken from."
             )
+    for one, own in zip(found, others, strict=True):
+        if not one.header:
+            _check_difference(one, start, {*huge, *own} & start.specs.keys())
     named = [replace(one, fingerprint=f) for one, f in zip(found, theirs, strict=True)]
     return fingerprint, named, checked
+
+
+def _check_difference(one: Input, start: Start, names: Collection[str]) -> None:
+    for name in sorted(names):
+        if not bool(Difference(start, one.file).read(name).isfinite().all()):
+            raise NonFiniteError(
+                f"{one.path}: tensor '{name}' has values so large that the difference from the "
+                "base's overflows float32: give a sound checkpoint."
+            )
 
 
 def _with_new_head(job: Job, old: Mapping[str, TensorSpec]) -> Job:
@@ -216,39 +248,12 @@ def _with_their_head(
     return WithHead(base, dict(sorted((body | head).items())), frozenset(head))
 
 
-def _check_heads(base: Tensors, roles: Mapping[str, Role]) -> None:
-    heads = [name for name, role in roles.items() if role is Role.HEAD]
-    for name in heads[1:]:
-        one, other = base.specs[heads[0]], base.specs[name]
-        if one.shape[:1] != other.shape[:1]:
-            raise VectorError(
-                f"the heads '{heads[0]}' ({one}) and '{name}' ({other}) are not of the same "
-                "classes: correct 'classifier' in config.json."
-            )
-
-
-def _check_labels(configs: Sequence[ModelConfig]) -> None:
-    named = [config for config in configs if config.label_names]
-    for config in named[1:]:
-        ours, theirs = named[0].label_names, config.label_names
-        if len(ours) != len(theirs):
-            raise VectorError(
-                f"{config.path} names {len(theirs)} classes, {named[0].path} names {len(ours)}: "
-                "only checkpoints of the same classes can be merged."
-            )
-        for number, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            if our != their:
-                raise VectorError(
-                    f"class {number} is '{their}' in {config.path} and '{our}' in "
-                    f"{named[0].path}: only checkpoints with the same classes in the same order "
-                    "can be merged."
-                )
-
-
-def merge(job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False) -> Merged:
+def merge(
+    job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False, device: Device = CPU
+) -> Merged:
     """Merge into a folder as `merging.merge` makes it; timm loads it when the inputs are timm's.
 
-    With `give_way` a merged model that is there is replaced; `keep_sum` as there.
+    With `give_way` a merged model that is there is replaced; `keep_sum` and `device` as there.
 
     Statistics of norm layers, and heads under ``head: seen``, are weighted as the vectors are; a
     negative weight counts as 0 there.
@@ -261,15 +266,17 @@ def merge(job: Job, out: Path, *, give_way: bool = False, keep_sum: bool = False
     found, weights = _weighed(job)
 
     def texts(fingerprint: str) -> dict[str, str]:
-        record = provenance(job, weights, fingerprint)
+        record = provenance(job, weights, fingerprint, device)
         config = {CONFIG: job.config.text} if job.config else {}
         return {
             **config,
             PROVENANCE: json.dumps(record, indent=2, ensure_ascii=False),
-            CARD: render("plain_card.md.j2", record=record, config=job.config),
+            CARD: model_card(record, job.config),
         }
 
-    written = write_folder(out, found, job.recipe, texts, replace=give_way, keep_sum=keep_sum)
+    written = write_folder(
+        out, found, job.recipe, texts, replace=give_way, keep_sum=keep_sum, device=device
+    )
     return Merged(written, tuple(weights))
 
 
@@ -301,7 +308,14 @@ def _weighed(job: Job) -> tuple[Material, list[float]]:
     )
 
 
-def provenance(job: Job, weights: Sequence[float], fingerprint: str) -> dict[str, Any]:
+def model_card(record: dict[str, Any], config: ModelConfig | None) -> str:
+    """The merged model's README.md; `record` is its provenance."""
+    return render("plain_card.md.j2", record=record, config=config)
+
+
+def provenance(
+    job: Job, weights: Sequence[float], fingerprint: str, device: Device
+) -> dict[str, Any]:
     """What a merged model was made of; names and digests, never a path."""
     return {
         "format": 1,
@@ -311,11 +325,11 @@ def provenance(job: Job, weights: Sequence[float], fingerprint: str) -> dict[str
         "inputs": [
             {
                 "name": one.name,
-                "kind": "vector" if one.header else "checkpoint",
+                "kind": one.kind,
                 "fingerprint": one.fingerprint,
                 "weight": weight,
             }
             for one, weight in zip(job.inputs, weights, strict=True)
         ],
-        "software": software(),
+        "software": {**software(), "device": device.name},
     }

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator
 
 from merge_kit.contributions import Trust
+from merge_kit.devices import CPU
 from merge_kit.errors import ProvenanceError
 from merge_kit.manifest import Version
 from merge_kit.methods.base import Statistics
@@ -19,6 +20,7 @@ PROVENANCE_LIMIT = 64 << 20
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Key = Annotated[str, StringConstraints(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]
 SignatureText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{86}==$")]
+DeviceName = Annotated[str, StringConstraints(pattern=r"^[ -~]{1,100}$")]
 FolderName = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 
 
@@ -56,14 +58,15 @@ class Refused(Document):
 
 
 class Versions(Document):
-    """The programs that merged."""
+    """What merged."""
 
     merge_kit: Version
     torch: Version
+    device: DeviceName = CPU.name
 
 
 class Provenance(Document):
-    """provenance.json."""
+    """provenance.json of a merge of a hub's contributions."""
 
     format: Literal[1]
     federation: Contract
@@ -82,14 +85,65 @@ class Provenance(Document):
             raise ValueError("a contribution is named twice")
         return found
 
+    @property
+    def ingredients(self) -> tuple[Ingredient, ...]:
+        """What was merged, in the order of the file."""
+        return self.contributions
 
-def read_provenance(folder: Path) -> Provenance:
-    """Read and check the provenance of a merged model.
+
+class PlainInput(Document):
+    """A checkpoint, or a task vector, that was merged."""
+
+    name: SiteName
+    kind: Literal["checkpoint", "vector"]
+    fingerprint: Digest
+    """Of its tensors, in whatever files they lie."""
+    weight: float
+
+    @property
+    def id(self) -> str:
+        """The digits of the fingerprint: what a merge sorts by."""
+        return self.fingerprint.removeprefix("sha256:")
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"{self.name}/{self.id[:12]}"
+
+
+class PlainProvenance(Document):
+    """provenance.json of a merge of plain checkpoints: names and fingerprints, no signatures."""
+
+    format: Literal[1]
+    base: Digest
+    merged: Digest
+    """Fingerprint of the merged tensors."""
+    recipe: dict[str, Any]
+    inputs: tuple[PlainInput, ...] = Field(min_length=1)
+    software: Versions
+
+    @field_validator("inputs")
+    @classmethod
+    def _each_once(cls, found: tuple[PlainInput, ...]) -> tuple[PlainInput, ...]:
+        if len({one.fingerprint for one in found}) != len(found):
+            raise ValueError("a fingerprint is named twice")
+        if len({one.name for one in found}) != len(found):
+            raise ValueError("a name is given twice")
+        return found
+
+    @property
+    def ingredients(self) -> tuple[PlainInput, ...]:
+        """What was merged, in the order of the file."""
+        return self.inputs
+
+
+def read_provenance(folder: Path) -> Provenance | PlainProvenance:
+    """Read and check the provenance of a merged model; the key 'federation' tells which it is.
 
     Raises
     ------
     ProvenanceError
-        The folder has none, it breaks the format, or it was merged without a federation.
+        The folder has none, or it breaks the format.
     """
     path = folder / PROVENANCE
     if not path.is_file():
@@ -108,11 +162,8 @@ def read_provenance(folder: Path) -> Provenance:
         data = json.loads(raw, object_pairs_hook=_once, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ProvenanceError(f"{path} is not sound JSON: it was changed or damaged.") from error
-    if isinstance(data, dict) and data.get("federation") is None:
-        raise ProvenanceError(
-            f"{path} names no federation: a model that was merged from plain checkpoints cannot be "
-            "verified, there is nothing signed to compare it with."
-        )
+    if isinstance(data, dict) and "federation" not in data:
+        return parse(PlainProvenance, data, str(path), ProvenanceError)
     return parse(Provenance, data, str(path), ProvenanceError)
 
 

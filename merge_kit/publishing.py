@@ -20,6 +20,7 @@ from merge_kit.errors import ContributionError, VectorError
 from merge_kit.files import sha256_file, write_atomic
 from merge_kit.hub import Hub
 from merge_kit.manifest import Draft, Kind, Manifest, parse_manifest, read_draft, suppress
+from merge_kit.methods.base import Statistics
 from merge_kit.site import Site, check_pinned, federation_on
 
 VECTOR = "vector.safetensors"
@@ -49,12 +50,17 @@ class Parcel:
     replaces: Contribution | None
 
 
-def prepare_all(site: Site, run: Path, hub: Hub, *, alongside: bool = False) -> list[Parcel]:
-    """The vector of a run, then the statistics that have been made for it: see `prepare`."""
-    kinds: list[Kind] = [
-        kind for kind in get_args(Kind) if kind == "vector" or (run / draft_file(kind)).is_file()
-    ]
+def prepare_all(
+    site: Site, run: Path, hub: Hub, *, alongside: bool = False, statistics: bool = True
+) -> list[Parcel]:
+    """The vector of a run, then with `statistics` those that have been made: see `prepare`."""
+    kinds: list[Kind] = ["vector", *(statistics_of(run) if statistics else ())]
     return [prepare(site, run, hub, kind, alongside=alongside) for kind in kinds]
+
+
+def statistics_of(run: Path) -> list[Statistics]:
+    """The kinds of statistics that have been made of a run."""
+    return [kind for kind in get_args(Statistics) if (run / draft_file(kind)).is_file()]
 
 
 def prepare(

@@ -12,7 +12,8 @@ from pydantic import Field, field_validator
 from merge_kit.errors import RecipeError
 from merge_kit.methods import METHODS, Method, WeightScheme
 from merge_kit.methods.base import Sparsify
-from merge_kit.schema import Document, SiteName, dump_yaml, parse, read_yaml, shown, suggestion
+from merge_kit.schema import Document, Place, SiteName, parse, shown, suggestion
+from merge_kit.yamlfile import dump_yaml, read_yaml
 
 Share = Annotated[float, Field(ge=0, le=1)]
 # Products of a few such numbers stay within what float64 holds.
@@ -118,7 +119,7 @@ class Recipe(Rule):
 
 
 def make_recipe(
-    data: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None
+    data: Mapping[str, Any], where: str | Place, defaults: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Check a recipe and fill in `defaults`, then those of its method.
 
@@ -127,50 +128,57 @@ def make_recipe(
     RecipeError
         An unknown key or method (with the nearest known one), or a value out of its range.
     """
+    place = where if isinstance(where, Place) else Place(where)
     of_recipe = defaults or {}
     of_rules = {key: value for key, value in of_recipe.items() if key in Rule.model_fields}
-    filled = _filled(data, where, of_recipe)
+    filled = _filled(data, place, of_recipe)
     groups = data.get("groups") or ()
     if not isinstance(groups, Sequence) or not all(isinstance(g, Mapping) for g in groups):
-        raise RecipeError(f"{where}: 'groups' must be a list, each entry with keys and values.")
+        raise RecipeError(
+            f"{place.at('groups')}: 'groups' must be a list, each entry with keys and values."
+        )
     filled["groups"] = [
-        _group(group, f"{where}, group {number}", of_rules)
-        for number, group in enumerate(groups, 1)
+        _group(group, place.inside(f"{place}, group {number + 1}", "groups", number), of_rules)
+        for number, group in enumerate(groups)
     ]
-    return parse(Recipe, filled, where, RecipeError)
+    return parse(Recipe, filled, place, RecipeError)
 
 
-def _group(data: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    filled = _filled(data, where, defaults)
+def _group(data: Mapping[str, Any], place: Place, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    filled = _filled(data, place, defaults)
     match = data.get("match")
     if match is None and data.get("depth") is None:
-        raise RecipeError(f"{where}: say which parameters it takes, with 'match' or 'depth'.")
+        raise RecipeError(f"{place.at()}: say which parameters it takes, with 'match' or 'depth'.")
     if isinstance(match, str):
         filled["match"] = (match,)
-    return parse(Group, filled, where, RecipeError).model_dump(mode="json")
+    return parse(Group, filled, place, RecipeError).model_dump(mode="json")
 
 
-def _filled(data: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _filled(data: Mapping[str, Any], place: Place, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """One rule with `defaults`, then its method's."""
     name = data.get("method")
     if name is None:
-        raise RecipeError(f"{where}: the key 'method' is missing; known are {', '.join(METHODS)}.")
-    method = _method(name, list(METHODS), where)
+        raise RecipeError(
+            f"{place.at()}: the key 'method' is missing; known are {', '.join(METHODS)}."
+        )
+    method = _method(name, list(METHODS), place.at("method"))
     given = data.get("options") or {}
     if not isinstance(given, Mapping):
-        raise RecipeError(f"{where}: 'options' must hold keys and values.")
+        raise RecipeError(f"{place.at('options')}: 'options' must hold keys and values.")
     weights = data.get("weights", method.weights)
     if isinstance(weights, str) and weights not in (known := list(get_args(WeightScheme))):
         raise RecipeError(
-            f"{where}: unknown weights '{shown(weights)}'{suggestion(weights, known)}"
+            f"{place.at('weights')}: unknown weights '{shown(weights)}'{suggestion(weights, known)}"
         )
     if isinstance(weights, Mapping):
-        parse(_Weights, {"weights": weights}, where, RecipeError)
-    options = _options(method, given, where)
+        parse(_Weights, {"weights": weights}, place, RecipeError)
+    inner = place.inside(f"{place}, options of {name}", "options")
+    options = _options(method, given, inner)
     if isinstance(method.rule, Sparsify):
         plain = [n for n, m in METHODS.items() if not isinstance(m.rule, Sparsify)]
-        then = _method(options["rule"], plain, f"{where}, options of {name}")
-        options["rule_options"] = _options(then, options["rule_options"], where)
+        then = _method(options["rule"], plain, inner.at("rule"))
+        innermost = inner.inside(f"{place}, options of {then.name}", "rule_options")
+        options["rule_options"] = _options(then, options["rule_options"], innermost)
     return {"weights": method.weights, **defaults, **data, "options": options}
 
 
@@ -182,14 +190,8 @@ def _method(name: object, known: list[str], where: str) -> Method:
     return METHODS[name]
 
 
-def _options(method: Method, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    checked = parse(method.options, given, f"{where}, options of {method.name}", RecipeError)
-    try:
-        return checked.model_dump(mode="json")
-    except ValueError as fault:  # an alias in YAML may lead back to where it stands
-        raise RecipeError(
-            f"{where}, options of {method.name}: what stands there holds itself: write it out."
-        ) from fault
+def _options(method: Method, given: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    return parse(method.options, given, place, RecipeError).model_dump(mode="json")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -216,4 +218,5 @@ def read_recipe(path: Path, defaults: Mapping[str, Any] | None = None) -> Recipe
                 f"{suggestion(str(path), list(shipped))}"
             )
         path = shipped.get(str(path), path)
-    return make_recipe(read_yaml(path, RecipeError), str(path), defaults)
+    file = read_yaml(path, RecipeError)
+    return make_recipe(file.data, file.place, defaults)

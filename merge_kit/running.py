@@ -195,6 +195,56 @@ def updates(
     return tuple(found)
 
 
+def sum_specs(
+    groups: Sequence[Sequence[str]], specs: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """What the file of a running sum holds; `specs` are the base's."""
+    names = [name for group in groups for name in group]
+    return {name: TensorSpec(torch.float64, specs[name].shape) for name in names}
+
+
+class Recorder:
+    """What a running sum says of itself, gathered as its blocks come."""
+
+    def __init__(self, base: str, groups: Sequence[Sequence[str]], sums: Sequence[Sums]) -> None:
+        self._base = base
+        self._rules = [
+            RuleSum(names=tuple(names), weights=dict(kept.weights))
+            for names, kept in zip(groups, sums, strict=True)
+        ]
+        self._digests: dict[str, list[str]] = {name: [] for group in groups for name in group}
+        self._rests: dict[str, list[tuple[int, float]]] = {}
+        self._left = _MOST_RESTS
+
+    def add(self, name: str, begin: int, pair: Pair) -> None:
+        """The pairs of one block; those of one tensor come in order.
+
+        Raises
+        ------
+        InexactSumError
+            Too many values need both numbers.
+        """
+        low = pair[1]
+        places = np.flatnonzero(low)
+        self._left -= len(places)
+        if self._left < 0:
+            raise InexactSumError
+        if len(places):
+            rests = zip((places + begin).tolist(), low[places].tolist(), strict=True)
+            self._rests.setdefault(name, []).extend(rests)
+        self._digests[name].append(_digest(pair))
+
+    def to_bytes(self) -> bytes:
+        """The record, as it is written."""
+        record = Record(
+            base=self._base,
+            rules=tuple(self._rules),
+            rests={name: tuple(rests) for name, rests in self._rests.items()},
+            digests={name: tuple(found) for name, found in self._digests.items()},
+        )
+        return canonical_json(record.model_dump(mode="json"))
+
+
 class SumWriter:
     """Writes a running sum as the blocks of a merge come; use as a context manager."""
 
@@ -206,17 +256,9 @@ class SumWriter:
         groups: Sequence[Sequence[str]],
         sums: Sequence[Sums],
     ) -> None:
-        self._folder, self._base = folder, base
-        self._rules = [
-            RuleSum(names=tuple(names), weights=dict(kept.weights))
-            for names, kept in zip(groups, sums, strict=True)
-        ]
-        names = [name for group in groups for name in group]
-        doubles = {name: TensorSpec(torch.float64, specs[name].shape) for name in names}
-        self._writer = TensorWriter(folder / SUMS, doubles)
-        self._digests: dict[str, list[str]] = {name: [] for name in names}
-        self._rests: dict[str, list[tuple[int, float]]] = {}
-        self._left = _MOST_RESTS
+        self._folder = folder
+        self._recorder = Recorder(base, groups, sums)
+        self._writer = TensorWriter(folder / SUMS, sum_specs(groups, specs))
 
     def __enter__(self) -> SumWriter:
         self._writer.__enter__()
@@ -230,16 +272,8 @@ class SumWriter:
         InexactSumError
             Too many values need both numbers.
         """
-        high, low = pair
-        places = np.flatnonzero(low)
-        self._left -= len(places)
-        if self._left < 0:
-            raise InexactSumError
-        if len(places):
-            rests = zip((places + begin).tolist(), low[places].tolist(), strict=True)
-            self._rests.setdefault(name, []).extend(rests)
-        self._digests[name].append(_digest(pair))
-        self._writer.write_part(name, begin, torch.from_numpy(high))
+        self._recorder.add(name, begin, pair)
+        self._writer.write_part(name, begin, torch.from_numpy(pair[0]))
 
     def __exit__(
         self,
@@ -249,13 +283,7 @@ class SumWriter:
     ) -> None:
         self._writer.__exit__(kind, error, trace)
         if kind is None:
-            record = Record(
-                base=self._base,
-                rules=tuple(self._rules),
-                rests={name: tuple(rests) for name, rests in self._rests.items()},
-                digests={name: tuple(found) for name, found in self._digests.items()},
-            )
-            write_atomic(self._folder / RECORD, canonical_json(record.model_dump(mode="json")))
+            write_atomic(self._folder / RECORD, self._recorder.to_bytes())
 
 
 def _digest(pair: Pair) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar, get_args
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from merge_kit.errors import MergeKitError
@@ -38,10 +38,38 @@ class Document(BaseModel):
 
 
 D = TypeVar("D", bound=Document)
+Location = tuple[str | int, ...]
+"""Keys, and numbers of entries in lists, that lead to a value."""
 
 
-def parse(model: type[D], data: Any, where: str, error: type[MergeKitError]) -> D:
-    """Check `data` against a document model.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a document stands, for messages: a file, and the line of each of its values."""
+
+    name: str
+    lines: Mapping[Location, int] = field(default_factory=dict)
+    path: Location = ()
+    """What leads from the file's top to the document."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inside(self, name: str, *path: str | int) -> Place:
+        """The place of a document within this one."""
+        return Place(name, self.lines, (*self.path, *path))
+
+    def at(self, *path: str | int) -> str:
+        """The file and the line of a value, or of what holds it; no line at the top."""
+        whole = (*self.path, *path)
+        holders = (self.lines.get(whole[:length]) for length in range(len(whole), 0, -1))
+        line = next(filter(None, holders), None)
+        return f"{self.name}, line {line}" if line else self.name
+
+
+def parse(model: type[D], data: Any, where: str | Place, error: type[MergeKitError]) -> D:
+    """Check `data`, of types that JSON has, against a document model.
+
+    Nothing is converted: a text is no number, true is no 1, and 1.0 is no whole number.
 
     Raises
     ------
@@ -50,16 +78,21 @@ def parse(model: type[D], data: Any, where: str, error: type[MergeKitError]) -> 
         unknown field the nearest known one.
     """
     try:
-        return model.model_validate(data)
+        # Strict on Python's values would also refuse a list in the place of a tuple.
+        return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as fault:
-        raise error(_sentence(fault, model, where)) from fault
+        place = where if isinstance(where, Place) else Place(where)
+        raise error(_sentence(fault, model, place)) from fault
 
 
-def _sentence(fault: ValidationError, model: type[Document], where: str) -> str:
+def _sentence(fault: ValidationError, model: type[Document], place: Place) -> str:
     first = fault.errors(include_url=False)[0]
+    where = place.at(*first["loc"])
     field = shown(".".join(str(part) for part in first["loc"])) or "the document"
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key '{field}'{_nearest(first['loc'], model)}"
+    if first["type"] == "json_invalid":
+        return f"{where} holds a text that is no Unicode, or nests too deeply: correct it."
     if first["type"] == "missing":
         return f"{where}: the key '{field}' is missing."
     message = first["msg"].removeprefix("Value error, ")
@@ -95,35 +128,3 @@ def suggestion(name: str, known: list[str]) -> str:
     if near := difflib.get_close_matches(name, known, n=1):
         return f"; did you mean '{near[0]}'?"
     return f"; known are {', '.join(known)}." if 0 < len(known) <= _LISTED else "."
-
-
-def read_yaml(path: Path, error: type[MergeKitError]) -> Mapping[str, Any]:
-    """Read a YAML mapping with the safe loader.
-
-    Raises
-    ------
-    MergeKitError
-        Of the class `error`: the file is missing, not UTF-8, not YAML (with the line), or no
-        mapping.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path} does not exist: check the path.") from None
-    except UnicodeDecodeError as fault:
-        raise error(f"{path} is not UTF-8 text: save it as UTF-8.") from fault
-    except OSError as fault:
-        raise error(f"{path} cannot be read: {fault.strerror}.") from fault
-    except (yaml.YAMLError, ValueError, RecursionError) as fault:
-        mark = getattr(fault, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise error(f"{path}{line}: not valid YAML.") from fault
-    if not isinstance(data, dict):
-        raise error(f"{path} must hold keys and values (YAML mapping).")
-    return data
-
-
-def dump_yaml(document: Document) -> str:
-    """A document as YAML, in the order of its fields."""
-    data = document.model_dump(mode="json")
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from merge_kit import signing
 from merge_kit.errors import FederationError
@@ -22,7 +20,8 @@ from merge_kit.federation import (
 )
 from merge_kit.files import new_folder, storage_errors, write_atomic
 from merge_kit.hub import Hub
-from merge_kit.schema import Digest, Document, SiteName, dump_yaml, parse, read_yaml
+from merge_kit.schema import Digest, Document, SiteName, parse
+from merge_kit.yamlfile import dump_yaml, parse_yaml, read_yaml
 
 SITE_FILE = "site.yaml"
 KEY_FILE = "keys/site.pem"
@@ -77,15 +76,9 @@ def federation_on(hub: Hub) -> Federation:
             f"{hub.uri} is not a federation: it has no {FEDERATION_FILE}; "
             "create one with 'merge-kit init'."
         )
-    return _parse(hub.read(FEDERATION_FILE), f"{hub.uri}/{FEDERATION_FILE}")
-
-
-def _parse(data: bytes, where: str) -> Federation:
-    try:
-        content: Any = yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FederationError(f"{where}: not valid YAML.") from error
-    return parse_federation(content, where)
+    where = f"{hub.uri}/{FEDERATION_FILE}"
+    file = parse_yaml(hub.read(FEDERATION_FILE), where, FederationError)
+    return parse_federation(file.data, file.place)
 
 
 def join(hub: Hub, name: str, root: Path) -> Site:
@@ -142,7 +135,8 @@ def open_site(root: Path) -> Site:
         raise FederationError(
             f"{root} is not a site's folder: it has no {SITE_FILE}; run 'merge-kit join' first."
         )
-    config = parse(SiteConfig, read_yaml(path, FederationError), str(path), FederationError)
+    file = read_yaml(path, FederationError)
+    config = parse(SiteConfig, file.data, file.place, FederationError)
     federation = read_federation(root / COPY)
     check_pinned(config, federation, str(root / COPY))
     return Site(root, config, federation)

@@ -6,8 +6,9 @@ tensor, its rescaler r (EMR, arXiv 2405.17461).
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Annotated, Literal
@@ -91,17 +92,11 @@ class MaskWriter:
             A part is 0 times the merged vector, from which no site's values can come back.
         """
         for part in parts:
-            if part.masks is not None and part.rescalers is not None:
-                self._add(part, part.masks, part.rescalers)
+            if part.masks is not None:
+                self._add(part, part.masks, checked_rescalers(part))
             yield part
 
-    def _add(self, part: Part, masks: Tensor, rescalers: Tensor) -> None:
-        if not bool(rescalers.isfinite().all()):
-            raise RecipeError(
-                f"nothing is left of the sites' vectors in the tensor '{part.name}', so their own "
-                "models could not come back: choose a 'scale', and an 'alpha' of 'lines', other "
-                "than 0."
-            )
+    def _add(self, part: Part, masks: Tensor, rescalers: list[float]) -> None:
         packed = pack(masks)
         with storage_errors(self._folder):
             if self._bits is None:
@@ -110,28 +105,18 @@ class MaskWriter:
             self._bits.write(packed.data)
         size = part.begin + masks.shape[1]
         self._specs[part.name] = packed_spec(TensorSpec(torch.bool, (size,)))
-        self._rescalers[part.name] = rescalers.tolist()
+        self._rescalers[part.name] = rescalers
         self._places.append((part.name, part.begin // 8, packed.shape[1]))
 
     def finish(self, merged: str) -> None:
         """Write the files; `merged` is the fingerprint of the model that they belong to."""
         if self._bits is None:
             return
-        sites = [source.site for source in self._sources]
-        for index, source in enumerate(self._sources):
-            alone = sites.count(source.site) == 1
-            header = MaskHeader(
-                site=source.site,
-                contribution=source.id,
-                merged=merged,
-                rescalers={name: found[index] for name, found in self._rescalers.items()},
-            )
-            stem = file_stem(source.site, source.id, alone=alone)
-            metadata = (METADATA_KEY, canonical_json(header.model_dump()).decode())
-            path = self._folder / f"{stem}{_SUFFIX}"
-            with TensorWriter(path, self._specs, metadata) as writer:
-                for name, begin, row in self._rows(self._bits, index):
-                    writer.write_part(name, begin, row)
+        for index, (name, source) in enumerate(by_name(self._sources).items()):
+            metadata = metadata_of(source, index, merged, self._rescalers)
+            with TensorWriter(self._folder / name, self._specs, metadata) as writer:
+                for tensor, begin, row in self._rows(self._bits, index):
+                    writer.write_part(tensor, begin, row)
 
     def _rows(self, bits: IO[bytes], index: int) -> Iterator[tuple[str, int, Tensor]]:
         at = 0
@@ -141,6 +126,45 @@ class MaskWriter:
                 row = bytearray(bits.read(size))
             at += len(self._sources) * size
             yield name, begin, torch.frombuffer(row, dtype=torch.uint8)
+
+
+def checked_rescalers(part: Part) -> list[float]:
+    """The rescaler of each source in a part that has masks.
+
+    Raises
+    ------
+    RecipeError
+        The part is 0 times the merged vector, from which no site's values can come back.
+    """
+    found: list[float] = [] if part.rescalers is None else part.rescalers.tolist()
+    if not all(map(math.isfinite, found)):
+        raise RecipeError(
+            f"nothing is left of the sites' vectors in the tensor '{part.name}', so their own "
+            "models could not come back: choose a 'scale', and an 'alpha' of 'lines', other "
+            "than 0."
+        )
+    return found
+
+
+def by_name(sources: Sequence[Source]) -> dict[str, Source]:
+    """Sources by the name of their file of masks, in the order of the ids."""
+    ordered = sorted(sources, key=lambda source: source.id)
+    sites = [source.site for source in ordered]
+    stems = [file_stem(s.site, s.id, alone=sites.count(s.site) == 1) for s in ordered]
+    return {f"{stem}{_SUFFIX}": s for stem, s in zip(stems, ordered, strict=True)}
+
+
+def metadata_of(
+    source: Source, index: int, merged: str, rescalers: Mapping[str, Sequence[float]]
+) -> tuple[str, str]:
+    """The metadata of a file of masks; `rescalers` has every source's, by tensor."""
+    header = MaskHeader(
+        site=source.site,
+        contribution=source.id,
+        merged=merged,
+        rescalers={name: found[index] for name, found in rescalers.items()},
+    )
+    return METADATA_KEY, canonical_json(header.model_dump()).decode()
 
 
 def file_stem(site: str, contribution: str, *, alone: bool = True) -> str:

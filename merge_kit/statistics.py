@@ -6,6 +6,7 @@ such as the figures can have.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -16,7 +17,7 @@ from merge_kit import vector
 from merge_kit.errors import ContributionError, VectorError
 from merge_kit.manifest import Kind
 from merge_kit.parameters import Role
-from merge_kit.schema import Digest
+from merge_kit.schema import Digest, Document
 from merge_kit.tensorfile import TensorFile
 from merge_kit.tensorheader import TensorSpec
 from merge_kit.vector import VectorHeader
@@ -79,6 +80,47 @@ def check_header(file: TensorFile, kind: Kind, about: str | None, where: str) ->
     return header
 
 
+class Measured(Document):
+    """What one reading of a file of statistics finds; it depends on the bytes alone."""
+
+    sha256: Digest
+    norm: float | None
+    """L2 norm of all values; None when one is NaN or infinite."""
+    sound: tuple[Kind, ...]
+    """The kinds that the values can be of, as `check` says it."""
+
+
+def measure(file: TensorFile) -> Measured:
+    """Digest of the bytes and what `check` asks of the values, from one pass over a file.
+
+    Memory is one tensor's.
+    """
+    digest, total, sound = hashlib.sha256(file.start), 0.0, {"fisher", "gram"}
+    for name in file.in_file_order():
+        tensor = file.read(name)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        total += float(tensor.double().square().sum())
+        if bool((tensor < 0).any()):
+            sound.discard("fisher")
+        square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
+        if not square or not torch.equal(tensor, tensor.T) or bool((tensor.diagonal() < 0).any()):
+            sound.discard("gram")
+    norm = math.sqrt(total) if math.isfinite(total) else None
+    return Measured.model_validate(
+        {"sha256": f"sha256:{digest.hexdigest()}", "norm": norm, "sound": sorted(sound)}
+    )
+
+
+def check_specs(
+    file: TensorFile, kind: Kind, expected: Mapping[str, TensorSpec], roles: Mapping[str, Role]
+) -> None:
+    """Compare names, shapes and dtypes with what the base asks for; as in `check`."""
+    if kind == "fisher":
+        vector.check_specs(file, fisher_specs(expected, roles))
+    else:
+        _check_gram_specs(file, gram_specs(expected, roles))
+
+
 def check(
     file: TensorFile, kind: Kind, expected: Mapping[str, TensorSpec], roles: Mapping[str, Role]
 ) -> float:
@@ -97,10 +139,7 @@ def check(
     VectorError
         Names the tensor and what is wrong with it.
     """
-    if kind == "fisher":
-        vector.check_specs(file, fisher_specs(expected, roles))
-    else:
-        _check_gram_specs(file, gram_specs(expected, roles))
+    check_specs(file, kind, expected, roles)
     total = 0.0
     for name, tensor in vector.read_checked(file, REMEDY):
         if kind == "gram" and not torch.equal(tensor, tensor.T):

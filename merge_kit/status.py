@@ -59,6 +59,7 @@ def _row(
             "compatible": False,
             "problem": entry.problem,
             "created": "",
+            "public_key": None,
         }
     manifest = found.manifest
     created = datetime.strptime(manifest.created_at, "%Y-%m-%dT%H:%M:%SZ")
@@ -82,6 +83,7 @@ def _row(
         "cosine": cosines.get(entry.id),
         "statistics": sorted({s.kind for s in beside if speaks_of(s, found)}),
         "signature": found.trust.value,
+        "public_key": found.key,
     }
 
 

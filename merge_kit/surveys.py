@@ -50,7 +50,7 @@ class Survey:
     def totals(self, measure: Callable[[Block], Tensor]) -> dict[str, Tensor]:
         """Sum of a measure over the blocks of each tensor."""
         found: dict[str, Tensor] = {}
-        for stretch, part in self.reader.each(measure):
+        for stretch, part in self.reader.each(lambda block: measure(block).cpu()):
             before = found.get(stretch.tensor)
             found[stretch.tensor] = part if before is None else before + part
         return found
@@ -93,7 +93,8 @@ class Survey:
     def _subject(self) -> list[object]:
         # Products come from the linear algebra under torch: another version may round otherwise.
         made_by = [_FORMAT, torch.__version__, torch.backends.cpu.get_cpu_capability()]
-        return [list(self.reader.names), list(self.changed_by), made_by]
+        device = self.reader.device.name
+        return [list(self.reader.names), list(self.changed_by), made_by, device]
 
     def _kth_largest(
         self, measure: Callable[[Block], Tensor], fraction: float, scope: Scope
@@ -165,7 +166,7 @@ def _products(
     # BLAS may treat rows by their alignment: every row begins at a multiple of 64 bytes.
     if getattr(scratch, "length", 0) < length:
         scratch.length = -(-length // 8) * 8
-        scratch.values = torch.empty(size, scratch.length, dtype=torch.float64)
+        scratch.values = block.start.new_empty(size, scratch.length)
     values = scratch.values[:, :length]
     values.copy_(block.values)
     if on_weights:
@@ -174,8 +175,10 @@ def _products(
         product: Tensor = values @ values.T
         return product
     found = torch.zeros(size, size, dtype=torch.float64)
-    for i, j in pairs:
-        found[i, j] = found[j, i] = values[i].dot(values[j])
+    # Brought to the CPU together: on a GPU each one would be waited for.
+    products = torch.stack([values[i].dot(values[j]) for i, j in pairs])
+    for (i, j), product in zip(pairs, products.tolist(), strict=True):
+        found[i, j] = found[j, i] = product
     return found
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from merge_kit.checkpoints import WEIGHTS, Checkpoint, fingerprint_checked
 from merge_kit.configuration import CONFIG
-from merge_kit.errors import BaseMismatchError, UsageError, VectorError
+from merge_kit.errors import BaseMismatchError, UsageError
 from merge_kit.files import new_folder, write_atomic
-from merge_kit.provenance import PROVENANCE
+from merge_kit.provenance import read_provenance
 from merge_kit.sitemasks import (
     MaskHeader,
     check_masks,
@@ -20,7 +19,7 @@ from merge_kit.sitemasks import (
     unmasked,
 )
 from merge_kit.tensorfile import TensorFile, TensorWriter
-from merge_kit.writing import write_parts
+from merge_kit.writing import METADATA, write_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +47,26 @@ def unmask(merged: Path, base_path: Path, site: str, out: Path) -> Unmasked:
     ------
     UsageError
         `out` exists.
+    ProvenanceError
+        `merged` is no merged model, or says nothing sound of itself.
     VectorError
-        `merged` is no merged model, keeps no masks of the site, or the masks do not fit.
+        It keeps no masks of the site, or the masks do not fit.
     BaseMismatchError
         The base or the merged model has another fingerprint than the one it should have.
     """
     if out.exists():
         raise UsageError(f"{out} exists already: choose another --out, or remove it.")
-    for name in (PROVENANCE, WEIGHTS):
-        if not (merged / name).is_file():
-            raise VectorError(
-                f"{merged} is no merged model: it has no {name}; give a folder that 'merge-kit "
-                "merge' wrote."
-            )
-    expected = _base_of(merged / PROVENANCE)
+    record = read_provenance(merged)
     path = find_masks(merged, site)
     with ExitStack() as stack:
         model = stack.enter_context(TensorFile(merged / WEIGHTS))
         base = stack.enter_context(Checkpoint(base_path))
         masks = stack.enter_context(TensorFile(path))
         header = read_header(masks)
-        if (found := fingerprint_checked(base)) != expected:
+        if (found := fingerprint_checked(base)) != record.base:
             raise BaseMismatchError(
                 f"{base_path} has the fingerprint {found}, {merged} was merged from the base "
-                f"{expected}: give that base with --base."
+                f"{record.base}: give that base with --base."
             )
         if (found := fingerprint_checked(model)) != header.merged:
             raise BaseMismatchError(
@@ -80,15 +75,8 @@ def unmask(merged: Path, base_path: Path, site: str, out: Path) -> Unmasked:
             )
         check_masks(masks, header, model, base)
         with new_folder(out) as folder:
-            with TensorWriter(folder / WEIGHTS, model.specs, ("format", "pt")) as writer:
+            with TensorWriter(folder / WEIGHTS, model.specs, METADATA) as writer:
                 made = write_parts(writer, unmasked(model, base, masks, header))
             if (merged / CONFIG).is_file():  # a merge of files without one has none
                 write_atomic(folder / CONFIG, (merged / CONFIG).read_bytes())
     return Unmasked(out, made, header)
-
-
-def _base_of(provenance: Path) -> str:
-    try:
-        return str(json.loads(provenance.read_bytes())["base"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise VectorError(f"{provenance} does not name the model's base: merge again.") from error

@@ -138,7 +138,7 @@ def unknown_training_option(b):
     config = b.tmp / "training.yaml"
     config.write_text("learning_rat: 0.1\n")
     return b.finetune(b.table(GOOD), "--config", config), (
-        f"{config}: unknown key 'learning_rat'; did you mean 'learning_rate'?"
+        f"{config}, line 1: unknown key 'learning_rat'; did you mean 'learning_rate'?"
     )
 
 
@@ -201,14 +201,30 @@ def site_name_with_a_slash(b):
 @row()
 def federation_not_yaml(b):
     (b.hub.root / "federation.yaml").write_text("name: [unclosed\n")
-    return ["status", b.hub.root], f"{b.hub.root}/federation.yaml: not valid YAML."
+    return ["status", b.hub.root], f"{b.hub.root}/federation.yaml, line 2: not valid YAML."
 
 
 @row()
 def federation_with_unknown_key(b):
     path = b.hub.root / "federation.yaml"
-    path.write_text(path.read_text() + "polcy: {}\n")
-    return ["status", b.hub.root], f"{path}: unknown key 'polcy'; did you mean 'policy'?"
+    text = path.read_text()
+    path.write_text(text + "polcy: {}\n")
+    line = text.count("\n") + 1
+    return ["status", b.hub.root], (
+        f"{path}, line {line}: unknown key 'polcy'; did you mean 'policy'?"
+    )
+
+
+@row()
+def federation_with_a_key_twice(b):
+    path = b.hub.root / "federation.yaml"
+    text = path.read_text()
+    path.write_text(text + "name: other\n")
+    line, first = text.count("\n") + 1, text.split("\n").index("name: cells") + 1
+    return ["status", b.hub.root], (
+        f"{path}, line {line}: the key 'name' stands there already, in line {first}: leave one of "
+        "the two."
+    )
 
 
 @row()
@@ -353,7 +369,7 @@ def unknown_recipe_key(b):
     recipe = b.tmp / "recipe.yaml"
     recipe.write_text("method: ties\nsclae: 2\n")
     return ["merge", b.hub.root, "--recipe", recipe], (
-        f"{recipe}: unknown key 'sclae'; did you mean 'scale'?"
+        f"{recipe}, line 2: unknown key 'sclae'; did you mean 'scale'?"
     )
 
 

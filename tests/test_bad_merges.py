@@ -46,7 +46,35 @@ def infinite_scale_in_yaml(b, scale):
     recipe = b.tmp / "recipe.yaml"
     recipe.write_text(f"method: ties\nscale: {scale}\n")
     return merge_both(b, False, "--recipe", recipe), (
-        f"{recipe}: 'scale': input should be a finite number (got {scale[1:]})."
+        f"{recipe}, line 2: 'scale': input should be a finite number (got {scale[1:]})."
+    )
+
+
+@row()
+def key_twice_in_a_recipe(b):
+    recipe = b.tmp / "recipe.yaml"
+    recipe.write_text("method: ties\noptions:\n  density: 0.1\n  density: 0.9\n")
+    return merge_both(b, False, "--recipe", recipe), (
+        f"{recipe}, line 4: the key 'density' stands there already, in line 3: leave one of the "
+        "two."
+    )
+
+
+@row()
+def references_in_a_recipe(b):
+    recipe = b.tmp / "recipe.yaml"
+    recipe.write_text("method: &m mean\ngroups:\n- match: fc.*\n  method: *m\n")
+    return merge_both(b, False, "--recipe", recipe), (
+        f"{recipe}, line 4: a reference (*name) has no place here: write it out."
+    )
+
+
+@rows({"true": "true", "text": "two"})
+def option_of_another_type(b, value):
+    got = {"true": "True", "two": "'two'"}[value]
+    arguments = merge_both(b, False, "--method", "ties", "--option", f"density={value}")
+    return arguments, (
+        f"the command line, options of ties: 'density': input should be a valid number (got {got})."
     )
 
 
@@ -67,10 +95,41 @@ def density(b, density):
     return arguments, f"the command line, options of dare: 'density': {fault}."
 
 
+@rows(
+    {
+        "clipping": ("centred-clipping", 10_001),
+        "median": ("geometric-median", 10**30),
+        "karcher": ("karcher", 10_001),
+        "wudi": ("wudi", 10_001),
+    }
+)
+def endless_iterations(b, chosen):
+    method, count = chosen
+    arguments = merge_both(b, False, "--method", method, "--option", f"iterations={count}")
+    return arguments, (
+        f"the command line, options of {method}: 'iterations': input should be less than or equal "
+        f"to 10000 (got {count})."
+    )
+
+
 @rows(FORMS)
 def one_vector_only(b, on_hub):
     return merge_both(b, on_hub, "--method", "slerp"), (
         "'slerp' needs at least 2 vectors, there is 1: wait for more sites, or take another method."
+    )
+
+
+@rows(FORMS, status=2)
+def a_gpu_that_is_not_there(b, on_hub):
+    return merge_both(b, on_hub, "--device", "cuda:77"), (
+        "the device 'cuda:77' is not there: give --device cpu, or see 'merge-kit doctor'."
+    )
+
+
+@rows(FORMS, status=2)
+def a_device_without_float64(b, on_hub):
+    return merge_both(b, on_hub, "--device", "mps"), (
+        "--device mps: merges run on cpu, or on cuda, cuda:1 and so on."
     )
 
 
@@ -108,9 +167,28 @@ def zero_vector(b, on_hub):
     else:
         shutil.copytree(b.base, b.tmp / "zero")
         arguments.insert(2, b.tmp / "zero")
+    others = 44 if on_hub else 46  # the head is merged like the weights
     return arguments, (
-        "site 'zero': its vector is all zeros and 'nuslerp' needs a direction: leave it out with "
-        "--exclude zero."
+        f"site 'zero': its vector is all zeros in what 'nuslerp' merges ('bn1.bias' and {others} "
+        "more) and has no direction: leave it out with --exclude zero, or merge these tensors by "
+        "another method."
+    )
+
+
+@row()
+def zero_vector_in_a_group(b):
+    """Elsewhere it is not zero: a rule looks at the tensors that it merges."""
+
+    def still(tensors):
+        tensors["fc.weight"].copy_(start)
+
+    with TensorFile(b.base / "model.safetensors") as file:
+        start = file.read("fc.weight")
+    recipe = b.tmp / "recipe.yaml"
+    recipe.write_text("method: mean\ngroups:\n- match: fc.weight\n  method: nuslerp\n")
+    return b.plain(b.checkpoint("south"), b.checkpoint("zero", still), "--recipe", recipe), (
+        "site 'zero': its vector is all zeros in what 'nuslerp' merges ('fc.weight') and has no "
+        "direction: leave it out with --exclude zero, or merge these tensors by another method."
     )
 
 
@@ -139,11 +217,39 @@ def weight_of_nobody(b, on_hub):
     )
 
 
+@rows(FORMS)
+def method_that_asks_for_statistics(b, on_hub):
+    return merge_both(b, on_hub, "--method", "regmean"), (
+        "site 'south' has published no gram statistics for its vector: ask it to run 'merge-kit "
+        "statistics <folder> --kind gram' and to publish again, or take another method (plain "
+        "checkpoints have none)."
+    )
+
+
 @row(2)
 def base_alone(b):
     return ["merge", b.base], (
         f"{b.base} is no hub, it has no federation.yaml: merge a hub with 'merge-kit merge HUB', "
         "or checkpoints with 'merge-kit merge BASE CHECKPOINT...'."
+    )
+
+
+@rows({"contributions": "contributions/south/x", "base": "base/merged"}, status=2)
+def output_in_the_hubs_own_folders(b, place):
+    b.contribute("south")
+    out = b.hub.root / place
+    return ["merge", b.hub.root, "--out", out], (
+        f"{out} lies in the folder '{place.split('/')[0]}' of the federation in {b.hub.root}: "
+        "choose another --out."
+    )
+
+
+@row(2)
+def plain_output_in_the_hubs_own_folders(b):
+    out = b.hub.root / "contributions" / "south"
+    return ["merge", b.base, b.checkpoint("south"), "--out", out], (
+        f"{out} lies in the folder 'contributions' of the federation in {b.hub.root}: choose "
+        "another --out."
     )
 
 
@@ -294,6 +400,61 @@ def another_number_of_class_names(b):
     return b.plain(one), (
         f"{one}/config.json names 2 classes, {b.base}/config.json names 3: only checkpoints of the "
         "same classes can be merged."
+    )
+
+
+@row()
+def class_names_for_another_head(b):
+    names = ["round", "lobed"]
+    one = b.checkpoint("south", label_names=names, num_classes=3)
+    config = json.loads((b.base / "config.json").read_bytes())
+    (b.base / "config.json").write_text(json.dumps({**config, "label_names": names}))
+    return b.plain(one), (
+        f"{b.base}/config.json names 2 classes, but the head 'fc.bias' beside it has 3 rows: copy "
+        "both again, or correct it."
+    )
+
+
+@row()
+def another_number_of_classes_than_the_head(b):
+    one = b.checkpoint("south", num_classes=4)
+    return b.plain(one), (
+        f"{one}/config.json: 'num_classes' is 4, but the head 'fc.bias' beside it has 3 rows: copy "
+        "both again, or correct it."
+    )
+
+
+@row()
+def configuration_of_another_architecture(b):
+    one = b.checkpoint("south", architecture="test_resnet_d")
+    return b.plain(one), (
+        f"{one}/config.json is of a 'test_resnet_d', {b.base}/config.json of a 'test_resnet': only "
+        "checkpoints of one architecture can be merged; correct the file that is wrong."
+    )
+
+
+@row()
+def vector_without_its_metadata(b):
+    write_run(b.site, b.tmp / "run")
+    with TensorFile(b.tmp / "run" / publishing.VECTOR) as file:
+        tensors = dict(read_all(file))
+    path = b.tmp / "bare.safetensors"
+    write_tensors(path, tensors)
+    return b.plain(path), (
+        f"{path} is no checkpoint of this base: its weights have 0.067 times the base's length, as "
+        "a task vector without its metadata would; give the checkpoint, or the vector's file as "
+        "merge-kit wrote it."
+    )
+
+
+@rows({"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64})
+def difference_that_overflows(b, dtype):
+    base = b.file("b", v=torch.ones(9), w=torch.tensor([-3e38, 1.0]))
+    large = torch.tensor([1e300 if dtype is torch.float64 else 3e38, 1.0], dtype=dtype)
+    one = b.file("one", v=torch.ones(9), w=large)
+    return ["merge", base, one, "--method", "median", "--out", b.tmp / "out"], (
+        f"{one}: tensor 'w' has values so large that the difference from the base's overflows "
+        "float32: give a sound checkpoint."
     )
 
 

@@ -70,19 +70,19 @@ def test_each_recipe_in_configs_is_complete_and_named_after_its_method():
 
 
 def test_recipes_in_the_documents_are_recipes():
-    import yaml
-
     from merge_kit.recipe import make_recipe
+    from merge_kit.yamlfile import yaml_value
 
     text = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
     shown = re.findall(r"```yaml\n(.*?)```", text, re.S)
-    assert [make_recipe(yaml.safe_load(block), "docs").method for block in shown] == ["mean"]
+    assert [make_recipe(yaml_value(block), "docs").method for block in shown] == ["mean"]
 
 
 def test_the_training_options_in_configs_are_the_defaults():
     from finetune.options import TrainingOptions, make_options
     from merge_kit.errors import UsageError
-    from merge_kit.schema import read_yaml
+    from merge_kit.yamlfile import read_yaml
 
-    options = make_options(read_yaml(ROOT / "configs" / "finetune.yaml", UsageError), "configs")
+    file = read_yaml(ROOT / "configs" / "finetune.yaml", UsageError)
+    options = make_options(file.data, file.place)
     assert options == TrainingOptions()

@@ -9,10 +9,11 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from merge_kit import merging, plain
+from merge_kit import devices, merging, plain
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.commands.merging_options import (
     contribution_options,
+    device_option,
     gather,
     recipe_of,
     recipe_options,
@@ -20,15 +21,17 @@ from merge_kit.commands.merging_options import (
 )
 from merge_kit.commands.options import next_step, shown
 from merge_kit.contributions import Entry, list_entries, read_local
+from merge_kit.devices import CPU, Device
 from merge_kit.errors import UsageError
-from merge_kit.estimate import Estimate, estimate
+from merge_kit.estimate import estimate
 from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE
 from merge_kit.hub import open_hub
+from merge_kit.material import Material
 from merge_kit.material import opened as opened_material
 from merge_kit.recipe import Recipe
 from merge_kit.remembered import Checked
 from merge_kit.site import federation_on
-from merge_kit.writing import Written, check_target
+from merge_kit.writing import Written, check_keeps, check_target, expected_reads
 
 
 @click.command()
@@ -44,6 +47,7 @@ from merge_kit.writing import Written, check_target
     is_flag=True,
     help="Keep the exact running sum beside the model: who comes or goes is then all that is read.",
 )
+@device_option
 @click.option("--print-recipe", is_flag=True, help="Show the recipe with all defaults, and stop.")
 @click.option("--dry-run", is_flag=True, help="Show what would be merged and what it takes, stop.")
 def merge(
@@ -63,6 +67,7 @@ def merge(
     allow_unsigned: bool,
     replace: bool,
     keep_sum: bool,
+    device: str,
     print_recipe: bool,
     dry_run: bool,
 ) -> None:
@@ -83,13 +88,16 @@ def merge(
         return
     target = out or Path(f"merged-{chosen.method}")
     check_target(target, replace=replace)
+    on = devices.choose(device)
     if alone:
         if skip_refused or allow_unsigned:
             raise UsageError(
                 "--skip-refused and --allow-unsigned are for contributions on a hub: leave them "
                 "out, a checkpoint carries no signature."
             )
-        _merge_plain(Path(hub), folders, chosen, target, sites, exclude, replace, keep_sum, dry_run)
+        _merge_plain(
+            Path(hub), folders, chosen, target, sites, exclude, replace, keep_sum, on, dry_run
+        )
         return
     opened = open_hub(hub)
     federation = federation_on(opened)
@@ -111,9 +119,9 @@ def merge(
     )
     if dry_run:
         beside = merging.beside_of(found.chosen, chosen, found.statistics)
-        with opened_material(federation, base, found.chosen, beside=beside) as material:
+        with opened_material(federation, base, found.chosen, found.others, beside) as material:
             names = [f"{source.site} {source.id[:12]}" for source in material.sources]
-            _show(estimate(material.base, material.sources, material.roles, chosen), names, target)
+            _show(material, chosen, names, target, keep_sum, on)
         return
     with Console(stderr=True).status(f"merging {len(found.chosen)} contributions"):
         merged = merging.merge(
@@ -127,6 +135,7 @@ def merge(
             gone=found.others,
             replace=replace,
             keep_sum=keep_sum,
+            device=on,
         )
     click.echo(f"Merged model in {target}: {chosen.method} of {len(found.chosen)} contributions")
     for contribution, weight in zip(merged.contributions, merged.weights, strict=True):
@@ -134,7 +143,7 @@ def merge(
             f"  {contribution.site:<20} {contribution.id[:12]}  weight {weight:.3f}  "
             f"{contribution.trust.value}"
         )
-    _end(merged.written, keep_sum)
+    _end(merged.written)
     again = f"merge-kit verify {shown(target)} --hub {shown(hub)}"
     checks = [merged.base, *(c.checked for c in merged.contributions)]
     click.echo(f"  {_relied(checks, 'payloads')} ({again} checks all again)")
@@ -164,6 +173,7 @@ def _merge_plain(
     exclude: tuple[str, ...],
     replace: bool,
     keep_sum: bool,
+    device: Device,
     dry_run: bool,
 ) -> None:
     with ExitStack() as stack:
@@ -174,17 +184,18 @@ def _merge_plain(
         for note in job.notes:
             click.echo(note)
         if dry_run:
-            found = plain.material(job)
             names = [f"{one.name} {one.id[:12]}" for one in job.inputs]
-            _show(estimate(found.base, found.sources, found.roles, job.recipe), names, target)
+            _show(plain.material(job), job.recipe, names, target, keep_sum, device)
             return
         with Console(stderr=True).status(f"merging {len(job.inputs)} checkpoints"):
-            merged = plain.merge(job, target, give_way=replace, keep_sum=keep_sum)
+            merged = plain.merge(job, target, give_way=replace, keep_sum=keep_sum, device=device)
     click.echo(f"Merged model in {target}: {recipe.method} of {len(job.inputs)} checkpoints")
     for one, weight in zip(job.inputs, merged.weights, strict=True):
         click.echo(f"  {one.name:<20} {one.id[:12]}  weight {weight:.3f}  {one.path}")
-    _end(merged.written, keep_sum)
-    click.echo(f"  {_relied([checked for _, checked in job.files], 'checkpoints')}")
+    _end(merged.written)
+    again = f"merge-kit verify {shown(target)} --base {shown(base)} <checkpoints>"
+    relied = _relied([checked for _, checked in job.files], "checkpoints")
+    click.echo(f"  {relied} ({again} checks all again)")
     if job.config:
         next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
     else:
@@ -203,20 +214,45 @@ def _relied(checks: Sequence[Checked | None], what: str) -> str:
     )
 
 
-def _end(written: Written, asked: bool) -> None:
+def _end(written: Written) -> None:
     if written.sum_kept:
         click.echo(f"  {written.read} vector(s) read, the running sum is kept beside the model")
-    elif asked:
-        click.echo("  no running sum is kept: the vectors' sum has too many digits for one")
+    elif written.sum_lost:
+        click.echo(f"  no running sum is kept: {written.sum_lost}")
+    for part in written.partly:
+        click.echo(f"  {part}")
     click.echo(f"  fingerprint {written.fingerprint}")
 
 
-def _show(found: Estimate, names: Sequence[str], target: Path) -> None:
+def _show(
+    material: Material,
+    recipe: Recipe,
+    names: Sequence[str],
+    target: Path,
+    keep_sum: bool,
+    device: Device,
+) -> None:
+    check_keeps(recipe, keep_sum=keep_sum)
+    found = estimate(material.base, material.sources, material.roles, recipe, device)
+    kept, read = expected_reads(target, material, recipe, keep_sum=keep_sum)
     click.echo(f"{len(names)} vectors: {', '.join(names)}")
     for row in found.rows:
         click.echo(f"  {row.what:<14} {row.tensors:>5} tensors {row.values:>12,}  {row.treatment}")
-    click.echo(f"Reads  each vector {found.readings:.1f} times")
-    click.echo(f"Memory about {found.memory / 2**20:.0f} MiB above the program itself")
-    click.echo(f"Time   about {found.seconds:.1f} s on this machine, from a trial on a part of it")
+    if read < len(names):
+        click.echo(f"Reads  {read} vector(s), the running sum there stands for the others")
+    else:
+        less = " (less, where an earlier merge noted its first pass)"
+        noted = less if found.readings > 1 and material.notes else ""
+        click.echo(f"Reads  each vector {found.readings:.1f} times{noted}")
+    if found.statistics:
+        click.echo(f"       {found.statistics / 2**20:.0f} MiB of statistics beside them")
+    where = "above the program itself" if device is CPU else f"of {device.place}"
+    click.echo(f"Memory about {found.memory / 2**20:.0f} MiB {where}")
+    most = "at most" if read < len(names) else "about"
+    click.echo(f"Time   {most} {found.seconds:.1f} s on this machine, from a trial on a part of it")
     click.echo(f"Writes {found.output / 2**20:.0f} MiB to {target}")
+    if kept:
+        click.echo(f"       {found.running_sum / 2**20:.0f} MiB for the running sum beside it")
+    if found.masks:
+        click.echo(f"       {found.masks / 2**20:.1f} MiB for the sites' masks beside it")
     next_step("the same command without --dry-run.")

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from merge_kit import merging
+from merge_kit import devices, merging
 from merge_kit.commands.options import typed_pairs
 from merge_kit.contributions import Contribution, Entry, check_payloads, current
 from merge_kit.errors import UsageError
@@ -51,6 +51,16 @@ def contribution_options(command: Any) -> Any:
     for option in reversed(_CONTRIBUTIONS):
         command = option(command)
     return command
+
+
+def device_option(command: Any) -> Any:
+    """Add --device to a command."""
+    return click.option(
+        "--device",
+        default=devices.CPU.name,
+        show_default=True,
+        help="Where merges are computed: cpu, cuda, cuda:1.",
+    )(command)
 
 
 def recipe_of(

@@ -6,9 +6,9 @@ import shlex
 from typing import Any
 
 import click
-import yaml
 
 from merge_kit.errors import UsageError
+from merge_kit.yamlfile import yaml_value
 
 
 def pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
@@ -39,8 +39,8 @@ def typed_pairs(values: tuple[str, ...], option: str) -> dict[str, Any]:
         As `pairs`, or a value is not YAML.
     """
     try:
-        return {k: yaml.safe_load(v) for k, v in pairs(values, option).items()}
-    except yaml.YAMLError as error:
+        return {k: yaml_value(v) for k, v in pairs(values, option).items()}
+    except ValueError as error:
         raise UsageError(f"{option}: a value is not a plain number, word or list.") from error
 
 

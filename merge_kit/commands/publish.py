@@ -21,9 +21,15 @@ from merge_kit.site import open_site
 @click.option("--run", type=click.Path(path_type=Path), help="Run folder [the latest finished].")
 @click.option("--hub", help="Another address of the same hub than the one that was joined.")
 @click.option("--alongside", is_flag=True, help="Keep the site's earlier contribution as well.")
+@click.option("--no-statistics", is_flag=True, help="Hold the run's statistics back.")
 @click.option("--dry-run", is_flag=True, help="Show what would leave the site, and stop.")
 def publish(
-    folder: Path, run: Path | None, hub: str | None, alongside: bool, dry_run: bool
+    folder: Path,
+    run: Path | None,
+    hub: str | None,
+    alongside: bool,
+    no_statistics: bool,
+    dry_run: bool,
 ) -> None:
     """Publish the vector of a finished run of the site in FOLDER, and its statistics if it has any.
 
@@ -34,11 +40,15 @@ def publish(
     if chosen is None:
         raise UsageError(f"{folder} has no finished run: run 'merge-kit finetune {folder}' first.")
     opened = open_hub(hub or site.config.hub)
-    parcels = publishing.prepare_all(site, chosen, opened, alongside=alongside)
+    parcels = publishing.prepare_all(
+        site, chosen, opened, alongside=alongside, statistics=not no_statistics
+    )
     click.echo("What leaves the site:")
     for parcel in parcels:
         what, size = f"the {parcel.manifest.kind}", parcel.manifest.payload.size
         click.echo(f"  {what:<12} {parcel.payload} ({size / 2**20:.1f} MiB)")
+    if no_statistics and (held := publishing.statistics_of(chosen)):
+        click.echo(f"  held back    {', '.join(held)}")
     click.echo(f"  signed with  {signing.public_key(site.key_file)}")
     for parcel in parcels:
         click.echo(f"  the manifest of the {parcel.manifest.kind}")

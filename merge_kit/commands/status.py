@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -37,7 +38,6 @@ def status(hub: str, as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     console = Console()
-    ready = sum(row["state"] == "ready" for row in rows)
     waiting = sorted({site.name for site in federation.sites} - {row["site"] for row in rows})
     console.print(_table(federation.name, rows))
     sound = [row for row in rows if not row["problem"]]
@@ -52,12 +52,32 @@ def status(hub: str, as_json: bool) -> None:
             click.echo(f"Refused: {row['problem']}")
     if waiting:
         click.echo(f"Admitted and not heard of yet: {', '.join(waiting)}")
-    if ready:
-        next_step(
-            f"merge the {ready} that are ready with\n  merge-kit merge {shown(hub)} --out merged"
-        )
+    next_step(_next(hub, rows))
+
+
+def _next(hub: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """What is to be done before a merge, or the merge."""
+    ready = sum(row["state"] == "ready" for row in rows)
+    unknown = [row for row in rows if row["state"] == "not admitted"]
+    keys = {row["site"]: row["public_key"] for row in unknown if row["public_key"]}
+    again = sorted({row["site"] for row in rows if row["problem"]} | {r["site"] for r in unknown})
+    if keys:
+        admit = [f"\n  merge-kit admit {shown(hub)} {site} {key}" for site, key in keys.items()]
+        first = "ask each site that is not admitted whether the key is its own, and admit it with"
+        first += "".join(admit)
+    elif again:
+        first = f"ask {', '.join(again)} to publish again"
+    elif ready:
+        return f"merge the {ready} that are ready with\n  merge-kit merge {shown(hub)} --out merged"
     else:
-        next_step("admit sites with 'merge-kit admit', then wait for them to publish.")
+        return "admit sites with 'merge-kit admit', then wait for them to publish."
+    between = "\n" if keys else ", "
+    if not ready:
+        return first if keys else f"{first}."
+    return (
+        f"{first}{between}or merge the {ready} that are ready without with\n"
+        f"  merge-kit merge {shown(hub)} --skip-refused --out merged"
+    )
 
 
 def _finite(value: Any) -> Any:

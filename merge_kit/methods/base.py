@@ -1,11 +1,18 @@
-"""What a merge method is: its defaults, its needs, and the pure functions of tensors that do it."""
+"""What a merge method is: its defaults, its needs, and the pure functions of tensors that do it.
+
+Blocks may lie on a GPU. What has a value for each of theirs is on their device and stays there.
+What has one for each vector, or each pair (weights, inner products, all that a survey finds), is on
+the CPU: a method reads it as numbers, or takes it to the block's device where it meets a block.
+Random numbers are drawn on the CPU, the same for every device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import Field
 from torch import Tensor
 
 from merge_kit.schema import Document
@@ -13,6 +20,14 @@ from merge_kit.schema import Document
 WeightScheme = Literal["uniform", "examples", "sqrt-examples", "steps"]
 Scope = Literal["vector", "tensor"]
 Statistics = Literal["fisher", "gram"]
+Iterations = Annotated[int, Field(ge=1, le=10_000)]
+"""Most steps of a method; many times what any of them takes to settle."""
+
+
+def named(tensors: Iterable[str]) -> str:
+    """The tensors that a rule merges, for a message: the first, and how many others."""
+    first, *others = tensors
+    return f"'{first}' and {len(others)} more" if others else f"'{first}'"
 
 
 class NoOptions(Document):
@@ -21,7 +36,10 @@ class NoOptions(Document):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The same values of every task vector: a stretch of one tensor, or all of it."""
+    """The same values of every task vector: a stretch of one tensor, or all of it.
+
+    All its tensors are on one device.
+    """
 
     tensor: str
     shape: tuple[int, ...]
@@ -61,7 +79,7 @@ class Vectors(Protocol):
         """Number of values of each vector."""
 
     def total(self, measure: Callable[[Block], Tensor]) -> Tensor:
-        """Sum of a measure over all blocks."""
+        """Sum of a measure over all blocks, on the CPU like all that follows."""
 
     def totals(self, measure: Callable[[Block], Tensor]) -> dict[str, Tensor]:
         """Sum of a measure over the blocks of each tensor."""
@@ -117,7 +135,7 @@ class ByValue:
     """Each merged value follows from the sites' values of one block and a first pass over all."""
 
     combine: Callable[[Block, Tensor, Any, Any], Tensor]
-    """Block, (N,) weights that average 1, options, what `survey` found: (n,) float64."""
+    """Block, (N,) weights that average 1, options, what `survey` found: (n,) float64, there."""
     survey: Callable[[Vectors, Any], Any] | None = None
     whole: Callable[[Any], bool] = lambda options: False
     """Whether blocks must be whole tensors."""
@@ -126,6 +144,10 @@ class ByValue:
     (N, n) of True and False, the values of the merged vector that are this site's too."""
     rescalers: Callable[[Any], Tensor] | None = None
     """With `masks`: what `survey` found gives (N,) float64, the factor of each site's values."""
+    takes: Callable[[str, tuple[int, ...], Any], bool] = lambda name, shape, options: True
+    """Whether the method itself merges a tensor: name, shape, options. `others` says what becomes
+    of those that it does not take."""
+    others: Callable[[Any], Literal["mean", "base"]] = lambda options: "mean"
 
 
 @dataclass(frozen=True, slots=True)

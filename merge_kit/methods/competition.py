@@ -104,7 +104,7 @@ def pcb(vectors: Tensor, weights: Tensor, state: PcbState, inter: Inter = "sum")
     Tensor
         (n,) float64.
     """
-    total = torch.zeros(vectors.shape[1], dtype=torch.float64)
+    total = vectors.new_zeros(vectors.shape[1], dtype=torch.float64)
     shares = torch.zeros_like(total)
     beta = scores(vectors, state.low, state.high, inter)
     for index, (tau, weight) in enumerate(zip(vectors, weights.tolist(), strict=True)):
@@ -113,7 +113,8 @@ def pcb(vectors: Tensor, weights: Tensor, state: PcbState, inter: Inter = "sum")
             continue
         share = beta[index].double().sub_(cut).relu_().mul_(weight / (top - cut))
         shares += share
-        clamped = tau.abs().clamp_(state.low[index], state.high[index]).mul_(tau.sign())
+        low, high = state.low[index].item(), state.high[index].item()
+        clamped = tau.abs().clamp_(low, high).mul_(tau.sign())
         total += share.mul_(clamped)
     return total.div_(shares.clamp_(min=_LEAST))
 

@@ -8,6 +8,7 @@ Gram matrix of the inputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -138,8 +139,8 @@ def ace(
     Tensor
         (out, d) float64.
     """
-    energies = torch.stack([_energy(tau.double()) for tau in vectors])
-    traces = torch.stack([_energy(_centred(tau)) for tau in vectors])
+    energies = torch.stack([_energy(tau.double()) for tau in vectors]).cpu()
+    traces = torch.stack([_energy(_centred(tau)) for tau in vectors]).cpu()
     kept = (traces > 0) & (weights > 0)
     if int(kept.sum()) < 2:
         return weighted_mean(vectors, weights * kept if bool(kept.any()) else weights)
@@ -147,8 +148,9 @@ def ace(
     differ = bool(logs.var() > threshold * logs.mean().square())
     shares = torch.where(kept, weights / weights[kept].mean(), 0.0)
     factors = torch.where(kept, shares / traces, 0.0) if differ else shares
-    total = energies.new_zeros(vectors.shape[2], vectors.shape[2])
-    top = energies.new_zeros(vectors.shape[1:])
+    width = vectors.shape[2]
+    total = vectors.new_zeros(width, width, dtype=torch.float64)
+    top = vectors.new_zeros(vectors.shape[1:], dtype=torch.float64)
     residual = torch.zeros_like(top)
     for tau, factor in zip(vectors, factors.tolist(), strict=True):
         centred = _centred(tau)
@@ -192,7 +194,7 @@ class WudiOptions(MatrixOptions):
 
     solver: Solver = "adam"
     """Some steps of Adam (the paper), or the minimum itself."""
-    iterations: int = Field(default=300, ge=0)
+    iterations: int = Field(default=300, ge=0, le=10_000)
     """Steps of Adam."""
     rate: float = Field(default=1e-5, gt=0)
     """Length of a step of Adam, in units of the weights."""
@@ -215,12 +217,15 @@ class AceOptions(MatrixOptions):
 
 def matrices_of(block: Block, tensors: Tensors) -> Tensor | None:
     """(N, out, d) where the block is the weight of a linear layer, or a kernel if wanted."""
-    shape = block.shape
-    if len(shape) < 2 or not block.tensor.endswith("weight"):
+    if not _is_taken(block.tensor, block.shape, tensors):
         return None
-    if len(shape) > 2 and (tensors == "linear" or shape[1] == 1):
-        return None
-    return block.values.reshape(len(block.values), shape[0], -1)
+    return block.values.reshape(len(block.values), block.shape[0], -1)
+
+
+def _is_taken(name: str, shape: tuple[int, ...], tensors: Tensors) -> bool:
+    if len(shape) < 2 or not name.endswith("weight"):
+        return False
+    return len(shape) == 2 or (tensors == "kernels" and shape[1] != 1)
 
 
 def _other(block: Block, weights: Tensor, others: Others) -> Tensor:
@@ -250,13 +255,22 @@ def _ace(block: Block, weights: Tensor, options: AceOptions, state: Any) -> Tens
     ).reshape(-1)
 
 
+def _by_matrix(combine: Callable[[Block, Tensor, Any, Any], Tensor]) -> ByValue:
+    return ByValue(
+        combine=combine,
+        whole=lambda options: True,
+        takes=lambda name, shape, options: _is_taken(name, shape, options.tensors),
+        others=lambda options: options.others,
+    )
+
+
 METHODS: tuple[Method, ...] = (
     Method(
         name="ace",
         family="regression",
         summary="RegMean without data: second moments of the inputs from rows of the task vectors",
         paper="arXiv 2603.02945",
-        rule=ByValue(combine=_ace, whole=lambda options: True),
+        rule=_by_matrix(_ace),
         options=AceOptions,
     ),
     Method(
@@ -264,7 +278,7 @@ METHODS: tuple[Method, ...] = (
         family="regression",
         summary="the vector that interferes least with each site's own, by steps from the sum",
         paper="arXiv 2503.08099",
-        rule=ByValue(combine=_wudi, whole=lambda options: True),
+        rule=_by_matrix(_wudi),
         options=WudiOptions,
     ),
 )

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merge_kit.methods.base import FromGram, Method
+from merge_kit.methods.base import FromGram, Iterations, Method
 from merge_kit.schema import Document
 
 Space = Literal["weights", "vectors"]
@@ -156,7 +156,7 @@ class SpaceOptions(Document):
 class KarcherOptions(SpaceOptions):
     """Options of the Karcher mean."""
 
-    iterations: int = Field(default=10, ge=1)
+    iterations: Iterations = 10
     """Most steps towards the centre."""
     tolerance: float = Field(default=1e-5, gt=0)
     """Length of a step, in radians, that ends them."""

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from merge_kit.errors import VectorError
-from merge_kit.methods.base import Block, ByValue, Method, Vectors
+from merge_kit.methods.base import Block, ByValue, Method, Vectors, named
 from merge_kit.methods.linear import weighted_sum
 from merge_kit.schema import Document
 
@@ -33,8 +33,9 @@ _CONDITION = 1e-10
 
 def weighted_mean(vectors: Tensor, weights: Tensor) -> Tensor:
     """sum_i w_i tau_i / sum_i w_i, float64: (N, ...) and (N,) give (...)."""
-    # Weights that are divided first would not give back equal vectors to the last digit.
-    return weighted_sum(vectors, weights).div_(weights.sum())
+    # Weights that are divided first would not give back equal vectors to the last digit, nor would
+    # a divisor on the CPU: a GPU multiplies by its inverse.
+    return weighted_sum(vectors, weights).div_(weights.sum().to(vectors.device))
 
 
 def divide(numerator: Tensor, gram: Tensor) -> Tensor:
@@ -170,8 +171,8 @@ class FisherOptions(Document):
     """Raise lower values to the floor (the authors' code), or add it to all (MergeLM,
     fusion_bench)."""
     normalise: bool = True
-    """Divide each site's Fisher information by its length over all values: the default of the
-    authors' code, MergeLM and fusion_bench, not part of the paper's formula."""
+    """Divide each site's Fisher information by its length over all values that the rule merges: the
+    default of the authors' code, MergeLM and fusion_bench, not part of the paper's formula."""
 
 
 class RegMeanOptions(Document):
@@ -194,7 +195,7 @@ def _fisher(block: Block, weights: Tensor, options: FisherOptions, norms: Tensor
 
 
 def _fisher_norms(vectors: Vectors, options: FisherOptions) -> Tensor:
-    """|F_i| over all values, (N,) float64; 1 each where they are not asked for."""
+    """|F_i| over all values of the rule, (N,) float64; 1 each where they are not asked for."""
     norms = torch.ones(len(vectors), dtype=torch.float64)
     if not options.normalise:
         return norms
@@ -204,12 +205,14 @@ def _fisher_norms(vectors: Vectors, options: FisherOptions) -> Tensor:
             return torch.zeros_like(norms)
         return block.statistics.double().square_().sum(dim=1)
 
-    norms = sum(vectors.totals(squares).values(), torch.zeros_like(norms)).sqrt()
+    found = vectors.totals(squares)
+    norms = sum(found.values(), torch.zeros_like(norms)).sqrt()
     for site, norm in zip(vectors.sites, norms.tolist(), strict=True):
         if norm == 0 and vectors.size:
             raise VectorError(
-                f"site '{site}': its Fisher information is all zeros and cannot be brought to "
-                f"length 1: leave it out with --exclude {site}, or set 'normalise: false'."
+                f"site '{site}': its Fisher information is all zeros in what 'fisher' merges "
+                f"({named(found)}) and cannot be brought to length 1: leave it out with "
+                f"--exclude {site}, or set 'normalise: false'."
             )
     return norms
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merge_kit.methods.base import ByValue, FromGram, Method, Scope
+from merge_kit.methods.base import ByValue, FromGram, Iterations, Method, Scope
 from merge_kit.schema import Document
 
 _NETWORK = 32
@@ -162,7 +162,7 @@ class MedianPointOptions(ScopeOptions):
 
     smoothing: float = Field(default=1e-6, gt=0)
     """Least distance that a vector counts as having from the median."""
-    iterations: int = Field(default=100, ge=1)
+    iterations: Iterations = 100
     """Most steps."""
 
 
@@ -185,7 +185,7 @@ class CentredOptions(ScopeOptions):
 
     radius: float | None = Field(default=None, gt=0)
     """Largest pull of one vector; null is the median distance."""
-    iterations: int = Field(default=3, ge=1)
+    iterations: Iterations = 3
     """Number of steps from the base."""
 
 

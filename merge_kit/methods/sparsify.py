@@ -81,7 +81,8 @@ def keep_probability(magnitudes: Tensor, density: float, window: float) -> Tenso
     if size == 1:
         return torch.full_like(magnitudes, density, dtype=torch.float64)
     order = magnitudes.argsort(dim=1, stable=True)
-    steps = torch.arange(size, dtype=torch.float64, device=magnitudes.device) / (size - 1)
+    # On the CPU: a GPU divides otherwise, and the same values would not stay.
+    steps = (torch.arange(size, dtype=torch.float64) / (size - 1)).to(magnitudes.device)
     ranks = torch.empty_like(magnitudes, dtype=torch.float64)
     ranks.scatter_(1, order, steps.expand(rows, size))
     return ranks.mul_(window).add_(density - window / 2)

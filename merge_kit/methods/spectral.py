@@ -236,7 +236,11 @@ def _by_matrix(rule: Callable[[Tensor, Tensor, Any], Tensor]) -> ByValue:
             return weighted_sum(block.values, weights) / len(weights)
         return rule(block.values.reshape(-1, *shape), weights, options).reshape(-1)
 
-    return ByValue(combine=combine, whole=lambda options: True)
+    return ByValue(
+        combine=combine,
+        whole=lambda options: True,
+        takes=lambda name, shape, options: as_matrix(shape) is not None,
+    )
 
 
 def _low_rank(block: Block, options: LowRankOptions) -> Tensor:

@@ -4,13 +4,15 @@
     python tests/benchmarks/merge.py --folder /tmp/vits --only 'engine *' numpy cat
     python tests/benchmarks/merge.py --folder /tmp/sites --mode sites
     python tests/benchmarks/merge.py --folder /tmp/sizes --mode size
+    python tests/benchmarks/merge.py --folder /tmp/vits --only 'engine *' --device cuda
 
 Writes a base, task vectors and fine-tuned models of the size of ViT-B/16, then runs whole processes
 in turn: reading all files, importing torch, a bare numpy program that reads, adds and writes,
 literal programs in torch, the peers, our engine on vectors (``engine``) and the whole of
 ``merge-kit merge`` on checkpoints (``command``). What cannot run is named and left out. The modes
 ``sites`` and ``size`` run the engine on more and more sites of a model of 22 million values, and on
-a model and one of ten times its depth. Files stay in the folder for the next run.
+a model and one of ten times its depth. With ``--device`` our programs (``engine`` and ``command``)
+compute there, all others on the CPU. Files stay in the folder for the next run.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of every program")
+    parser.add_argument("--device", default="cpu", help="of our programs: cpu, cuda, cuda:1")
     parser.add_argument("--peers-python", type=Path, help="interpreter that has the peers")
     parser.add_argument("--only", nargs="+", help="programs to run, by name or pattern")
     parser.add_argument("--json", type=Path, help="write every figure here")
@@ -56,11 +59,13 @@ def main() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if chosen.threads:
         environment["OMP_NUM_THREADS"] = str(chosen.threads)
+    device = _device(chosen.device, environment)
     for setting in settings:
         _make(setting, programs, environment)
     runs = _rounds(chosen.rounds, settings, programs, environment)
     threads = environment.get("OMP_NUM_THREADS", "not set")
     print(f"{os.cpu_count()} cores, OMP_NUM_THREADS {threads}, {chosen.rounds} rounds.")
+    print(f"Our programs ran on: {device}.")
     if chosen.mode == "table":
         _print_table(settings[0], programs, runs)
     else:
@@ -76,7 +81,7 @@ def _settings(chosen: argparse.Namespace) -> list[Setting]:
 
     def setting(sites: int, depth: int) -> Setting:
         folder = chosen.folder / f"{width}x{depth}"
-        return Setting(folder, sites, width, depth, peers)
+        return Setting(folder, sites, width, depth, peers, chosen.device)
 
     if chosen.mode == "sites":
         return [setting(max(3, sites // part), chosen.depth) for part in (8, 4, 2, 1)]
@@ -99,6 +104,17 @@ def _chosen(only: Sequence[str] | None, mode: str, peers: Path | None) -> list[P
     if left := [p.name for p in programs if p.of_peer and not peers]:
         print(f"left out, for want of --peers-python: {', '.join(left)}")
     return [p for p in programs if peers or not p.of_peer]
+
+
+def _device(name: str, environment: dict[str, str]) -> str:
+    """What it is called; ends the benchmark where it is not there."""
+    # In a process of its own, as below.
+    code = "import sys; from merge_kit import devices; print(devices.choose(sys.argv[1]).name)"
+    command = [sys.executable, "-c", code, name]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(done.stderr.splitlines()[-1])
+    return done.stdout.strip()
 
 
 def _make(setting: Setting, programs: Sequence[Program], environment: dict[str, str]) -> None:

@@ -50,6 +50,8 @@ class Setting:
     depth: int
     peers: Path | None
     """Interpreter of the environment that has the peers."""
+    device: str
+    """Where our programs compute."""
 
     @property
     def values(self) -> int:
@@ -97,14 +99,16 @@ class Program:
             shutil.rmtree(out, ignore_errors=True)
             start = [sys.executable, "-m", "merge_kit", "merge", str(base.parent)]
             inputs = [str(model.parent) for model in models]
-            return [*start, *inputs, "--method", self.method, "--out", str(out)]
+            where = ["--method", self.method, "--device", setting.device, "--out", str(out)]
+            return [*start, *inputs, *where]
         python = str(setting.peers) if self.of_peer else sys.executable
         if self.kind == "mergekit":
             config = folder / "mergekit.yaml"
             config.write_text(json.dumps(_mergekit(self.method, base, models)))
             tool = Path(python).parent / "mergekit-pytorch"
             return [str(tool), str(config), str(folder / "mergekit.out"), "--quiet"]
-        return [python, str(HERE / "workload.py"), self.name, str(folder), str(sites)]
+        start = [python, str(HERE / "workload.py"), self.name, str(folder), str(sites)]
+        return [*start, setting.device] if self.kind == "engine" else start
 
 
 def _mergekit(method: str, base: Path, models: list[Path]) -> dict[str, Any]:

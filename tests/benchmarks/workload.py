@@ -144,13 +144,13 @@ def sd_mecha(method: str) -> Callable[[Path, int], None]:
     return run
 
 
-def engine(method: str) -> Callable[[Path, int], None]:
+def engine(method: str, device: str) -> Callable[[Path, int], None]:
     """The engine on task vectors, from open files to a written one."""
 
     def run(folder: Path, sites: int) -> None:
         from contextlib import ExitStack
 
-        from merge_kit import engine
+        from merge_kit import devices, engine
         from merge_kit.parameters import roles_of
         from merge_kit.recipe import make_recipe
         from merge_kit.tensorfile import TensorFile, TensorWriter
@@ -168,10 +168,11 @@ def engine(method: str) -> Callable[[Path, int], None]:
                 engine.Source(f"{i:03}", f"s{i}", stack.enter_context(file), (1.0,), 1)
                 for i, file in enumerate(files)
             ]
-            specs = engine.merged_specs(base.specs, recipe)
+            specs, on = engine.merged_specs(base.specs, recipe), devices.choose(device)
             started = time.perf_counter()
             with TensorWriter(folder / "ours.out", specs) as writer:
-                write_parts(writer, engine.merge(base, sources, roles_of(base.specs, ()), recipe))
+                roles = roles_of(base.specs, ())
+                write_parts(writer, engine.merge(base, sources, roles, recipe, device=on))
             print(json.dumps({"inside": time.perf_counter() - started}))
 
     return run
@@ -197,9 +198,10 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("folder", type=Path)
     parser.add_argument("sites", type=int)
+    parser.add_argument("device", nargs="?", default="cpu", help="of the engine")
     chosen = parser.parse_args()
     kind, _, method = chosen.name.partition(" ")
-    run = engine(method) if kind == "engine" else RUNS[chosen.name]
+    run = engine(method, chosen.device) if kind == "engine" else RUNS[chosen.name]
     run(chosen.folder, chosen.sites)
 
 

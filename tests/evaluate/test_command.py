@@ -15,6 +15,8 @@ from evaluate.document import Report
 from finetune import network
 from finetune.cases import load_cases
 from finetune.pixels import decode
+from merge_kit.tensorfile import write_tensors
+from tests.merge_kit.helpers import load
 
 
 @pytest.fixture
@@ -227,3 +229,22 @@ def test_models_of_other_classes_are_compared_on_those_in_common(hub, table, tmp
     assert report.notes[0].startswith("The models do not know the same classes.")
     other = report.models[1].on("union")
     assert other.figures["accuracy"].value == pytest.approx(1)
+
+
+def test_a_report_is_not_lost_to_that_of_changed_weights(hub, table, tmp_path, evaluated, run_cli):
+    base = tmp_path / "base"
+    shutil.copytree(hub.root / "base", base)
+    evaluated("evaluate", base, "--data", table)
+    weights = load(base / "model.safetensors")
+    write_tensors(base / "model.safetensors", {**weights, "fc.bias": weights["fc.bias"] + 1})
+    again = run_cli("evaluate", base, "--data", table, "--out", tmp_path / "e")
+    assert again.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["report.html", "predictions.csv"])
+def test_a_file_of_the_users_is_not_overwritten(hub, table, tmp_path, run_cli, name):
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / name).write_text("mine")
+    result = run_cli("evaluate", hub.root, "--data", table, "--out", tmp_path / "e")
+    assert result.exit_code == 2
+    assert (tmp_path / "e" / name).read_text() == "mine"

@@ -124,7 +124,7 @@ def test_the_command_that_is_shown_merges_the_chosen_model(
 ):
     shown = select(*search)
     assert shown.exit_code == 0, shown.stderr
-    again = select(*search, "--out", tmp_path / "merged")
+    again = select(*search, "--out", tmp_path / "merged", "--replace")
     assert again.exit_code == 0, again.stderr
     _, found = written()
     record = json.loads((tmp_path / "merged" / PROVENANCE).read_text())
@@ -173,7 +173,7 @@ def test_patients_are_drawn_whole_for_the_interval(select, written, table):
     by_patient = chosen_of(written()[1])
     lines = [",".join(line.split(",")[i] for i in (0, 1, 2, 4)) for line in _lines(table)]
     table.write_text("\n".join(lines) + "\n")
-    select("--scales", "1")
+    select("--scales", "1", "--replace")
     by_image = chosen_of(written()[1])
     assert by_patient["value"] == by_image["value"]
     assert (by_patient["low"], by_patient["high"]) != (by_image["low"], by_image["high"])
@@ -307,6 +307,20 @@ def test_an_existing_folder_is_refused_before_any_work(select, table, tmp_path):
         f"Error: {tmp_path / 'merged'} is no merged model: --replace does not remove it.\n"
     )
     assert not (tmp_path / "chosen").exists()
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "selection.json"])
+def test_an_earlier_choice_is_replaced_when_asked(select, written, tmp_path, name):
+    (tmp_path / "chosen").mkdir()
+    (tmp_path / "chosen" / name).write_text("earlier")
+    result = select("--scales", "1")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"Error: {tmp_path}/chosen/{name} exists already: choose an --out-recipe in another "
+        "folder, or pass --replace.\n"
+    )
+    assert select("--scales", "1", "--replace").exit_code == 0
+    assert written()[0].scale == 1.0
 
 
 def test_a_recipe_that_cannot_be_written_is_refused_before_the_work(select, tmp_path):

@@ -22,6 +22,7 @@ from merge_kit.federation import BASE_WEIGHTS, read_federation
 from merge_kit.recipe import make_recipe
 from merge_kit.tensorfile import TensorFile, read_all
 from tests.evaluate.helpers import draw_images, head_for
+from tests.merge_kit.emulated import Emulated
 from tests.merge_kit.helpers import says
 
 R, L, G = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
@@ -200,6 +201,18 @@ def test_states_are_the_very_merged_models(hub, contribute, tmp_path, held, star
         for name, tensor in written.items():
             assert tensor.dtype == state[name].dtype
             assert torch.equal(tensor, state[name]), name
+
+
+def test_states_may_be_merged_on_a_device(hub, contribute):
+    contribute("north")
+    contract, device = read_federation(hub.root), Emulated()
+    contributions = [e.contribution for e in list_entries(hub, contract)]
+    recipe, base = make_recipe(STARTS["ties"], "test"), hub.fetch(BASE_WEIGHTS)
+    with merging.opened(contract, base, contributions) as material:
+        (here,) = states(material, material.sources, recipe, (1.0,))
+        (there,) = states(material, material.sources, recipe, (1.0,), device=device)
+    assert device.lanes
+    assert all(torch.equal(here[name], there[name]) for name in here)
 
 
 def test_a_factor_is_of_every_scale_of_a_recipe():

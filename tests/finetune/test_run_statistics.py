@@ -242,8 +242,9 @@ def test_fisher_is_that_of_the_sites_own_model_on_these_images(site, run):
 def test_grams_are_those_of_the_sites_own_model_on_these_images(site, run):
     made = make(site, run, "gram", max_width=500)
     images, model = find(site, run), load_model(run / "model")
-    expected, left_out = statistics.grams(model, images, CPU, 500, silent)
+    expected, left_out, few = statistics.grams(model, images, CPU, 500, silent)
     assert made.left_out == tuple(left_out) != ()
+    assert made.few_rows == tuple(few) != ()
     found = load(made.path)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], gram) for name, gram in expected.items())
@@ -345,6 +346,19 @@ def test_two_at_once_are_kept_apart(site, run):
             f"{run} is being worked on by another process: wait for it, or stop it.",
         ):
             make(site, run, "fisher")
+
+
+def test_too_few_rows_for_a_layers_width_are_said(site, run, table, run_cli):
+    """13 images give the head 13 rows for its 96 columns."""
+    options = ["--kind", "gram", "--run", run, "--data", table, "--device", "cpu"]
+    result = run_cli("statistics", site.root, *options)
+    assert result.exit_code == 0, result.stderr
+    (said,) = [line for line in result.stderr.splitlines() if line.startswith("Few rows")]
+    assert said.startswith("Few rows: 13 images give ")
+    assert said.endswith(
+        "RegMean then leans on its 'alpha', which shrinks entries off the diagonal, and its "
+        "'ridge', and takes the mean where nothing is known; more --examples help."
+    )
 
 
 # From images to a merge

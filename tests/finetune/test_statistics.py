@@ -229,7 +229,7 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_the_gram_of_a_convolution_is_that_of_its_patches(name):
     conv, pad = CONVOLUTIONS[name]
-    found, left_out = grams(Layer(conv).eval(), PICTURES, CPU, 100, silent)
+    found, left_out, _ = grams(Layer(conv).eval(), PICTURES, CPU, 100, silent)
     x = np.concatenate(
         [
             patches(image.numpy(), conv.kernel_size, conv.stride, conv.dilation, pad)
@@ -246,7 +246,7 @@ def test_the_gram_of_a_convolution_is_that_of_its_patches(name):
 def test_the_gram_of_a_linear_layer_is_that_of_its_inputs():
     torch.manual_seed(0)
     x = inputs_of(PICTURES).mean(dim=(2, 3)).numpy()
-    found, _ = grams(MeanColour().eval(), PICTURES, CPU, 100, silent)
+    found, _, _ = grams(MeanColour().eval(), PICTURES, CPU, 100, silent)
     assert found.keys() == {"fc.weight"}
     np.testing.assert_allclose(found["fc.weight"].numpy(), x.T @ x / 4, rtol=1e-5)
 
@@ -274,7 +274,7 @@ def test_a_gram_gives_the_size_of_its_layers_outputs(name):
     }
     for module in layers.values():
         module.register_forward_hook(measure)
-    found, left_out = grams(model, PICTURES, CPU, 4608, silent)
+    found, left_out, _ = grams(model, PICTURES, CPU, 4608, silent)
     assert found.keys() == layers.keys()
     assert left_out == []
     for weight, gram in found.items():
@@ -285,8 +285,8 @@ def test_a_gram_gives_the_size_of_its_layers_outputs(name):
 
 def test_grams_are_exactly_symmetric_and_the_same_on_every_run():
     model = backbone("test_resnet")
-    first, _ = grams(model, PICTURES, CPU, 4608, silent)
-    second, _ = grams(model, PICTURES, CPU, 4608, silent)
+    first, _, _ = grams(model, PICTURES, CPU, 4608, silent)
+    second, _, _ = grams(model, PICTURES, CPU, 4608, silent)
     for name, gram in first.items():
         assert torch.equal(gram, gram.T)
         assert (gram.diagonal() >= 0).all()
@@ -296,7 +296,7 @@ def test_grams_are_exactly_symmetric_and_the_same_on_every_run():
 def test_the_gram_of_images_together_is_the_mean_of_each_alone():
     """Each image has as many rows; more images than one batch holds."""
     model, pictures = backbone("test_vit"), images([0, 1, 2] * 6)
-    together, _ = grams(model, pictures, CPU, 4608, silent)
+    together, _, _ = grams(model, pictures, CPU, 4608, silent)
     halves = [
         grams(model, some(pictures, *part), CPU, 4608, silent)[0]
         for part in (range(9), range(9, 18))
@@ -307,7 +307,7 @@ def test_the_gram_of_images_together_is_the_mean_of_each_alone():
 
 
 def test_wide_layers_are_left_out_and_named():
-    found, left_out = grams(backbone("test_resnet"), PICTURES, CPU, 1000, silent)
+    found, left_out, _ = grams(backbone("test_resnet"), PICTURES, CPU, 1000, silent)
     assert max(len(gram) for gram in found.values()) <= 1000
     assert "layer4.0.conv1.weight has 1728 input columns, above --max-width 1000." in left_out
     assert {text.split()[0] for text in left_out} & found.keys() == set()
@@ -316,14 +316,14 @@ def test_wide_layers_are_left_out_and_named():
 def test_a_weight_that_is_standardised_first_is_left_out_and_named():
     """The layer multiplies its inputs with another matrix than the one that is merged."""
     model = backbone("test_nfnet")
-    found, left_out = grams(model, PICTURES, CPU, 4608, silent)
+    found, left_out, _ = grams(model, PICTURES, CPU, 4608, silent)
     sentence = "stem.conv1.weight is not multiplied with an input as it stands."
     assert sentence in left_out
     assert "head.fc.weight" in found
 
 
 def test_grouped_convolutions_have_no_gram():
-    found, left_out = grams(backbone("test_convnext"), PICTURES, CPU, 4608, silent)
+    found, left_out, _ = grams(backbone("test_convnext"), PICTURES, CPU, 4608, silent)
     names = [name for name in (*found, *left_out) if "conv_dw" in name]
     assert names == []
     assert "stages.0.blocks.0.mlp.fc1.weight" in found
@@ -332,3 +332,11 @@ def test_grouped_convolutions_have_no_gram():
 def test_where_no_layer_is_left_the_option_is_named():
     with says(UsageError, "no layer is left with --max-width 2: give a larger one."):
         grams(MeanColour().eval(), PICTURES, CPU, 2, silent)
+
+
+def test_layers_with_fewer_rows_than_columns_are_named():
+    """A linear layer sees one row an image, a convolution one a pixel."""
+    found, _, few = grams(backbone("test_resnet"), PICTURES, CPU, 4608, silent)
+    assert set(few) < set(found)
+    assert "fc.weight" in few
+    assert "conv1.0.weight" not in few

@@ -17,6 +17,7 @@ from merge_kit.hub import FolderHub
 from merge_kit.recipe import make_recipe
 from merge_kit.surveys import Survey
 from merge_kit.tensorfile import TensorFile, write_tensors
+from tests.merge_kit.auditing import Bench
 
 
 def _mount(folder: Path, options: str) -> None:
@@ -119,3 +120,15 @@ def read(
 def survey(read: Callable[..., BlockReader]) -> Callable[..., Survey]:
     """First passes over vectors given as dictionaries of tensors."""
     return lambda vectors, workers=1: Survey(read(vectors, workers))
+
+
+@pytest.fixture
+def bench(hub, contribute, run_cli, tmp_path):
+    return Bench(hub, contribute, run_cli, tmp_path)
+
+
+@pytest.fixture
+def merged(bench):
+    """The bench with a merged model."""
+    bench.merge()
+    return bench

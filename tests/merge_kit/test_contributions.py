@@ -678,6 +678,7 @@ def test_payloads_are_checked_alike_by_several_threads(contribute, hub, place):
         torch.set_num_threads(count)
         found.append(check_payloads(entries, federation, base))
     torch.set_num_threads(threads)
-    assert found[0] == found[1]
+    # Whether a check is remembered depends on the clock: a file has to be two seconds old.
+    assert [(e.id, e.problem) for e in found[0]] == [(e.id, e.problem) for e in found[1]]
     assert [e.id for e in found[0]] == [e.id for e in entries]
     assert [e.id for e in found[0] if e.problem] == [damaged.id]

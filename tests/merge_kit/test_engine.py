@@ -287,8 +287,9 @@ def test_a_vector_of_zeros_has_no_direction(merge, sources, open_file):
     nothing = {name: torch.zeros_like(tensor) for name, tensor in NORTH.items()}
     idle = engine.Source("z", "idle", open_file(nothing), (1.0, 1.0, 1.0), 10)
     sentence = (
-        "site 'idle': its vector is all zeros and 'multislerp' needs a direction: leave it out "
-        "with --exclude idle."
+        "site 'idle': its vector is all zeros in what 'multislerp' merges ('body.weight') "
+        "and has no direction: leave it out with --exclude idle, or merge these tensors by another "
+        "method."
     )
     with says(VectorError, sentence):
         merge([*sources, idle], "multislerp")

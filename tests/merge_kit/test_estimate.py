@@ -22,6 +22,8 @@ TENSORS = {
     "table": torch.tensor([1, 2]),
 }
 
+ROWS_OF_THE_HEAD = "rows from the sites that know the class"
+
 
 @pytest.fixture
 def expect(open_file):
@@ -45,7 +47,7 @@ def test_every_tensor_is_in_one_row(expect):
     assert found.rows == (
         Row("weights", "ties", 1, 131_072),
         Row("group 1", "mean", 1, 131_072),
-        Row("head", "rows from the sites that know the class", 1, 10),
+        Row("head", ROWS_OF_THE_HEAD, 1, 10),
         Row("norm mean", "pooled", 1, 3),
         Row("norm variance", "pooled", 1, 3),
         Row("counter", "the largest", 1, 1),
@@ -65,6 +67,20 @@ def test_output_is_what_the_merged_weights_take(expect):
     values = 2 * 131_072 + 3 + 3 + 10
     assert expect(method="mean").output == 4 * values + 8 + 2 * 8
     assert expect(method="mean", dtype="bfloat16").output == 2 * values + 8 + 2 * 8
+
+
+def test_what_a_method_does_not_take_is_in_a_row_of_its_own(expect):
+    found = expect(method="tsv-m", head="method", groups=[{"match": "head.*", "method": "mean"}])
+    assert found.rows[:2] == (Row("weights", "tsv-m", 2, 262_144), Row("group 1", "mean", 1, 10))
+    found = expect(method="ace", groups=[{"match": "blocks.*", "method": "mean"}])
+    assert [row.treatment for row in found.rows[:2]] == ["mean", ROWS_OF_THE_HEAD]
+
+
+def test_masks_and_the_running_sum_take_their_room(expect):
+    found = expect(method="emr")
+    assert found.masks == 3 * 2 * 131_072 // 8
+    assert expect(method="mean").masks == 0
+    assert expect(method="mean").running_sum == 8 * 2 * 131_072
 
 
 def test_whole_tensors_need_more_memory_than_blocks(expect):
@@ -101,3 +117,22 @@ def test_a_vector_may_be_zero_where_the_trial_looks(open_file):
     roles = roles_of(base.specs, ())
     assert len(list(engine.merge(base, sources, roles, recipe))) == len(names)
     assert estimate(base, sources, roles, recipe).readings == 2.0
+
+
+def test_statistics_are_read_too_and_gram_matrices_lie_in_memory(open_file):
+    base = open_file({"fc.weight": torch.zeros(8, 512), "fc.bias": torch.zeros(8)})
+    vector = {"fc.weight": torch.ones(8, 512), "fc.bias": torch.ones(8)}
+    gram = {"fc.weight": torch.eye(512)}
+    sources = [
+        engine.Source(f"{n}", f"s{n}", open_file(vector), (1.0,), 1, {"gram": open_file(gram)})
+        for n in range(2)
+    ]
+    roles = roles_of(base.specs, ())
+    found = estimate(base, sources, roles, make_recipe({"method": "regmean"}, "test"))
+    plain = estimate(base, sources, roles, make_recipe({"method": "tsv-m"}, "test"))
+    assert found.statistics == 2 * 4 * 512 * 512
+    assert found.memory - plain.memory >= 2 * 4 * 512 * 512
+    assert [(row.treatment, row.tensors) for row in found.rows] == [
+        ("regmean", 1),
+        ("the weighted mean, regmean takes none of these", 1),
+    ]

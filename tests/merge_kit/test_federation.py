@@ -8,8 +8,8 @@ import torch
 from merge_kit.errors import BaseMismatchError, FederationError
 from merge_kit.federation import Federation, check_base, parse_federation, read_federation
 from merge_kit.files import canonical_json, sha256_bytes
-from merge_kit.schema import dump_yaml
 from merge_kit.tensorfile import write_tensors
+from merge_kit.yamlfile import dump_yaml
 from tests.merge_kit.helpers import load, says, settle
 
 KEYS = [

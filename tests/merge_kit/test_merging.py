@@ -333,7 +333,7 @@ def missing(name):
     return (
         f"site '{name}' has published no fisher statistics for its vector: "
         "ask it to run 'merge-kit statistics <folder> --kind fisher' and to publish again, or take "
-        "another method."
+        "another method (plain checkpoints have none)."
     )
 
 

@@ -287,6 +287,16 @@ def test_a_vector_alongside_keeps_the_other_and_its_statistics(north, hub, full)
     assert third[2][0].supersedes == f"sha256:{second[2][0].id}"
 
 
+def test_statistics_are_held_back_when_the_site_says_so(north, hub, full, run_cli):
+    folder = full()
+    result = run_cli("publish", north.root, "--run", folder, "--no-statistics")
+    assert result.exit_code == 0, result.stderr
+    assert "  held back    fisher, gram\n" in result.stdout
+    assert [entry.kind for entry in list_entries(hub, read_federation(hub.root))] == ["vector"]
+    assert not list(folder.glob("*.manifest.json"))
+    assert "held back" not in run_cli("publish", north.root, "--run", folder).stdout
+
+
 def test_statistics_of_another_vector_are_refused_at_the_site(north, hub, full):
     """The run was made again, on a GPU, and gave other bytes."""
     folder = full()

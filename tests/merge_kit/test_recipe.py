@@ -64,8 +64,12 @@ def test_a_recipe_comes_back_from_yaml(tmp_path, data):
          "did you mean 'examples'?"),
         ({"method": "mean", "scael": 2}, "unknown key 'scael'; did you mean 'scale'?"),
         ({"method": "mean", "options": [1]}, "'options' must hold keys and values."),
-        ({"method": "mean", "scale": "big"}, "'scale': input should be a valid number, unable to "
-         "parse string as a number (got 'big')."),
+        ({"method": "mean", "scale": "big"}, "'scale': input should be a valid number "
+         "(got 'big')."),
+        ({"method": "mean", "scale": True}, "'scale': input should be a valid number (got True)."),
+        ({"method": "mean", "seed": 1.0}, "'seed': input should be a valid integer (got 1.0)."),
+        ({"method": "mean", "weights": {"north": True}}, "'weights.north': input should be a valid "
+         "number (got True)."),
         ({"method": "mean", "scale": float("inf")}, "'scale': input should be a finite number "
          "(got inf)."),
         ({"method": "mean", "norm": "median"}, "'norm': input should be 'pooled', 'average' or "
@@ -109,14 +113,36 @@ def test_faults_in_options_are_told_in_one_sentence(options, sentence):
         make_recipe({"method": "ties", "options": options}, "here")
 
 
-def test_options_that_hold_themselves_are_refused():
-    options: dict[str, object] = {}
-    options["density"] = options
-    sentence = "here, options of dare: what stands there holds itself: write it out."
-    with says(RecipeError, sentence):
-        make_recipe(
-            {"method": "dare", "options": {"rule": "ties", "rule_options": options}}, "here"
-        )
+def test_a_text_is_no_number_for_an_option():
+    with says(
+        RecipeError, "here, options of ties: 'density': input should be a valid number (got '1')."
+    ):
+        make_recipe({"method": "ties", "options": {"density": "1"}}, "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("method: mean\nscale: true",
+         ", line 2: 'scale': input should be a valid number (got True)"),
+        ("method: mean\nseed: 1\nweights:\n  south: 2\n  north: x\n",
+         ", line 5: 'weights.north': input should be a valid number (got 'x')"),
+        ("method: ties\noptions:\n  scope: vector\n  density: 2\n", ", options of ties, line 4: "
+         "'density': input should be less than or equal to 1 (got 2)"),
+        ("method: dare\noptions:\n  rule: ties\n  rule_options:\n    density: no\n", ", options of "
+         "ties, line 5: 'density': input should be a valid number (got False)"),
+        ("method: mean\ngroups:\n- match: fc.*\n  method: mean\n- match: a\n  method: mean\n"
+         "  scale: '1'\n", ", group 2, line 7: 'scale': input should be a valid number (got '1')"),
+        ("method: mean\ngroups:\n- match: fc.*\n  method: maen\n", ", group 1, line 4: unknown "
+         "method 'maen'; did you mean 'mean'?"),
+        ("method: mean\nscale: 1\nscale: 2\n", ", line 3: the key 'scale' stands there already, in "
+         "line 2: leave one of the two"),
+    ],
+)  # fmt: skip
+def test_the_line_of_a_fault_in_a_file_is_named(tmp_path, text, sentence):
+    (tmp_path / "r.yaml").write_text(text)
+    with says(RecipeError, f"{tmp_path}/r.yaml{sentence}" + "." * (sentence[-1] != "?")):
+        read_recipe(tmp_path / "r.yaml")
 
 
 def test_a_method_without_options_takes_none():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from merge_kit.errors import FederationError, RecipeError
-from merge_kit.schema import Digest, Document, SiteName, dump_yaml, parse, read_yaml, suggestion
+from merge_kit.errors import FederationError
+from merge_kit.schema import Digest, Document, Place, SiteName, parse, suggestion
 from tests.merge_kit.helpers import says
 
 
 class Inner(Document):
     share: float = 0.5
+    times: int = 1
 
 
 class Sample(Document):
@@ -33,11 +36,22 @@ def test_an_unknown_key_like_no_other_gets_the_list():
     ("data", "sentence"),
     [
         ({}, "here: the key 'name' is missing."),
-        ([], "here: 'the document': input should be a valid dictionary or instance of Sample."),
+        ([], "here: 'the document': input should be an object."),
         (
             {"name": "n", "inner": {"share": "x"}},
-            "here: 'inner.share': input should be a valid number, unable to parse string as a "
-            "number (got 'x').",
+            "here: 'inner.share': input should be a valid number (got 'x').",
+        ),
+        (
+            {"name": "n", "inner": {"share": True}},
+            "here: 'inner.share': input should be a valid number (got True).",
+        ),
+        (
+            {"name": "n", "inner": {"share": "0.5"}},
+            "here: 'inner.share': input should be a valid number (got '0.5').",
+        ),
+        (
+            {"name": "n", "inner": {"times": 2.0}},
+            "here: 'inner.times': input should be a valid integer (got 2.0).",
         ),
         (
             {"name": "n", "inner": {"shrae": 1}},
@@ -48,7 +62,7 @@ def test_an_unknown_key_like_no_other_gets_the_list():
             "here: 'inner.share': input should be a finite number (got nan).",
         ),
     ],
-    ids=["missing", "list", "nested", "nested unknown", "nan"],
+    ids=["missing", "list", "nested", "true", "text", "float", "nested unknown", "nan"],
 )
 def test_faults_are_told_in_one_sentence(data, sentence):
     with says(FederationError, sentence):
@@ -95,6 +109,13 @@ def test_a_huge_value_is_cut_in_the_sentence(data):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("odd", ["\ud800", json.loads("[" * 300 + "]" * 300)], ids=["half", "deep"])
+def test_what_json_cannot_hold_is_said(odd):
+    sentence = "here holds a text that is no Unicode, or nests too deeply: correct it."
+    with says(FederationError, sentence):
+        parse(Sample, {"name": odd}, "here", FederationError)
+
+
 def test_documents_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Sample(name="a").name = "b"
@@ -107,36 +128,10 @@ def test_suggestions():
     assert suggestion("x", [f"model{n}" for n in range(1000)]) == "."
 
 
-def test_yaml_comes_back(tmp_path):
-    sample = Sample(name="north", digest="sha256:" + "0" * 64)
-    (tmp_path / "s.yaml").write_text(dump_yaml(sample), encoding="utf-8")
-    data = read_yaml(tmp_path / "s.yaml", RecipeError)
-    assert parse(Sample, data, "here", RecipeError) == sample
-    assert list(data) == ["name", "digest", "inner"]
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (b"a: 1\nb: [\n", ", line 3: not valid YAML."),
-        (b"a: 1\n\tb: 2\n", ", line 2: not valid YAML."),
-        (b"a: 1\nb: \xff\n", " is not UTF-8 text: save it as UTF-8."),
-        (b"- a\n- b\n", " must hold keys and values (YAML mapping)."),
-        (b"", " must hold keys and values (YAML mapping)."),
-        (b"a: !!python/object:os.system x\n", ", line 1: not valid YAML."),
-        (b"a: 2026-13-45\n", ": not valid YAML."),
-        (b"a: " + b"[" * 5000, ": not valid YAML."),
-    ],
-    ids=["cut", "tab", "latin", "list", "empty", "python", "date", "deep"],
-)
-def test_bad_yaml_is_named(tmp_path, content, sentence):
-    (tmp_path / "r.yaml").write_bytes(content)
-    with says(RecipeError, f"{tmp_path}/r.yaml{sentence}"):
-        read_yaml(tmp_path / "r.yaml", RecipeError)
-
-
-def test_a_missing_or_odd_yaml_file_is_named(tmp_path):
-    with says(RecipeError, f"{tmp_path}/no.yaml does not exist: check the path."):
-        read_yaml(tmp_path / "no.yaml", RecipeError)
-    with says(RecipeError, f"{tmp_path} cannot be read: Is a directory."):
-        read_yaml(tmp_path, RecipeError)
+def test_the_line_is_that_of_the_value_or_of_what_holds_it():
+    place = Place("x.yaml", {(): 1, ("a",): 2, ("a", "b"): 3, ("a", "b", 0): 4})
+    assert place.at() == "x.yaml"
+    assert place.at("c") == "x.yaml"
+    assert place.at("a", "b", 0) == "x.yaml, line 4"
+    assert place.at("a", "b", 7, "c") == "x.yaml, line 3"
+    assert place.inside("x.yaml, part", "a").at("b") == "x.yaml, part, line 3"

@@ -72,13 +72,16 @@ def test_a_hub_without_a_federation_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"a: [", ": not valid YAML."),
-        (b"\xff", ": not valid YAML."),
-        (b"a: 2026-13-45", ": not valid YAML."),
+        (b"a: [", ", line 1: not valid YAML."),
+        (b"\xff", " is not UTF-8 text: save it as UTF-8."),
+        (b"a: 1\na: 2", ", line 2: the key 'a' stands there already, in line 1: leave one of the "
+         "two."),
+        (b"a: &a [1]\nb: [*a, *a]", ", line 2: a reference (*name) has no place here: write it "
+         "out."),
         (b"[" * 5000, ": not valid YAML."),
     ],
-    ids=["cut", "bytes", "date", "deep"],
-)
+    ids=["cut", "bytes", "twice", "reference", "deep"],
+)  # fmt: skip
 def test_a_broken_contract_on_the_hub_is_named(hub, tmp_path, content, sentence):
     hub.replace(FEDERATION_FILE, content)
     with says(FederationError, f"{hub.root}/{FEDERATION_FILE}{sentence}"):

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from merge_kit import publishing, site, statistics
+from merge_kit.contributions import check_payloads, list_entries
 from merge_kit.errors import ContributionError, VectorError
+from merge_kit.federation import BASE_WEIGHTS, read_federation
+from merge_kit.files import sha256_file
 from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.tensorfile import TensorFile, write_tensors
 from merge_kit.tensorheader import TensorSpec
@@ -194,3 +197,28 @@ def test_a_file_without_a_header_of_ours_is_refused(tmp_path):
             f"{tmp_path}/odd holds no statistics: its header lacks the metadata 'merge-kit'.",
         ):
             statistics.check_header(file, "fisher", ZEROS, "here")
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gram"])
+def test_one_reading_finds_digest_and_norm(run, check, kind, monkeypatch, contribute, hub):
+    """A payload that is checked is read once, and only a faulty one a second time."""
+    path = run(kind)
+    with TensorFile(path) as file:
+        found = statistics.measure(file)
+    assert found.sha256 == sha256_file(path)
+    assert found.norm == pytest.approx(check(path, kind))
+    assert kind in found.sound
+    contribute("east", beside=[kind])
+    federation, read = read_federation(hub.root), []
+    monkeypatch.setattr(TensorFile, "read_into", spy(TensorFile.read_into, read))
+    checked = check_payloads(list_entries(hub, federation), federation, hub.root / BASE_WEIGHTS)
+    assert [entry.problem for entry in checked] == [None, None]
+    assert len(read) == len(set(read)) > 0
+
+
+def spy(original, seen):
+    def read_into(file, name, begin, out):
+        seen.append((file.path, name, begin))
+        original(file, name, begin, out)
+
+    return read_into

@@ -39,8 +39,9 @@ def weights_of(parcel):
     )
 
 
-def test_a_row_says_what_the_site_said(contribute, rows):
+def test_a_row_says_what_the_site_said(contribute, hub, rows):
     parcel = contribute("north", counts={"round": 30, "lobed": 3, "granular": 0})
+    federation = read_federation(hub.root)
     (row,) = rows()
     size = parcel.manifest.payload.size
     assert row == {
@@ -58,6 +59,7 @@ def test_a_row_says_what_the_site_said(contribute, rows):
         "cosine": pytest.approx(1.0, abs=1e-12),
         "statistics": [],
         "signature": "admitted",
+        "public_key": federation.key_of("north"),
         "compatible": True,
     }
     assert size == parcel.payload.stat().st_size
@@ -152,7 +154,47 @@ def test_the_command_prints_a_table_for_a_person(contribute, hub, run_cli):
     assert "Federation 'cells'" in result.stdout
     for word in ("north", "south", "ready", "round", "granular"):
         assert word in result.stdout
-    assert f"Next: merge the 1 that are ready with\n  merge-kit merge {hub.root}" in result.stdout
+
+
+@pytest.fixture
+def last_words(run_cli, hub):
+    """What the command says is to be done next."""
+    return lambda: run_cli("status", hub.root).stdout.partition("Next: ")[2]
+
+
+def test_what_is_ready_is_to_be_merged(contribute, hub, last_words):
+    contribute("north")
+    assert last_words() == (
+        f"merge the 1 that are ready with\n  merge-kit merge {hub.root} --out merged\n"
+    )
+
+
+def test_a_site_that_is_not_admitted_is_to_be_asked_first(contribute, hub, last_words, tmp_path):
+    contribute("south", admit=False)
+    key = (tmp_path / "south" / "keys" / "site.pub").read_text().strip()
+    first = (
+        "ask each site that is not admitted whether the key is its own, and admit it with\n"
+        f"  merge-kit admit {hub.root} south {key}\n"
+    )
+    assert last_words() == first
+    contribute("north")
+    assert last_words() == (
+        f"{first}or merge the 1 that are ready without with\n"
+        f"  merge-kit merge {hub.root} --skip-refused --out merged\n"
+    )
+
+
+def test_who_did_not_sign_or_sent_something_damaged_is_to_publish_again(
+    contribute, hub, last_words
+):
+    (hub.root / folder_of(contribute("south").manifest) / SIGNATURE).unlink()
+    (hub.root / folder_of(contribute("west").manifest) / PAYLOAD).write_bytes(b"")
+    assert last_words() == "ask south, west to publish again.\n"
+    contribute("north")
+    assert last_words() == (
+        "ask south, west to publish again, or merge the 1 that are ready without with\n"
+        f"  merge-kit merge {hub.root} --skip-refused --out merged\n"
+    )
 
 
 def test_a_site_that_is_silent_is_named(hub, run_cli):

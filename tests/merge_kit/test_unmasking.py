@@ -13,6 +13,7 @@ from merge_kit import publishing, site
 from merge_kit.contributions import list_entries
 from merge_kit.errors import (
     BaseMismatchError,
+    ProvenanceError,
     RecipeError,
     TensorFileError,
     UsageError,
@@ -169,24 +170,36 @@ def test_each_contribution_of_a_site_is_unmasked_by_name_and_id(base, hub, contr
         unmask(folder, base, "north", tmp_path / "other")
 
 
-@pytest.mark.parametrize("name", ["provenance.json", "model.safetensors"])
-def test_only_a_merged_model_is_unmasked(base, merged, tmp_path, name):
-    (merged / name).unlink()
+def test_only_a_merged_model_is_unmasked(base, merged, tmp_path):
+    (merged / "provenance.json").unlink()
     with says(
-        VectorError,
-        f"{merged} is no merged model: it has no {name}; give a folder that 'merge-kit merge' "
-        "wrote.",
+        ProvenanceError,
+        f"{merged} is no merged model: it has no provenance.json; give a folder that 'merge-kit "
+        "merge' made.",
     ):
         unmask(merged, base, "north", tmp_path / "out")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
-def test_a_damaged_provenance_is_said(base, merged, tmp_path, text):
+def test_a_merged_model_without_weights_is_said(base, merged, tmp_path):
+    (merged / "model.safetensors").unlink()
+    sentence = f"{merged}/model.safetensors does not exist: check the path."
+    with says(TensorFileError, sentence):
+        unmask(merged, base, "north", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", " is not sound JSON: it was changed or damaged."),
+        ("{}", ": the key 'format' is missing."),
+        ('{"federation": {}}', ": the key 'format' is missing."),
+        ('{"base": "x", "base": "y"}', " is not sound JSON: it was changed or damaged."),
+    ],
+    ids=["damaged", "plain", "of a hub", "twice"],
+)
+def test_a_provenance_is_read_as_strictly_as_by_verify(base, merged, tmp_path, text, sentence):
     (merged / "provenance.json").write_text(text)
-    with says(
-        VectorError,
-        f"{merged / 'provenance.json'} does not name the model's base: merge again.",
-    ):
+    with says(ProvenanceError, f"{merged / 'provenance.json'}{sentence}"):
         unmask(merged, base, "north", tmp_path / "out")
 
 

@@ -110,8 +110,11 @@ def test_the_sum_that_a_killed_run_had_put_aside_is_used(three, merge_all, tmp_p
 
 def test_another_method_leaves_the_sum_behind(three, merge_all, tmp_path):
     merge_all("merged", "--keep-sum")
-    merge_all("merged", "--replace", "--method", "median")
+    said = merge_all("merged", "--replace", "--method", "median")
     assert FOLDER not in listing(tmp_path / "merged")
+    lost = "no running sum is kept: the one that was there is gone, only linear methods have one"
+    assert lost in said
+    assert "running sum" not in merge_all("merged", "--replace", "--method", "median")
 
 
 def test_a_sum_is_kept_of_linear_methods_only(three, run_cli, hub, tmp_path):
@@ -144,3 +147,27 @@ def test_a_dry_run_shows_what_would_be_done_and_does_nothing(three, merge_all, t
     assert said.startswith("3 vectors: ")
     for words in ("ties", "norm mean", "rows from the sites", "Reads ", "Memory", "Time ", "MiB"):
         assert words in said
+    assert (
+        "Reads  each vector 2.0 times (less, where an earlier merge noted its first pass)" in said
+    )
+
+
+def test_a_dry_run_knows_of_running_sums_and_masks(three, merge_all, tmp_path):
+    merge_all("merged", "--keep-sum")
+    before = content(tmp_path / "merged")
+    said = merge_all("merged", "--dry-run", "--replace", "--exclude", "north")
+    assert "Reads  1 vector(s), the running sum there stands for the others\n" in said
+    assert "for the running sum beside it" in said
+    assert content(tmp_path / "merged") == before
+    assert "Reads  each vector 1.0 times\n" in merge_all("other", "--dry-run", "--keep-sum")
+    assert "for the sites' masks beside it" in merge_all("other", "--dry-run", "--method", "emr")
+    assert "running sum" not in merge_all("other", "--dry-run")
+
+
+def test_what_a_method_did_not_merge_itself_is_said(three, merge_all):
+    said = merge_all("ace", "--method", "ace")
+    assert "  ace merged 0 of 45 tensors itself, the others got the weighted mean\n" in said
+    options = ("--method", "wudi", "--option", "others=base", "--option", "iterations=1")
+    said = merge_all("wudi", *options, "--option", "tensors=kernels")
+    assert "tensors itself, the others got the base's values\n" in said
+    assert "itself" not in merge_all("ties", "--method", "ties")

@@ -265,8 +265,9 @@ def test_fisher_information_of_zeros_has_no_length(survey):
     known[0, 0] = 1.0
     with says(
         VectorError,
-        "site 'south': its Fisher information is all zeros and cannot be brought to length 1: "
-        "leave it out with --exclude south, or set 'normalise: false'.",
+        "site 'south': its Fisher information is all zeros in what 'fisher' merges ('bias' and 1 "
+        "more) and cannot be brought to length 1: leave it out with --exclude south, or set "
+        "'normalise: false'.",
     ):
         survey(known)
     assert survey(known, normalise=False).tolist() == [1.0, 1.0]

@@ -1,0 +1,145 @@
+"""A merged model made again from what was found, and compared as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from merge_kit import engine, running
+from merge_kit.checkpoints import WEIGHTS
+from merge_kit.checks import Check
+from merge_kit.comparing import MaskFiles, SumFiles
+from merge_kit.devices import Device
+from merge_kit.exact import InexactSumError
+from merge_kit.material import Material
+from merge_kit.provenance import PROVENANCE, PlainProvenance, Provenance
+from merge_kit.recipe import Recipe
+from merge_kit.running import Sums
+from merge_kit.tensorfile import Fingerprint, TensorFile
+
+LAST_DIGIT = 1e-5
+"""A relative difference that may come from rounding."""
+
+
+def shares(record: Provenance | PlainProvenance, inputs: Material, recipe: Recipe) -> Check:
+    """Compare the stated weights with those that follow from the recipe."""
+    of_a_hub = isinstance(record, Provenance)
+    basis = "the recipe and the manifests" if of_a_hub else "the recipe"
+    found_shares = engine.weigh(inputs.sources, recipe).shares
+    found = dict(zip([source.id for source in inputs.sources], found_shares, strict=True))
+    if odd := [part for part in record.ingredients if part.weight != found[part.id]]:
+        text = (
+            f"{PROVENANCE} states {odd[0].weight:.6g} for {odd[0].label}, by {basis} it is "
+            f"{found[odd[0].id]:.6g}."
+        )
+        return Check("weights", "differs", text)
+    return Check("weights", "ok", f"follow from {basis}")
+
+
+@dataclass(slots=True)
+class _Gap:
+    """How far the model is from what merging again gives."""
+
+    values: int = 0
+    differing: int = 0
+    largest: float = 0.0
+    relative: float = 0.0
+    tensor: str = ""
+
+    def add(self, part: engine.Part, model: TensorFile) -> None:
+        """Compare one stretch."""
+        there = torch.empty_like(part.values)
+        model.read_into(part.name, part.begin, there)
+        self.values += there.numel()
+        if not (odd := int((there != part.values).sum())):
+            return
+        self.differing += odd
+        gaps = (there.double() - part.values.double()).abs().nan_to_num(nan=torch.inf)
+        largest, scale = float(gaps.max()), float(part.values.double().abs().max())
+        self.relative = max(self.relative, largest / scale if scale else torch.inf)
+        if largest > self.largest:
+            self.largest, self.tensor = largest, part.name
+
+
+def rebuild(
+    record: Provenance | PlainProvenance,
+    inputs: Material,
+    recipe: Recipe,
+    folder: Path,
+    model: TensorFile | None,
+    device: Device,
+) -> list[Check]:
+    """Merge again and compare with the stated fingerprint, and with every tensor in the folder.
+
+    `model` is the folder's own, if it can be read.
+    """
+    if running.fits(recipe) and (folder / running.FOLDER).is_dir():
+        try:
+            sums = running.from_scratch(inputs.sources, recipe)
+            return _compare(record, inputs, recipe, folder, model, sums, device)
+        except InexactSumError:  # then no merge has kept it
+            pass
+    return _compare(record, inputs, recipe, folder, model, (), device)
+
+
+def _compare(
+    record: Provenance | PlainProvenance,
+    inputs: Material,
+    recipe: Recipe,
+    folder: Path,
+    model: TensorFile | None,
+    sums: Sequence[Sums],
+    device: Device,
+) -> list[Check]:
+    base = inputs.base.specs
+    specs = engine.merged_specs(base, recipe)
+    gap = _Gap() if model and model.specs == specs else None
+    digest = Fingerprint()
+    with ExitStack() as stack:
+        masks = MaskFiles(folder, inputs.sources, specs, stack)
+        groups = engine.groups_of(inputs.roles, recipe)
+        kept = (
+            SumFiles(folder, inputs.base_fingerprint, base, groups, sums, stack) if sums else None
+        )
+        parts = engine.merge(inputs.base, inputs.sources, inputs.roles, recipe, sums, device=device)
+        for part in parts:
+            if part.begin == 0:
+                digest.begin(part.name, specs[part.name])
+            digest.values(part.values)
+            if gap and model:
+                gap.add(part, model)
+            masks.add(part)
+            if kept:
+                kept.add(part)
+        found = str(digest)
+        beside = masks.checks(found) + (kept.checks() if kept else [])
+    return [_rebuilt(found, record.merged, gap), *beside]
+
+
+def _rebuilt(found: str, stated: str, gap: _Gap | None) -> Check:
+    if found == stated:
+        text = f"merging again gives the stated fingerprint {found}"
+        return Check("rebuilt", "ok", f"{text}; {_size_of(gap)}" if gap and gap.differing else text)
+    text = f"merging again gives {found}, {PROVENANCE} states {stated}; {_size_of(gap)}"
+    return Check("rebuilt", "differs", text)
+
+
+def _size_of(gap: _Gap | None) -> str:
+    if gap is None:
+        return f"{WEIGHTS} has other tensors than the base."
+    if not gap.differing:
+        return f"{WEIGHTS} holds what merging again gives, so the statement is wrong."
+    text = (
+        f"{gap.differing} of {gap.values} values of {WEIGHTS} differ, by at most "
+        f"{gap.largest:.3g}, in '{gap.tensor}'."
+    )
+    if gap.relative > LAST_DIGIT:
+        return text
+    return (
+        f"{text} So little may be rounding: methods with linear algebra can differ in the last "
+        "digit on another version of torch or another processor; verify where it was merged."
+    )
