@@ -12,15 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from evaluate.candidates import Judge, scaled, states
+from evaluate.metrics import log_loss
 from evaluate.scoring import LEVEL
 from finetune.cases import Case
 from finetune.scores import (
     Interval,
-    Labels,
-    Probabilities,
     Score,
     balanced_accuracy,
     macro_auroc,
@@ -53,17 +50,6 @@ class Metric:
     def gain(self, figure: Interval) -> float:
         """The larger the better; an undefined figure is the worst of all."""
         return -math.inf if math.isnan(figure.value) else self.sign * figure.value
-
-
-def log_loss(labels: Labels, probabilities: Probabilities) -> float:
-    """Mean of -ln p of the label's class, p being at least the smallest normal float64.
-
-    (n,) integers and (n, C) float64 that sum to 1 (not logits); nan for no case.
-    """
-    if not len(labels):
-        return math.nan
-    chosen = probabilities[np.arange(len(labels)), labels]
-    return float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean())
 
 
 METRICS: Mapping[str, Metric] = {

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sklearn.metrics
 import torch
 
 from evaluate import selection
@@ -248,19 +247,6 @@ def test_progress_counts_the_images_of_all_candidates(hub, federation, table):
     for _ in range(2):
         judge(dict(model.state_dict()))
     assert seen == [(0, 12), (6, 12), (12, 12)]
-
-
-def test_log_loss_agrees_with_scikit_learn():
-    rng = np.random.default_rng(3)
-    labels, chances = rng.integers(0, 4, 50), rng.dirichlet(np.ones(4), 50)
-    expected = sklearn.metrics.log_loss(labels, chances, labels=range(4))
-    assert selection.log_loss(labels, chances) == pytest.approx(expected, rel=1e-12)
-
-
-def test_log_loss_of_certain_mistakes_and_of_nothing():
-    wrong = np.array([[1.0, 0.0]])
-    assert selection.log_loss(np.array([1]), wrong) == pytest.approx(708.396, abs=1e-3)
-    assert math.isnan(selection.log_loss(np.array([], dtype=int), np.zeros((0, 2))))
 
 
 def cases(*splits):
