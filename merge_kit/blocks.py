@@ -108,13 +108,17 @@ class BlockReader:
         """Where the blocks lie."""
         return stretches(self.base.specs, self.names, whole=self.whole)
 
+    @cached_property
+    def _longest(self) -> int:
+        return max((BLOCK, *(stretch.size for stretch in self.stretches)))
+
     def only(self, chosen: Sequence[int]) -> BlockReader:
         """A reader of some of the vectors."""
         return replace(
             self,
             vectors=tuple(self.vectors[i] for i in chosen),
-            ids=tuple(self.ids[i] for i in chosen),
-            sites=tuple(self.sites[i] for i in chosen),
+            ids=tuple(self.ids[i] for i in chosen) if self.ids else (),
+            sites=tuple(self.sites[i] for i in chosen) if self.sites else (),
             statistics=tuple(self.statistics[i] for i in chosen) if self.statistics else (),
         )
 
@@ -136,7 +140,11 @@ class BlockReader:
             seed=self.seed,
             statistics=self._statistics_of(stretch),
         )
-        return block if self.change is None else replace(block, values=self.change(block))
+        if self.change is not None:
+            # Vector by vector: what a change takes on the way, it takes for one of them.
+            for row in range(len(values)):
+                block.values[row] = self.change(_alone(block, row))[0]
+        return block
 
     def _statistics_of(self, stretch: Stretch) -> Tensor | None:
         files = self.statistics
@@ -150,10 +158,13 @@ class BlockReader:
         return found
 
     def _start(self, stretch: Stretch) -> Tensor:
-        read = self._kept("read", stretch.size, 1, self.base.specs[stretch.tensor].dtype)[0]
-        self.base.read_into(stretch.tensor, stretch.begin, read)
+        dtype = self.base.specs[stretch.tensor].dtype
         start = self._kept("start", stretch.size, 1, torch.float64)[0]
-        return start.copy_(read)
+        for at in range(0, stretch.size, BLOCK):
+            read = self._kept("read", min(BLOCK, stretch.size - at), 1, dtype)[0]
+            self.base.read_into(stretch.tensor, stretch.begin + at, read)
+            start[at : at + BLOCK] = read
+        return start
 
     def _kept(self, what: str, size: int, rows: int, dtype: torch.dtype) -> Tensor:
         """(rows, size) of memory that a thread uses again and again.
@@ -161,11 +172,12 @@ class BlockReader:
         New memory for each block, between small results that stay, would scatter the heap.
         """
         # A first pass that starts inside a block of another must not overwrite it.
-        if size > BLOCK or getattr(self._local, "depth", 0) > 1:
+        if getattr(self._local, "depth", 0) > 1:
             return torch.empty(rows, size, dtype=dtype)
         name = f"{what} {dtype}"
         if not hasattr(self._local, name):
-            setattr(self._local, name, torch.empty(rows * BLOCK, dtype=dtype))
+            # Pages that no block has reached yet take no memory.
+            setattr(self._local, name, torch.empty(rows * self._longest, dtype=dtype))
         kept: Tensor = getattr(self._local, name)[: rows * size]
         return kept.view(rows, size)
 
@@ -185,3 +197,9 @@ class BlockReader:
         chosen = self.stretches if parts is None else parts
         ahead = 1 if self.whole else _AHEAD
         return in_order(work, chosen, 1 if inside else self.workers, ahead)
+
+
+def _alone(block: Block, row: int) -> Block:
+    """One vector of a block."""
+    rows = slice(row, row + 1)
+    return replace(block, values=block.values[rows], ids=block.ids[rows], sites=block.sites[rows])

@@ -148,7 +148,7 @@ def _by_value(
     def combine(block: Block) -> Combined:
         tau = rule.combine(block, weights, options, state)
         return Combined(
-            lambda scale: block.start + scale * tau,
+            lambda scale: (scale * tau).add_(block.start),
             masks=rule.masks(block, options, state) if rule.masks else None,
         )
 
