@@ -13,6 +13,7 @@ from torch import Tensor
 from merge_kit.blocks import BlockReader
 from merge_kit.errors import RecipeError, VectorError
 from merge_kit.exact import Pair, affine, affine_of_sum
+from merge_kit.heap import return_large
 from merge_kit.methods.base import Block, ByValue, FromGram, Linear, Method, Sparsify
 from merge_kit.methods.linear import weighted_sum
 from merge_kit.notes import Notes
@@ -221,6 +222,8 @@ def _reader(
         def change(block: Block) -> Tensor:
             return sparse.change(block, options)
 
+    if whole:
+        return_large()
     kind = method.statistics
     reader = BlockReader(
         base,

@@ -118,10 +118,11 @@ def polar_factor(columns: Tensor) -> Tensor:
 
 
 def _weighed(vectors: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, float]]:
-    """The vectors that have a weight, with it."""
+    """The vectors that have a weight, in float64, with it; each one overwrites the last."""
+    exact = torch.empty_like(vectors[0], dtype=torch.float64)
     for tau, weight in zip(vectors, weights.tolist(), strict=True):
         if weight:
-            yield tau, weight
+            yield exact.copy_(tau), weight
 
 
 def tsv_m(vectors: Tensor, weights: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def tsv_m(vectors: Tensor, weights: Tensor) -> Tensor:
     rank = max(1, min(vectors.shape[1:]) // len(vectors))
     return orthogonal_sum(
         *side_by_side(
-            leading(tau.double(), rank).times(weight) for tau, weight in _weighed(vectors, weights)
+            leading(tau, rank).times(weight) for tau, weight in _weighed(vectors, weights)
         )
     )
 
@@ -177,14 +178,10 @@ def _subspaces(vectors: Tensor, weights: Tensor, fraction: float) -> Iterator[Sp
         return
     # U of small singular values is orthonormal to few digits; a projection needs them all.
     basis = torch.linalg.qr(common.left).Q
+    rest = basis.new_empty(vectors.shape[1:])
     for tau, weight in _weighed(vectors, weights):
-        yield _outside(tau.double(), basis, own).times(weight)
-
-
-def _outside(tau: Tensor, basis: Tensor, rank: int) -> Spectrum:
-    """The `leading` of (I - U U^T) tau, U being the basis; all float64."""
-    within = basis @ (basis.T @ tau)
-    return leading(torch.sub(tau, within, out=within), rank, float(tau.norm()))
+        torch.sub(tau, torch.mm(basis, basis.T @ tau, out=rest), out=rest)
+        yield leading(rest, own, float(tau.norm())).times(weight)
 
 
 def svc(vectors: Tensor, weights: Tensor, alpha: float | None = None) -> Tensor:
@@ -205,11 +202,9 @@ def svc(vectors: Tensor, weights: Tensor, alpha: float | None = None) -> Tensor:
     del total
     counted = torch.full((len(merged),), size * least, dtype=torch.float64, device=merged.device)
     for tau, weight in _weighed(vectors, weights):
-        exact = tau.double()
-        response = left.T @ exact
+        response = left.T @ tau
         squares = response.square().sum(dim=1)
-        there = squares > (_ZERO * exact.norm()).square()
-        del exact
+        there = squares > (_ZERO * tau.norm()).square()
         share = (response * merged).sum(dim=1) / (weight * squares.where(there, 1.0))
         counted += (share.where(there, 0.0) - least).clamp(min=0)
     return left.mul_(size / counted) @ merged
@@ -226,13 +221,12 @@ def low_rank(matrix: Tensor, energy: float) -> Tensor:
         return matrix.clone()
     if matrix.shape[0] < matrix.shape[1]:
         return low_rank(matrix.T, energy).T
-    exact = matrix.double()
+    exact = matrix.to(torch.float64, copy=True)
     squares, vectors = torch.linalg.eigh(exact.T @ exact)
     reached = squares.flip(0).clamp(min=0).cumsum(dim=0)
     rank = int((reached < energy * reached[-1]).sum()) + 1
     chosen = vectors[:, len(vectors) - rank :]
-    found: Tensor = (exact @ chosen @ chosen.T).to(matrix.dtype)
-    return found
+    return torch.mm(exact @ chosen, chosen.T, out=exact).to(matrix.dtype)
 
 
 class IsoCtsOptions(Document):
