@@ -114,13 +114,17 @@ class BlockReader:
         size, whole = self.device.block, self.whole
         return stretches(self.base.specs, self.names, block=size, whole=whole)
 
+    @cached_property
+    def _longest(self) -> int:
+        return max((self.device.block, *(stretch.size for stretch in self.stretches)))
+
     def only(self, chosen: Sequence[int]) -> BlockReader:
         """A reader of some of the vectors."""
         return replace(
             self,
             vectors=tuple(self.vectors[i] for i in chosen),
-            ids=tuple(self.ids[i] for i in chosen),
-            sites=tuple(self.sites[i] for i in chosen),
+            ids=tuple(self.ids[i] for i in chosen) if self.ids else (),
+            sites=tuple(self.sites[i] for i in chosen) if self.sites else (),
             statistics=tuple(self.statistics[i] for i in chosen) if self.statistics else (),
         )
 
@@ -142,7 +146,11 @@ class BlockReader:
             seed=self.seed,
             statistics=self._statistics_of(stretch),
         )
-        return block if self.change is None else replace(block, values=self.change(block))
+        if self.change is not None:
+            # Vector by vector: what a change takes on the way, it takes for one of them.
+            for row in range(len(values)):
+                block.values[row] = self.change(_alone(block, row))[0]
+        return block
 
     def _statistics_of(self, stretch: Stretch) -> Tensor | None:
         files = self.statistics
@@ -156,10 +164,13 @@ class BlockReader:
         return self._moved(found)
 
     def _start(self, stretch: Stretch) -> Tensor:
-        read = self._kept("read", stretch.size, 1, self.base.specs[stretch.tensor].dtype)[0]
-        self.base.read_into(stretch.tensor, stretch.begin, read)
+        dtype = self.base.specs[stretch.tensor].dtype
         start = self._kept("start", stretch.size, 1, torch.float64)[0]
-        return start.copy_(read)
+        for at in range(0, stretch.size, BLOCK):
+            read = self._kept("read", min(BLOCK, stretch.size - at), 1, dtype)[0]
+            self.base.read_into(stretch.tensor, stretch.begin + at, read)
+            start[at : at + BLOCK] = read
+        return start
 
     def _kept(self, what: str, size: int, rows: int, dtype: torch.dtype) -> Tensor:
         """(rows, size) of memory that a thread uses again and again.
@@ -167,11 +178,16 @@ class BlockReader:
         New memory for each block, between small results that stay, would scatter the heap.
         """
         # A first pass that starts inside a block of another must not overwrite it.
-        if size > self.device.block or getattr(self._local, "depth", 0) > 1:
+        if getattr(self._local, "depth", 0) > 1:
             return torch.empty(rows, size, dtype=dtype)
         name = f"{what} {dtype}"
         if not hasattr(self._local, name):
-            setattr(self._local, name, self.device.buffer(rows * self.device.block, dtype))
+            length = rows * self._longest
+            # Pages that no block has reached yet take no memory. Whole tensors lie in plain memory:
+            # what a device keeps for itself must stay small.
+            plain = self._longest > self.device.block
+            made = torch.empty(length, dtype=dtype) if plain else self.device.buffer(length, dtype)
+            setattr(self._local, name, made)
         kept: Tensor = getattr(self._local, name)[: rows * size]
         return kept.view(rows, size)
 
@@ -199,3 +215,9 @@ class BlockReader:
         chosen = self.stretches if parts is None else parts
         ahead = 1 if self.whole else self.device.ahead
         return in_order(work, chosen, 1 if inside else self.workers, ahead)
+
+
+def _alone(block: Block, row: int) -> Block:
+    """One vector of a block."""
+    rows = slice(row, row + 1)
+    return replace(block, values=block.values[rows], ids=block.ids[rows], sites=block.sites[rows])

@@ -14,6 +14,7 @@ from merge_kit.blocks import BlockReader
 from merge_kit.devices import CPU, Device
 from merge_kit.errors import RecipeError, VectorError
 from merge_kit.exact import Pair, affine, affine_of_sum
+from merge_kit.heap import return_large
 from merge_kit.methods.base import (
     Block,
     ByValue,
@@ -166,7 +167,7 @@ def _by_value(
     def combine(block: Block) -> Combined:
         tau = rule.combine(block, weights, options, state)
         return Combined(
-            lambda scale: block.start + scale * tau,
+            lambda scale: (scale * tau).add_(block.start),
             masks=rule.masks(block, options, state) if rule.masks else None,
         )
 
@@ -244,6 +245,8 @@ def _reader(
         def change(block: Block) -> Tensor:
             return sparse.change(block, options)
 
+    if whole:
+        return_large()
     kind = method.statistics
     reader = BlockReader(
         base,

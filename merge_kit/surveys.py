@@ -19,6 +19,8 @@ _FORMAT = 1
 """Raised whenever a figure is computed in another way, so that older notes are not used."""
 _ALONE = 32
 """Up to so many vectors inner products are computed pair by pair."""
+_TOGETHER = 16
+"""So many vectors are sought through at once for what each of them has by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +66,21 @@ class Survey:
     ) -> dict[str, Tensor]:
         """The exact k-th largest of each row, k = int(fraction d) + 1, or 0 where k exceeds d.
 
-        With `noted`, a name for the measure, vectors that were measured before are not read again.
+        With `noted`, a name for a measure of each vector by itself, vectors that were measured
+        before are not read again, and the others are read a few at a time: what is kept of each
+        while it is read does not grow with their number.
         """
         subject = ["kth largest", noted, fraction, scope, *self._subject()]
         keys = self._names if scope == "tensor" else [""] if self._names else []
         known = self.notes.read(subject) if self.notes and noted else {}
         missing = [index for index, name in enumerate(self.reader.ids) if name not in known]
-        if not self.notes or not noted or len(self.reader.ids) != len(self):
+        if not noted:
             found = self._kth_largest(measure, fraction, scope)
+        elif not self.notes or len(self.reader.ids) != len(self):
+            found = self._few_at_a_time(range(len(self)), measure, fraction, scope)
         else:
             if missing:
-                new = Survey(self.reader.only(missing))._kth_largest(measure, fraction, scope)
+                new = self._few_at_a_time(missing, measure, fraction, scope)
                 figures = {
                     self.reader.ids[index]: [new[key][row].item() for key in keys]
                     for row, index in enumerate(missing)
@@ -95,6 +101,18 @@ class Survey:
         made_by = [_FORMAT, torch.__version__, torch.backends.cpu.get_cpu_capability()]
         device = self.reader.device.name
         return [list(self.reader.names), list(self.changed_by), made_by, device]
+
+    def _few_at_a_time(
+        self,
+        chosen: Sequence[int],
+        measure: Callable[[Block], Tensor],
+        fraction: float,
+        scope: Scope,
+    ) -> dict[str, Tensor]:
+        groups = [chosen[at : at + _TOGETHER] for at in range(0, len(chosen), _TOGETHER)]
+        readers = [self.reader.only(group) for group in groups]
+        parts = [Survey(reader)._kth_largest(measure, fraction, scope) for reader in readers]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _kth_largest(
         self, measure: Callable[[Block], Tensor], fraction: float, scope: Scope

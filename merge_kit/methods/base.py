@@ -155,7 +155,7 @@ class Sparsify:
     """Change every vector first, then merge by another rule, named in the options as `rule`."""
 
     change: Callable[[Block, Any], Tensor]
-    """Block and options: (N, n) float32."""
+    """Block and options: (N, n) float32. Each vector is changed by itself: N is 1 in a merge."""
     whole: Callable[[Any], bool]
     """Whether blocks must be whole tensors."""
 

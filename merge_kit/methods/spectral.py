@@ -19,7 +19,7 @@ push the others about when they are made orthogonal. Here there are none: see `l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,14 +82,24 @@ def leading(matrix: Tensor, rank: int, norm: float | None = None) -> Spectrum:
     along = matrix @ right
     values = along.norm(dim=0)
     kept = values > _ZERO * (float(matrix.norm()) if norm is None else norm)
-    return Spectrum(along[:, kept] / values[kept], values[kept], right[:, kept])
+    if not kept.all():
+        along, values, right = along[:, kept], values[kept], right[:, kept]
+    return Spectrum(along.div_(values), values, right)
 
 
-def orthogonal_sum(parts: Sequence[Spectrum], values: Tensor) -> Tensor:
-    """U' diag(values) V'^T with U' nearest to [U_1 ... U_N] and orthonormal, V' alike: (m, n)."""
-    left = polar_factor(torch.cat([part.left for part in parts], dim=1))
-    right = polar_factor(torch.cat([part.right for part in parts], dim=1))
-    return left * values @ right.T
+def side_by_side(parts: Iterable[Spectrum]) -> tuple[Tensor, Tensor, Tensor]:
+    """[U_1 ... U_N], all singular values in a row, and [V_1 ... V_N]."""
+    lefts, values, rights = [], [], []
+    for part in parts:
+        lefts.append(part.left)
+        values.append(part.values)
+        rights.append(part.right)
+    return torch.cat(lefts, dim=1), torch.cat(values), torch.cat(rights, dim=1)
+
+
+def orthogonal_sum(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
+    """U' diag(values) V'^T with U' nearest to (m, k) `left` and orthonormal, V' alike: (m, n)."""
+    return polar_factor(left).mul_(values) @ polar_factor(right).T
 
 
 def polar_factor(columns: Tensor) -> Tensor:
@@ -98,19 +108,21 @@ def polar_factor(columns: Tensor) -> Tensor:
     Where columns depend on each other it is not unique, and the smallest is taken, without the
     directions in which S is 0: of N equal columns each is divided by sqrt(N). Columns that differ
     by the rounding errors of float32 are equal; published code makes a direction of the errors.
-    (m, k) float64.
+    X is brought to a triangle first, which leaves the SVD a small matrix. (m, k) float64.
     """
-    u, s, vh = torch.linalg.svd(columns, full_matrices=False)
-    kept = s > _ZERO * s[:1]
-    factor: Tensor = u[:, kept] @ vh[kept]
+    basis, triangle = torch.linalg.qr(columns)
+    u, s, vh = torch.linalg.svd(triangle, full_matrices=False)
+    rank = int((s > _ZERO * s[:1]).sum())
+    factor: Tensor = basis @ (u[:, :rank] @ vh[:rank])
     return factor
 
 
 def _weighed(vectors: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, float]]:
-    """The vectors that have a weight, in float64, with it."""
+    """The vectors that have a weight, in float64, with it; each one overwrites the last."""
+    exact = torch.empty_like(vectors[0], dtype=torch.float64)
     for tau, weight in zip(vectors, weights.tolist(), strict=True):
         if weight:
-            yield tau.double(), weight
+            yield exact.copy_(tau), weight
 
 
 def tsv_m(vectors: Tensor, weights: Tensor) -> Tensor:
@@ -123,8 +135,11 @@ def tsv_m(vectors: Tensor, weights: Tensor) -> Tensor:
     (N, m, n) and (N,) weights give (m, n) float64.
     """
     rank = max(1, min(vectors.shape[1:]) // len(vectors))
-    parts = [leading(tau, rank).times(weight) for tau, weight in _weighed(vectors, weights)]
-    return orthogonal_sum(parts, torch.cat([part.values for part in parts]))
+    return orthogonal_sum(
+        *side_by_side(
+            leading(tau, rank).times(weight) for tau, weight in _weighed(vectors, weights)
+        )
+    )
 
 
 def iso_c(vectors: Tensor, weights: Tensor) -> Tensor:
@@ -136,7 +151,7 @@ def iso_c(vectors: Tensor, weights: Tensor) -> Tensor:
     (N, m, n) and (N,) weights give (m, n) float64.
     """
     common = leading(weighted_sum(vectors, weights), min(vectors.shape[1:]))
-    return common.values.mean() * common.left @ common.right.T
+    return common.left.mul_(common.values.mean()) @ common.right.T
 
 
 def iso_cts(vectors: Tensor, weights: Tensor, fraction: float) -> Tensor:
@@ -149,17 +164,24 @@ def iso_cts(vectors: Tensor, weights: Tensor, fraction: float) -> Tensor:
 
     (N, m, n) and (N,) weights give (m, n) float64.
     """
+    left, values, right = side_by_side(_subspaces(vectors, weights, fraction))
+    return orthogonal_sum(left, values.mean().expand_as(values), right)
+
+
+def _subspaces(vectors: Tensor, weights: Tensor, fraction: float) -> Iterator[Spectrum]:
+    """Of Iso-CTS: the common one, then what each vector has outside of it."""
     size, smaller = len(vectors), min(vectors.shape[1:])
     own = min(round((smaller - int(fraction * smaller)) / size), smaller // size)
     common = leading(weighted_sum(vectors, weights), smaller - size * own)
+    yield common
+    if not own:
+        return
     # U of small singular values is orthonormal to few digits; a projection needs them all.
     basis = torch.linalg.qr(common.left).Q
-    parts = [common]
-    for tau, weight in _weighed(vectors, weights) if own else ():
-        rest = tau - basis @ (basis.T @ tau)
-        parts.append(leading(rest, own, float(tau.norm())).times(weight))
-    values = torch.cat([part.values for part in parts])
-    return orthogonal_sum(parts, values.mean().expand_as(values))
+    rest = basis.new_empty(vectors.shape[1:])
+    for tau, weight in _weighed(vectors, weights):
+        torch.sub(tau, torch.mm(basis, basis.T @ tau, out=rest), out=rest)
+        yield leading(rest, own, float(tau.norm())).times(weight)
 
 
 def svc(vectors: Tensor, weights: Tensor, alpha: float | None = None) -> Tensor:
@@ -177,14 +199,15 @@ def svc(vectors: Tensor, weights: Tensor, alpha: float | None = None) -> Tensor:
     total = weighted_sum(vectors, weights)
     left = leading(total, min(total.shape)).left
     merged = left.T @ total
-    counted = torch.full((len(merged),), size * least, dtype=torch.float64, device=total.device)
+    del total
+    counted = torch.full((len(merged),), size * least, dtype=torch.float64, device=merged.device)
     for tau, weight in _weighed(vectors, weights):
         response = left.T @ tau
         squares = response.square().sum(dim=1)
         there = squares > (_ZERO * tau.norm()).square()
         share = (response * merged).sum(dim=1) / (weight * squares.where(there, 1.0))
         counted += (share.where(there, 0.0) - least).clamp(min=0)
-    return left * (size / counted) @ merged
+    return left.mul_(size / counted) @ merged
 
 
 def low_rank(matrix: Tensor, energy: float) -> Tensor:
@@ -198,13 +221,12 @@ def low_rank(matrix: Tensor, energy: float) -> Tensor:
         return matrix.clone()
     if matrix.shape[0] < matrix.shape[1]:
         return low_rank(matrix.T, energy).T
-    exact = matrix.double()
+    exact = matrix.to(torch.float64, copy=True)
     squares, vectors = torch.linalg.eigh(exact.T @ exact)
     reached = squares.flip(0).clamp(min=0).cumsum(dim=0)
     rank = int((reached < energy * reached[-1]).sum()) + 1
     chosen = vectors[:, len(vectors) - rank :]
-    found: Tensor = (exact @ chosen @ chosen.T).to(matrix.dtype)
-    return found
+    return torch.mm(exact @ chosen, chosen.T, out=exact).to(matrix.dtype)
 
 
 class IsoCtsOptions(Document):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,3 +80,21 @@ def test_torch_works_with_one_thread_meanwhile():
         assert workers == before
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_vectors_are_changed_one_by_one(read):
+    vectors = pair({"a": BLOCK + 3}, sites=3)
+    reader = replace(read(vectors), ids=("x", "y", "z"), change=lambda b: b.values + ord(b.ids[0]))
+    assert len(reader.block(reader.stretches[0]).ids) == 3
+    found = torch.cat([part for _, part in reader.each(lambda b: b.values.clone())], dim=1)
+    for row, vector, identity in zip(found, vectors, "xyz", strict=True):
+        assert torch.equal(row, vector["a"] + ord(identity))
+
+
+def test_whole_tensors_of_any_size_share_one_buffer(read):
+    vectors = pair({"a": 5, "b": 2 * BLOCK + 3, "c": BLOCK + 1})
+    reader = replace(read(vectors), whole=True)
+    found = [(b.values.data_ptr(), b.values.clone()) for b in map(reader.block, reader.stretches)]
+    assert len({place for place, _ in found}) == 1
+    for name, (_, values) in zip(vectors[0], found, strict=True):
+        assert torch.equal(values, torch.stack([vector[name] for vector in vectors]))

@@ -115,3 +115,19 @@ def test_a_first_pass_inside_a_block_leaves_the_block_alone(survey):
         return torch.equal(before, block.values)
 
     assert all(same for _, same in found_by.reader.each(measure))
+
+
+@pytest.mark.parametrize("scope", ["vector", "tensor"])
+def test_a_noted_measure_is_sought_in_a_few_vectors_at_a_time(survey, scope):
+    together = []
+
+    def measure(block):
+        together.append(len(block.values))
+        return block.values.abs()
+
+    found_by = survey(pair({"a": 300, "b": 7}, sites=37))
+    found = found_by.kth_largest(measure, 0.2, scope, "magnitude")
+    assert max(together) == 16
+    at_once = found_by.kth_largest(measure, 0.2, scope)
+    assert max(together) == 37
+    assert all(torch.equal(found[name], at_once[name]) for name in at_once)
