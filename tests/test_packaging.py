@@ -15,7 +15,7 @@ NEEDED = [
     "merge_kit/templates/model_card.md.j2",
     "merge_kit/configs/merge/mean.yaml",
     "finetune/training.py",
-    "evaluate/templates/report.html.j2",
+    "evaluate/templates/page/page.html.j2",
     "evaluate/templates/page/page.html.j2",
     "evaluate/templates/page/style.css",
     "evaluate/templates/page/page.js",
