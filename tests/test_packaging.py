@@ -16,7 +16,6 @@ NEEDED = [
     "merge_kit/configs/merge/mean.yaml",
     "finetune/training.py",
     "evaluate/templates/page/page.html.j2",
-    "evaluate/templates/page/page.html.j2",
     "evaluate/templates/page/style.css",
     "evaluate/templates/page/page.js",
     "evaluate/demo.py",
