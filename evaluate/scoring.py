@@ -34,9 +34,9 @@ SCALARS = (
 )
 COMPARED = ("balanced_accuracy", "macro_auroc", "accuracy")
 """Scores whose replicates are kept, to compare models by."""
-_BY_CLASS = {"class_brier": "brier", "class_ece": "ece"}
+_BY_CLASS = {"class_brier": "brier", "class_ece": "ece", "class_log_loss": "log_loss"}
 """Names of class figures that would be those of scalars."""
-_OF_ALL = ("brier",)
+_OF_ALL = ("brier", "log_loss")
 
 
 @dataclass(frozen=True, slots=True)

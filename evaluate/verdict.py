@@ -37,17 +37,20 @@ def main(report: Report, model: ModelReport, scope: str) -> Figure:
 def verdict(report: Report) -> tuple[str, ...]:
     """The findings, the most important first.
 
-    Which model is best on all cases and on the mean over sites, and by how much; how it does on
-    sites that no model was trained on; its worst site; how the best merged model stands to
-    single-site, pooled and base models; where merged models do worse than a site's own; how far its
-    probabilities can be trusted; gaps between groups; and what is too small to be believed.
+    How the best merged model stands to single-site, pooled and base models, and to each site's own
+    model at that site; which model is best on all cases and on the mean over sites, and by how
+    much; how models do on sites that none was trained on; the worst site; the other merged models
+    against the sites' own; how far probabilities can be trusted; gaps between groups; and what is
+    too small to be believed.
     """
+    own = _against_own(report)
     return (
+        *_baselines(report),
+        *own[:1],
         *_best(report),
         *_external(report),
         *_worst_site(report),
-        *_baselines(report),
-        *_against_own(report),
+        *own[1:],
         *_calibration(report),
         *_gaps(report),
         *_absent(report),
@@ -91,11 +94,15 @@ def _lead(report: Report, scope: str, first: str, second: str) -> str:
     if not entry.difference.value:
         return f"{_name(second)} has the same"
     words = f"the next, {_name(second)}, is lower by {_interval(entry.difference)}"
-    return words + (", which may be chance" if _may_be_chance(entry) else "")
+    chance = _chance(entry)
+    return words + (f", which {chance}" if chance else "")
 
 
-def _may_be_chance(entry: Comparison) -> bool:
-    return entry.p_adjusted is not None and entry.p_adjusted >= _CHANCE
+def _chance(entry: Comparison) -> str:
+    """What to say of a difference that is not clear, if it is not."""
+    if entry.p is None or entry.p_adjusted is None or entry.p_adjusted < _CHANCE:
+        return ""
+    return "may be chance" if entry.p >= _CHANCE else "may be chance among so many comparisons"
 
 
 def _external(report: Report) -> list[str]:
@@ -116,13 +123,15 @@ def _external(report: Report) -> list[str]:
 
 
 def _worst_site(report: Report) -> list[str]:
+    """Of the best merged model, or of the best where none is merged."""
     order = ranking(report, "mean_over_sites")
-    worst = report.model(order[0]).worst_site if order else None
-    if worst is None or len(report.sites()) < 2:
+    merged = [name for name in order if report.model(name).role == "merged"]
+    name = next(iter(merged or order), None)
+    worst = report.model(name).worst_site if name else None
+    if name is None or worst is None or len(report.sites()) < 2:
         return []
     return [
-        f"The worst site of {_name(order[0])} is {worst.name}: {worst.value:.3f} on "
-        f"{_cases(worst.n)}."
+        f"The worst site of {_name(name)} is {worst.name}: {worst.value:.3f} on {_cases(worst.n)}."
     ]
 
 
@@ -217,8 +226,9 @@ def _loss(entry: Comparison) -> str:
     text = _signed(-_value(entry))
     if found.low is None or found.high is None:
         return text
-    chance = ", may be chance" if _may_be_chance(entry) else ""
-    return f"{text} ({_signed(-found.high)} to {_signed(-found.low)}{chance})"
+    chance = _chance(entry)
+    span = f"{_signed(-found.high)} to {_signed(-found.low)}"
+    return f"{text} ({span}; {chance})" if chance else f"{text} ({span})"
 
 
 def _calibration(report: Report) -> list[str]:
