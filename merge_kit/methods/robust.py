@@ -16,15 +16,15 @@ from merge_kit.methods.base import ByValue, FromGram, Iterations, Method, Scope
 from merge_kit.schema import Document
 
 _NETWORK = 32
-"""Up to so many sites a sorting network over the rows is faster than torch.sort."""
+"""Up to so many sites a sorting network over the rows is faster than sorting each coordinate."""
 
 
 def sort_rows(values: Tensor) -> list[Tensor]:
-    """The rows of an (N, n) matrix, sorted at each coordinate by Batcher's odd-even network."""
+    """The rows of an (N, n) matrix, sorted at each coordinate; few by Batcher's network."""
     rows = list(values)
     size = len(rows)
     if size > _NETWORK:
-        return list(values.t().contiguous().sort(dim=1).values.t().contiguous())
+        return list(_sorted_columns(values))
     p = 1
     while p < size:
         k = p
@@ -38,6 +38,16 @@ def sort_rows(values: Tensor) -> list[Tensor]:
             k //= 2
         p *= 2
     return rows
+
+
+def _sorted_columns(values: Tensor) -> Tensor:
+    columns = values.t().clone(memory_format=torch.contiguous_format)
+    if columns.device.type == "cpu":
+        # In place: torch makes an int64 index of every value too, and takes several times as long.
+        columns.numpy(force=True).sort(axis=1)
+    else:
+        columns = columns.sort(dim=1).values
+    return columns.t().contiguous()
 
 
 def median(values: Tensor, even: Literal["mean", "lower"] = "mean") -> Tensor:

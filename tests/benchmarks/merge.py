@@ -2,7 +2,7 @@
 
     python tests/benchmarks/merge.py --folder /tmp/vits --peers-python /tmp/peers/bin/python
     python tests/benchmarks/merge.py --folder /tmp/vits --only 'engine *' numpy cat
-    python tests/benchmarks/merge.py --folder /tmp/sites --mode sites
+    python tests/benchmarks/merge.py --folder /tmp/sites --mode sites --sites 12 96
     python tests/benchmarks/merge.py --folder /tmp/sizes --mode size
     python tests/benchmarks/merge.py --folder /tmp/vits --only 'engine *' --device cuda
 
@@ -32,6 +32,7 @@ from pathlib import Path
 from process import Failed, Run, measure
 from programs import HERE, PROGRAMS, ROOT, Program, Setting
 
+SITES = [12, 24, 48, 96, 200]
 SCALED = ("mean", "ties", "median", "multislerp")
 Runs = dict[tuple[str, int], list[Run]]
 """Of each program on each setting, by its place among them."""
@@ -44,7 +45,9 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, required=True, help="where the files are made")
     parser.add_argument("--mode", choices=["table", "sites", "size"], default="table")
-    parser.add_argument("--sites", type=int, help="8, or 200 in the mode 'sites'")
+    parser.add_argument(
+        "--sites", type=int, nargs="+", help="8, or 12 24 48 96 200 in the mode 'sites'"
+    )
     parser.add_argument("--width", type=int, help="768, or 384 in the other modes")
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
@@ -77,17 +80,19 @@ def main() -> None:
 def _settings(chosen: argparse.Namespace) -> list[Setting]:
     table, peers = chosen.mode == "table", chosen.peers_python
     width = chosen.width or (768 if table else 384)
-    sites = chosen.sites or (200 if chosen.mode == "sites" else 8)
+    sites = chosen.sites or (SITES if chosen.mode == "sites" else [8])
+    if len(sites) > 1 and chosen.mode != "sites":
+        sys.exit("several numbers of sites are for '--mode sites'")
 
     def setting(sites: int, depth: int) -> Setting:
         folder = chosen.folder / f"{width}x{depth}"
         return Setting(folder, sites, width, depth, peers, chosen.device)
 
     if chosen.mode == "sites":
-        return [setting(max(3, sites // part), chosen.depth) for part in (8, 4, 2, 1)]
+        return [setting(count, chosen.depth) for count in sites]
     if chosen.mode == "size":
-        return [setting(sites, chosen.depth), setting(sites, 10 * chosen.depth)]
-    return [setting(sites, chosen.depth)]
+        return [setting(sites[0], chosen.depth), setting(sites[0], 10 * chosen.depth)]
+    return [setting(sites[0], chosen.depth)]
 
 
 def _chosen(only: Sequence[str] | None, mode: str, peers: Path | None) -> list[Program]:

@@ -170,3 +170,11 @@ def test_one_wild_vector_moves_robust_rules_little():
     values = torch.tensor(wild, dtype=torch.float32)
     assert (median(values) - 1).abs().max() < 0.5
     assert (trimmed_mean(values, 0.2) - 1).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("columns", [1, 70])
+def test_many_rows_are_sorted_in_a_copy(columns):
+    values = torch.randn(40, columns, generator=torch.Generator().manual_seed(1))
+    before = values.clone()
+    assert torch.equal(torch.stack(sort_rows(values)), values.sort(dim=0).values)
+    assert torch.equal(values, before)
