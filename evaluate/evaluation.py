@@ -131,7 +131,15 @@ def run(
         if fitted is None
         else Validation(fitted.labelled, fitted.predictions, wishes.calibrate)
     )
-    report = summarise(found.labelled, found.predictions, facts, wishes.settings, validation)
+    with Progress() as progress:
+        report = summarise(
+            found.labelled,
+            found.predictions,
+            facts,
+            wishes.settings,
+            validation,
+            progress=lambda done, of: progress.stage("figures", done, of),
+        )
     _write(report, found, models, wishes)
     copies = [f"One image: {', '.join(files)}" for files in loaded.copies]
     return Outcome(report, tuple(left_out), (*said, *copies))

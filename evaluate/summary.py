@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,8 +54,10 @@ def summarise(
     facts: Facts,
     settings: Settings | None = None,
     validation: Validation | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Report:
-    """Compute every figure of a report.
+    """Compute every figure of a report; `progress` is told how many models are done, and of all.
 
     Raises
     ------
@@ -66,12 +68,14 @@ def summarise(
     _check(labelled, predictions, settings)
     fitted = _fitted(predictions, validation, settings)
     found = parts(labelled, settings.external, settings.minimum)
-    scorings = {
-        f.predictions.model: score(
-            labelled, f.predictions, found, f.thresholds(labelled.classes), settings
+    scorings = {}
+    for done, one in enumerate(fitted):
+        progress(done, len(fitted))
+        thresholds = one.thresholds(labelled.classes)
+        scorings[one.predictions.model] = score(
+            labelled, one.predictions, found, thresholds, settings
         )
-        for f in fitted
-    }
+    progress(len(fitted), len(fitted))
     main_score = "macro_auroc" if labelled.multi_label else "balanced_accuracy"
     contest = Contest(
         {p.model: p.role for p in predictions},
