@@ -60,13 +60,19 @@ def disjoint_merge(
     Tensor
         (n,) float64.
     """
-    # tau * gamma is |tau| where they agree, and not positive elsewhere.
-    aligned = (trimmed * signs.to(trimmed.dtype)).relu_()
-    if reduction == "max":
-        return aligned.amax(dim=0).double() * signs
-    total = weighted_sum(aligned, weights)
+    gamma = signs.to(trimmed.dtype)
+    total, count = torch.zeros_like(signs), torch.zeros_like(signs)
+    for tau, weight in zip(trimmed, weights.tolist(), strict=True):
+        # tau * gamma is |tau| where they agree, and not positive elsewhere.
+        aligned = (tau * gamma).relu_()
+        if reduction == "max":
+            torch.maximum(total, aligned.double(), out=total)
+            continue
+        total.add_(aligned, alpha=weight)
+        if reduction == "mean":
+            count.add_(aligned.sign_(), alpha=weight)
     if reduction == "mean":
-        total /= weighted_sum(aligned.sign_(), weights).clamp_(min=_TINY)
+        total /= count.clamp_(min=_TINY)
     return total * signs
 
 
