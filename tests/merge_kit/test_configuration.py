@@ -28,7 +28,7 @@ def read(tmp_path):
 def test_what_timm_writes_is_read(tmp_path):
     model = timm.create_model("test_vit", num_classes=2)
     labels = {"label_names": ["b", "a"]}
-    save_config_for_hf(model, str(tmp_path / "config.json"), model_config=labels)
+    save_config_for_hf(model, tmp_path / "config.json", model_config=labels)
     found = read_config(tmp_path)
     assert (found.classifier, found.label_names) == (("head",), ("b", "a"))
     assert json.loads(found.text) == json.loads((tmp_path / "config.json").read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import timm
-import torch
 from timm.models import group_parameters
 
 from merge_kit.depth import block_of, depths
@@ -69,8 +68,7 @@ def test_one_block_or_none():
     ],
 )
 def test_blocks_stand_in_the_order_that_timm_gives_them(architecture, blocks):
-    with torch.device("meta"):
-        model = timm.create_model(architecture)
+    model = timm.create_model(architecture)  # not on "meta": torch 2.11 cannot sort there
     groups = group_parameters(model, model.group_matcher(coarse=False))
     deep = depths([name for name, _ in model.named_parameters()])
     place = {deep[n]: i for i, names in groups.items() for n in names if deep[n] is not None}

@@ -35,7 +35,7 @@ def write(folder, model, *, dtype=torch.float32, shard="5GB", labels=LABELS, con
     save_torch_state_dict(stored, folder, max_shard_size=shard)
     if config:
         named = {"label_names": list(labels)} if labels else None
-        save_config_for_hf(model, str(folder / "config.json"), model_config=named)
+        save_config_for_hf(model, folder / "config.json", model_config=named)
     return {name: tensor.clone() for name, tensor in stored.items()}
 
 
