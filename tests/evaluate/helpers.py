@@ -36,7 +36,8 @@ def head_for(
     images, _ = decode(load_cases(table, classes=federation.classes), federation.preprocessing)
     features = network.features(network.load(base), images, torch.device("cpu")).double()
     pooled = features.mean(dim=(2, 3)) if features.dim() == 4 else features
-    weight = torch.linalg.lstsq(pooled, torch.tensor(logits, dtype=torch.float64)).solution.T
+    # Not lstsq: that of torch 2.11 is wrong on some processors.
+    weight = (torch.linalg.pinv(pooled) @ torch.tensor(logits, dtype=torch.float64)).T
     (head,) = federation.classifier
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
