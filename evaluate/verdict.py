@@ -41,8 +41,8 @@ def verdict(report: Report) -> tuple[str, ...]:
     How the best merged model stands to single-site, pooled and base models, and to each site's own
     model at that site; which model is best on all cases and on the mean over sites, and by how
     much; how models do on sites that none was trained on; the worst site; the other merged models
-    against the sites' own; how far probabilities can be trusted; gaps between groups; and what is
-    too small to be believed.
+    against the sites' own; how far probabilities can be trusted; gaps between groups; whether
+    resamples are too few; and what is too small to be believed.
     """
     own = _against_own(report)
     return (
@@ -54,6 +54,7 @@ def verdict(report: Report) -> tuple[str, ...]:
         *own[1:],
         *_calibration(report),
         *_gaps(report),
+        *_resolution(report),
         *_absent(report),
         *_small(report),
     )
@@ -282,6 +283,28 @@ def _gaps(report: Report) -> list[str]:
             f"{names[gap.worst]}: a gap of {_interval(found)}{chance}."
         )
     return sentences
+
+
+def _resolution(report: Report) -> list[str]:
+    """Where even the clearest difference is "chance": resamples are too few for the family."""
+    drawn = report.resampling.resamples
+    least = 2 / (drawn + 1)
+    hidden = [
+        entry.family
+        for entry in report.comparisons
+        if entry.test == "paired bootstrap"
+        and entry.p is not None
+        and entry.p <= least
+        and (entry.p_adjusted or 0) >= _CHANCE
+    ]
+    tested = [entry.family for entry in report.comparisons if entry.p is not None]
+    most = max((tested.count(family) for family in set(hidden)), default=0)
+    if not most:
+        return []
+    return [
+        f"{drawn:,} resamples are too few to tell differences among {most:,} comparisons from "
+        f"chance: repeat with --resamples {round(2 * most / _CHANCE)} or more."
+    ]
 
 
 def _absent(report: Report) -> list[str]:

@@ -199,3 +199,13 @@ def test_a_model_of_one_answer_looks_perfect_only_where_one_class_is_left() -> N
     two = three.take(np.flatnonzero(three.labels != 2))
     said = report_of(two, predictions(two)).verdict
     assert "No case is of the class other: figures are over the other classes." in said
+
+
+def test_the_verdict_says_when_resamples_are_too_few_for_the_comparisons() -> None:
+    labelled = cases()
+    models = [predictions(labelled, "good", skill=20), predictions(labelled, "bad", skill=-5)]
+    few = report_of(labelled, models, resamples=50).verdict
+    text = "50 resamples are too few to tell differences among 2 comparisons from chance: "
+    assert text + "repeat with --resamples 80 or more." in few
+    enough = report_of(labelled, models, resamples=80).verdict
+    assert not any("too few to tell" in sentence for sentence in enough)
