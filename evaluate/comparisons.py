@@ -167,7 +167,7 @@ def auroc_comparisons(
                 model=one,
                 against=other,
                 difference=figure(found.difference, found.low, found.high, len(truth)),
-                p=found.p,
+                p=None if np.isnan(found.p) else found.p,
                 p_adjusted=None,
                 test="paired DeLong",
             )

@@ -40,9 +40,9 @@ class ClassFigures(Document):
     """Fraction of the scope's cases that are of the class: the AUPRC of chance."""
     figures: dict[str, Figure]
     """By name: auroc, auprc, sensitivity, specificity, ppv, npv, f1, brier, ece,
-    calibration_slope, calibration_intercept, and where the thresholds are known
-    sensitivity_at_<specificity>, specificity_at_<specificity>, ppv_at_prevalence and
-    npv_at_prevalence."""
+    log_loss, calibration_slope, calibration_intercept; where the thresholds are known
+    sensitivity_at_<specificity> and specificity_at_<specificity>; where a prevalence is stated
+    ppv_at_prevalence and npv_at_prevalence, with thresholds also ..._at_<specificity>."""
 
 
 class ModelScope(Document):
@@ -76,7 +76,7 @@ class ClassCurves(Document):
     precision_recall: Curve | None
     """x: recall (sensitivity), y: precision (PPV)."""
     net_benefit: Curve | None
-    """x: threshold probability, y: net benefit; the band is pointwise."""
+    """x: threshold probability, y: net benefit; without a band."""
     treat_all: Curve | None
 
 

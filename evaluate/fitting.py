@@ -66,6 +66,7 @@ def fit(
     labelled, temperature = validation.labelled, None
     if validation.calibrate:
         temperature = _temperature(labelled, own)
+    if temperature is not None:
         own, predictions = (_divided(p, temperature) for p in (own, predictions))
     points = []
     for column, name in enumerate(labelled.classes):
@@ -78,10 +79,13 @@ def fit(
     return Fitted(predictions, temperature, tuple(points))
 
 
-def _temperature(labelled: LabelledSet, own: Predictions) -> float:
+def _temperature(labelled: LabelledSet, own: Predictions) -> float | None:
+    """None where no validation case is annotated."""
     if labelled.multi_label:
-        return fit_multilabel_temperature(labelled.targets, own.probabilities)
-    return fit_temperature(labelled.labels, own.probabilities)
+        found = fit_multilabel_temperature(labelled.targets, own.probabilities)
+    else:
+        found = fit_temperature(labelled.labels, own.probabilities)
+    return None if np.isnan(found) else found
 
 
 def _divided(predictions: Predictions, temperature: float) -> Predictions:

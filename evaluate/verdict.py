@@ -16,6 +16,7 @@ _SCOPES = ("union", "mean_over_sites")
 _MOST_MODELS = 3
 _MOST_SITES = 4
 _CHANCE = 0.05
+_LEANS = ("sure of themselves", "unsure")
 
 
 def ranking(report: Report, scope: str) -> list[str]:
@@ -40,8 +41,8 @@ def verdict(report: Report) -> tuple[str, ...]:
     How the best merged model stands to single-site, pooled and base models, and to each site's own
     model at that site; which model is best on all cases and on the mean over sites, and by how
     much; how models do on sites that none was trained on; the worst site; the other merged models
-    against the sites' own; how far probabilities can be trusted; gaps between groups; and what is
-    too small to be believed.
+    against the sites' own; how far probabilities can be trusted; gaps between groups; whether
+    resamples are too few; and what is too small to be believed.
     """
     own = _against_own(report)
     return (
@@ -53,6 +54,7 @@ def verdict(report: Report) -> tuple[str, ...]:
         *own[1:],
         *_calibration(report),
         *_gaps(report),
+        *_resolution(report),
         *_absent(report),
         *_small(report),
     )
@@ -67,7 +69,7 @@ def _best(report: Report) -> list[str]:
         if not order:
             continue
         figure = main(report, report.model(order[0]), scope)
-        where = f"all {figure.n} cases" if scope == "union" else f"the mean over {_sites(figure)}"
+        where = _all(figure) if scope == "union" else f"the mean over {_sites(figure)}"
         if len(order) == 1:
             sentence = f"{_name(order[0])} has a {score} of {_interval(figure)} on {where}."
         else:
@@ -81,8 +83,12 @@ def _best(report: Report) -> list[str]:
     return sentences or [f"No model has a defined {score}: there are too few labelled cases."]
 
 
+def _all(figure: Figure) -> str:
+    return f"all {figure.n} cases" if figure.n != 1 else "the only case"
+
+
 def _sites(figure: Figure) -> str:
-    return f"the {figure.n} sites" if figure.n != 1 else "the only site"
+    return f"the {figure.n} sites" if figure.n != 1 else "the only site that can be judged"
 
 
 def _lead(report: Report, scope: str, first: str, second: str) -> str:
@@ -111,9 +117,10 @@ def _external(report: Report) -> list[str]:
         return []
     names = [scope.name for scope in report.sites() if scope.external]
     best = main(report, report.model(order[0]), "external")
+    rank = "has" if len(order) == 1 else "is best:"
     text = (
-        f"On {_list(names)}, which no model was trained on, {_name(order[0])} is best: "
-        f"{_interval(best)} on {best.n} cases"
+        f"On {_list(names)}, which no model was trained on, {_name(order[0])} {rank} "
+        f"{_interval(best)} on {_cases(best.n or 0)}"
     )
     merged = [name for name in order if report.model(name).role == "merged"]
     if merged and merged[0] != order[0]:
@@ -128,7 +135,7 @@ def _worst_site(report: Report) -> list[str]:
     merged = [name for name in order if report.model(name).role == "merged"]
     name = next(iter(merged or order), None)
     worst = report.model(name).worst_site if name else None
-    if name is None or worst is None or len(report.sites()) < 2:
+    if name is None or worst is None or (main(report, report.model(name), _SCOPES[1]).n or 0) < 2:
         return []
     return [
         f"The worst site of {_name(name)} is {worst.name}: {worst.value:.3f} on {_cases(worst.n)}."
@@ -242,10 +249,10 @@ def _calibration(report: Report) -> list[str]:
     if error is None or error.value is None:
         return []
     lean = ""
-    if confidence is not None:
-        lean = (
-            ", on average too sure of themselves" if confidence > 0 else ", on average too unsure"
-        )
+    if confidence is not None and round(confidence, 3):
+        # Of several labels a case, a probability below one half is no confidence in the label.
+        words = ("high", "low") if report.task == "multi-label" else _LEANS
+        lean = f", on average too {words[confidence < 0]}"
     return [
         f"The probabilities of {_name(name)} are off by {error.value:.3f} (expected calibration "
         f"error, {report.bins} bins){lean}."
@@ -253,7 +260,7 @@ def _calibration(report: Report) -> list[str]:
 
 
 def _overconfidence(model: ModelReport) -> float | None:
-    """Mean confidence less the fraction that is right."""
+    """Mean probability less the fraction that is right (several labels: that is present)."""
     known = [b for b in model.reliability if b.n and b.confidence is not None]
     total = sum(b.n or 0 for b in known)
     if not total:
@@ -268,7 +275,7 @@ def _gaps(report: Report) -> list[str]:
     names = {scope.key: scope.name for scope in report.scopes}
     for gap in report.gaps:
         found = gap.difference
-        if not order or gap.model != order[0] or found.value is None:
+        if not order or gap.model != order[0] or not found.value:
             continue
         chance = ", which may be chance" if found.low is None or found.low <= 0 else ""
         sentences.append(
@@ -278,15 +285,40 @@ def _gaps(report: Report) -> list[str]:
     return sentences
 
 
+def _resolution(report: Report) -> list[str]:
+    """Where even the clearest difference is "chance": resamples are too few for the family."""
+    drawn = report.resampling.resamples
+    least = 2 / (drawn + 1)
+    hidden = [
+        entry.family
+        for entry in report.comparisons
+        if entry.test == "paired bootstrap"
+        and entry.p is not None
+        and entry.p <= least
+        and (entry.p_adjusted or 0) >= _CHANCE
+    ]
+    tested = [entry.family for entry in report.comparisons if entry.p is not None]
+    most = max((tested.count(family) for family in set(hidden)), default=0)
+    if not most:
+        return []
+    return [
+        f"{drawn:,} resamples are too few to tell differences among {most:,} comparisons from "
+        f"chance: repeat with --resamples {round(2 * most / _CHANCE)} or more."
+    ]
+
+
 def _absent(report: Report) -> list[str]:
     union = next(scope for scope in report.scopes if scope.kind == "union")
     absent = [count.name for count in union.classes if count.n == 0]
     if not absent or union.cases == 0:
         return []
-    return [
-        f"No case is of the class {_list(absent)}: figures are over the other classes, and a model "
-        "that takes everything for one of them can look perfect."
-    ]
+    text = f"No case is of the class {_list(absent)}: "
+    if len(absent) == len(report.classes):
+        return [f"{text}nothing can be said of how models find them."]
+    text += "figures are over the other classes"
+    if report.task == "single-label" and len(absent) == len(report.classes) - 1:
+        return [f"{text}, and a model that takes everything for the only one left looks perfect."]
+    return [f"{text}."]
 
 
 def _small(report: Report) -> list[str]:

@@ -174,13 +174,14 @@ def gaps_table(report: Report, column: str) -> Table:
         Head("Worst group", words=True),
         Head("Gap"),
     )
+    names = {scope.key: scope.name for scope in report.scopes}
     rows = tuple(
         Row(
             Head(gap.model),
             (
                 named(score_name(gap.score)),
-                named(gap.best),
-                named(gap.worst),
+                named(names.get(gap.best, gap.best)),
+                named(names.get(gap.worst, gap.worst)),
                 difference(gap.difference),
             ),
         )

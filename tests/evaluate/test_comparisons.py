@@ -9,7 +9,7 @@ import pytest
 
 from evaluate.document import Comparison, Report
 from evaluate.metrics import delong_test, holm
-from tests.evaluate.judged import cases, four_models, predictions
+from tests.evaluate.judged import cases, certain, four_models, letters, predictions
 from tests.evaluate.judged import report as report_of
 
 
@@ -107,3 +107,10 @@ def test_what_cannot_be_resampled_has_no_p_value() -> None:
     assert {entry.p for entry in report.comparisons} == {None}
     assert {entry.p_adjusted for entry in report.comparisons} == {None}
     assert not np.isnan(report.comparisons[0].difference.value or 0)
+
+
+def test_aurocs_that_delong_cannot_compare_have_no_p_value() -> None:
+    labelled = letters("aaaaabbbbb", " " * 10)
+    perfect, even = certain("aaaaabbbbb", "perfect"), certain("a" * 10, "even", "base")
+    entries = family(report_of(labelled, [perfect, even]), "auroc")
+    assert [(e.difference.value, e.p, e.p_adjusted) for e in entries] == [(0.5, None, None)] * 2

@@ -154,3 +154,58 @@ def test_withheld_and_undefined_models_are_not_ranked() -> None:
     report = report_of(labelled, certain("ab"))
     assert ranking(report, "union") == []
     assert report.models[0].on("union").figures["accuracy"] == Figure(value=None, small=True)
+
+
+def test_the_worst_site_is_named_among_sites_that_have_figures() -> None:
+    said = " ".join(report_of(letters("aaaaabbbbbab", "x" * 10 + "yy"), certain("a" * 12)).verdict)
+    assert "worst site" not in said
+    assert "on the mean over the only site that can be judged" in said
+
+
+def test_one_model_on_external_sites_is_not_called_the_best() -> None:
+    labelled = letters("aaaaabbbbb", "x" * 10)
+    said = report_of(labelled, certain("aaaaabbbbb"), external=("x",)).verdict
+    assert any("trained on, “m” has 1.000" in sentence for sentence in said)
+
+
+def test_right_probabilities_lean_to_neither_side() -> None:
+    labelled = letters("aaaaabbbbb", "x" * 10)
+    said = report_of(labelled, certain("aaaaabbbbb")).verdict
+    assert any(
+        sentence.endswith("off by 0.000 (expected calibration error, 15 bins).")
+        for sentence in said
+    )
+
+
+def test_probabilities_of_several_labels_are_too_high_or_too_low() -> None:
+    labelled = cases(multi_label=True)
+    low = predictions(labelled)
+    low = replace(low, probabilities=low.probabilities / 5)
+    assert any(
+        s.endswith("15 bins), on average too low.") for s in report_of(labelled, low).verdict
+    )
+
+
+def test_a_gap_of_nothing_is_no_finding() -> None:
+    labelled = letters("aaaaabbbbb" * 2, " " * 20, columns={"sex": ("f",) * 10 + ("m",) * 10})
+    said = report_of(labelled, certain("aaaaabbbbb" * 2)).verdict
+    assert not any(sentence.startswith("By sex") for sentence in said)
+
+
+def test_a_model_of_one_answer_looks_perfect_only_where_one_class_is_left() -> None:
+    one = report_of(letters("aaaaaa", "x" * 6), certain("aaaaaa")).verdict
+    assert any("takes everything for the only one left looks perfect" in text for text in one)
+    three = cases()
+    two = three.take(np.flatnonzero(three.labels != 2))
+    said = report_of(two, predictions(two)).verdict
+    assert "No case is of the class other: figures are over the other classes." in said
+
+
+def test_the_verdict_says_when_resamples_are_too_few_for_the_comparisons() -> None:
+    labelled = cases()
+    models = [predictions(labelled, "good", skill=20), predictions(labelled, "bad", skill=-5)]
+    few = report_of(labelled, models, resamples=50).verdict
+    text = "50 resamples are too few to tell differences among 2 comparisons from chance: "
+    assert text + "repeat with --resamples 80 or more." in few
+    enough = report_of(labelled, models, resamples=80).verdict
+    assert not any("too few to tell" in sentence for sentence in enough)

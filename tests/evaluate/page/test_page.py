@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,8 @@ from evaluate.document import Figure, Report
 from evaluate.page import render
 from evaluate.page.words import number, p_value, signed
 from merge_kit.errors import DataError
+from tests.evaluate.judged import cases, predictions
+from tests.evaluate.judged import report as report_of
 from tests.evaluate.page.parsed import Page
 from tests.evaluate.reports import CLASSES, MODELS, SITES, made_up
 
@@ -229,3 +232,10 @@ def test_images_of_mistakes_are_absent_unless_given(report: Report, html: str) -
 def test_an_image_that_lies_elsewhere_is_refused(report: Report, image: str) -> None:
     with pytest.raises(DataError, match=r"^Image 2 of the mistakes must be a data:image/ URI\.$"):
         render(report, [(PIXEL, "a"), (image, "b")])
+
+
+def test_gaps_name_their_groups_and_not_the_keys_of_these() -> None:
+    labelled = replace(cases(), columns={"sex": ("f", "m") * 60})
+    html = render(report_of(labelled, predictions(labelled)), [])
+    assert "Gaps by sex" in html
+    assert "group:sex" not in html
