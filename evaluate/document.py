@@ -12,6 +12,8 @@ from pydantic import Field
 
 from merge_kit.schema import Document
 
+CHANCE = 0.05
+"""A difference whose adjusted p-value is not below this may be chance."""
 Role = str
 """base, merged, pooled, federated, other or site:<site>."""
 

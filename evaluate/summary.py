@@ -30,7 +30,7 @@ from evaluate.scopes import MEAN, Part, parts
 from evaluate.scoring import Scoring, Settings, score
 from evaluate.verdict import verdict
 from finetune.scores import mean_of_defined
-from merge_kit.errors import DataError
+from merge_kit.errors import DataError, UsageError
 
 Floats = NDArray[np.float64]
 _ROLE = re.compile(r"base|merged|pooled|federated|other|site:.+")
@@ -63,6 +63,8 @@ def summarise(
     ------
     DataError
         No model, two of one name, an unknown role, other classes or another number of cases.
+    UsageError
+        No case is of an external site, or a model was trained on it.
     """
     settings = settings or Settings()
     _check(labelled, predictions, settings)
@@ -140,6 +142,11 @@ def _check(labelled: LabelledSet, predictions: Sequence[Predictions], settings: 
             raise DataError(
                 f"Model '{p.model}' has the role '{p.role}', but a role is base, site:<site>, "
                 "merged, pooled, federated or other."
+            )
+        if p.role.removeprefix("site:") in settings.external and p.role.startswith("site:"):
+            raise UsageError(
+                f"--external {p.role.removeprefix('site:')}: model '{p.model}' was trained on this "
+                "site: leave one of the two out."
             )
         if p.classes != labelled.classes or len(p) != len(labelled):
             raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluate.document import Comparison, Figure, ModelReport, Report, Scope
+from evaluate.document import CHANCE, Comparison, Figure, ModelReport, Report, Scope
 
 SCORE_NAMES = {
     "balanced_accuracy": "balanced accuracy",
@@ -15,7 +15,6 @@ SCORE_NAMES = {
 _SCOPES = ("union", "mean_over_sites")
 _MOST_MODELS = 3
 _MOST_SITES = 4
-_CHANCE = 0.05
 _LEANS = ("sure of themselves", "unsure")
 
 
@@ -106,9 +105,9 @@ def _lead(report: Report, scope: str, first: str, second: str) -> str:
 
 def _chance(entry: Comparison) -> str:
     """What to say of a difference that is not clear, if it is not."""
-    if entry.p is None or entry.p_adjusted is None or entry.p_adjusted < _CHANCE:
+    if entry.p is None or entry.p_adjusted is None or entry.p_adjusted < CHANCE:
         return ""
-    return "may be chance" if entry.p >= _CHANCE else "may be chance among so many comparisons"
+    return "may be chance" if entry.p >= CHANCE else "may be chance among so many comparisons"
 
 
 def _external(report: Report) -> list[str]:
@@ -216,7 +215,9 @@ def _beats(name: str, entries: Sequence[Comparison], names: dict[str, str]) -> s
     sites = len({entry.scope for entry in entries})
     better = len({entry.scope for entry in above} - {entry.scope for entry in below})
     where = f"{better or 'none'} of {_plural(sites, 'site')}"
-    text = f"{_name(name)} beats the site's own model at {where}"
+    clear = len({entry.scope for entry in above if not _chance(entry)})
+    beyond = f" (beyond chance at {clear or 'none'})" if better else ""
+    text = f"{_name(name)} beats the site's own model at {where}{beyond}"
     if not below:
         return f"{text} and is worse at none."
     listed = [
@@ -295,7 +296,7 @@ def _resolution(report: Report) -> list[str]:
         if entry.test == "paired bootstrap"
         and entry.p is not None
         and entry.p <= least
-        and (entry.p_adjusted or 0) >= _CHANCE
+        and (entry.p_adjusted or 0) >= CHANCE
     ]
     tested = [entry.family for entry in report.comparisons if entry.p is not None]
     most = max((tested.count(family) for family in set(hidden)), default=0)
@@ -303,7 +304,7 @@ def _resolution(report: Report) -> list[str]:
         return []
     return [
         f"{drawn:,} resamples are too few to tell differences among {most:,} comparisons from "
-        f"chance: repeat with --resamples {round(2 * most / _CHANCE)} or more."
+        f"chance: repeat with --resamples {round(2 * most / CHANCE)} or more."
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from evaluate.document import (
+    CHANCE,
     ClassFigures,
     Comparison,
     Figure,
@@ -62,7 +63,7 @@ def losses(report: Report) -> dict[tuple[str, str], str]:
         difference = entry.difference
         if entry.family != "own" or difference.value is None or difference.value >= 0:
             continue
-        clear = difference.high is not None and difference.high < 0
+        clear = entry.p_adjusted is not None and entry.p_adjusted < CHANCE
         if clear or (entry.scope, entry.model) not in found:
             found[entry.scope, entry.model] = "clear" if clear else "slight"
     return found

@@ -206,6 +206,12 @@ def test_an_unknown_external_site_is_refused() -> None:
         report_of(labelled, predictions(labelled), external=("rome",))
 
 
+def test_a_site_that_a_model_was_trained_on_is_not_external() -> None:
+    labelled = cases()
+    with pytest.raises(UsageError, match="--external lyon: model 'own' was trained on this site"):
+        report_of(labelled, four_models(labelled), external=("lyon",))
+
+
 def test_groups_have_figures_and_the_gap_between_best_and_worst_an_interval() -> None:
     labelled = cases()
     sex = tuple("fm"[index % 2] if index > 9 else "unknown" for index in range(120))
