@@ -95,7 +95,10 @@ def test_the_verdict_says_where_nothing_is_lost() -> None:
         predictions(labelled, "merged", "merged", 9),
         predictions(labelled, "own", "site:lyon", 0),
     ]
-    text = "“merged” beats the site's own model at 1 of 1 site (beyond chance at 1) and is worse at none."
+    text = (
+        "“merged” beats the site's own model at 1 of 1 site (beyond chance at 1) and is worse at "
+        "none."
+    )
     assert text in report_of(labelled, pair).verdict
 
 
