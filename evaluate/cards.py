@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
 from evaluate.document import Report
 from merge_kit.errors import DataError
@@ -66,16 +67,28 @@ def write_results(report: Report, model: str, folder: Path) -> None:
     DataError
         The folder has no model card, or one whose front matter cannot be read.
     """
+    card = read_card(folder)
+    assert isinstance(card.data, ModelCardData)
+    card.data.model_name = model
+    card.data.eval_results = results(report, model)
+    write_atomic(folder / CARD, str(card))
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The model card in a folder.
+
+    Raises
+    ------
+    DataError
+        There is none, or its front matter cannot be read.
+    """
     path = folder / CARD
     try:
-        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
+        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} has no {CARD} to put figures into: leave --cards out."
         ) from error
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read as a model card ({error}): correct it.") from error
-    assert isinstance(card.data, ModelCardData)
-    card.data.model_name = model
-    card.data.eval_results = results(report, model)
-    write_atomic(path, str(card))
+    except (ValueError, TypeError, OSError, YAMLError) as error:
+        detail = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{path} cannot be read as a model card ({detail}): correct it.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,9 @@ _OPTIONS = (
         show_default=True,
         help="Of the bootstrap.",
     ),
-    click.option("--seed", default=0, show_default=True, help="Of the bootstrap."),
+    click.option(
+        "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap."
+    ),
 )
 
 
@@ -126,6 +129,7 @@ def _evaluate(
     options: dict[str, Any],
 ) -> None:
     out: Path = options["out"]
+    _check_names(models, options["title"] or "")
     wishes = Wishes(
         out=out,
         title=options["title"] or "Evaluation",
@@ -163,6 +167,16 @@ def _evaluate(
     for sentence in outcome.report.verdict:
         click.echo(f"- {sentence}")
     next_step(f"open {shown(out / PAGE)}; figures for a program are in {shown(out / REPORT)}")
+
+
+def _check_names(models: Sequence[AnyModel], title: str) -> None:
+    """Names stand in tables, on the page and in the terminal: no line breaks, no control codes."""
+    given = [*(("the name", model.name) for model in models), ("--title", title)]
+    for what, text in given:
+        if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text):
+            raise UsageError(
+                f"{what} {text!a} holds a control character or one that is not UTF-8: leave it out."
+            )
 
 
 def _loader(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from evaluate.labelled import LabelledSet
 from evaluate.models import AnyModel, Imported
 from merge_kit.checkpoints import Checkpoint
 from merge_kit.errors import UsageError
+from merge_kit.federation import FEDERATION_FILE
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file
 from merge_kit.plain import Sound, sound
 from merge_kit.remembered import look
@@ -37,11 +39,22 @@ def _digest(model: AnyModel) -> str:
 def check_place(out: Path, inputs: str, *, replace: bool) -> None:
     """Refuse a folder with a report on other models or images, unless it may be replaced.
 
+    Nor may a report lie in a federation: it names the files of patients, and sites read all there.
+
     Raises
     ------
     UsageError
-        Names the file that would be lost.
+        Names the file that would be lost, or the federation; or `out` is a file.
     """
+    place = Path(os.path.realpath(out))
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"{out} is a file: give the folder of the report with --out.")
+    for root in (place, *place.parents):
+        if (root / FEDERATION_FILE).is_file():
+            raise UsageError(
+                f"{out} lies in the federation in {root}, which all sites read, and a report names "
+                "the files of patients: choose another --out."
+            )
     there = [out / name for name in (REPORT, TABLE, PAGE) if (out / name).exists()]
     if replace or not there or _inputs_in(out / REPORT) == inputs:
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from evaluate import processes
-from evaluate.cards import write_results
+from evaluate.cards import read_card, write_results
 from evaluate.document import Report, Similarity
 from evaluate.earlier import PAGE, REPORT, TABLE, check_place, inputs_of
 from evaluate.fitting import Validation
@@ -99,6 +99,8 @@ def run(
             loaded = load()
             inputs = inputs_of(models, loaded.chosen)
             check_place(wishes.out, inputs, replace=wishes.replace)
+            for model in _with_cards(models, wishes):
+                read_card(model.folder)  # before hours of computing, not after
         if group.first:
             plural = "s" * (len(models) > 1)
             announce(f"{len(models)} model{plural} on {len(loaded.chosen)} images, on {device}")
@@ -188,10 +190,14 @@ def _write(report: Report, found: Predicted, models: Sequence[AnyModel], wishes:
     write_atomic(wishes.out / REPORT, report.model_dump_json(indent=1) + "\n")
     write_atomic(wishes.out / TABLE, to_csv(found.predictions, found.labelled))
     write_atomic(wishes.out / PAGE, page)
-    if wishes.cards:
-        for model in models:
-            if isinstance(model, Model) and model.role == "merged":
-                write_results(report, model.name, model.folder)
+    for model in _with_cards(models, wishes):
+        write_results(report, model.name, model.folder)
+
+
+def _with_cards(models: Sequence[AnyModel], wishes: Wishes) -> list[Model]:
+    """The models whose cards get figures."""
+    merged = [m for m in models if isinstance(m, Model) and m.role == "merged"]
+    return merged if wishes.cards else []
 
 
 def shown_model(report: Report) -> str:

@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from evaluate.predictions import read_classes
+from merge_kit.configuration import CONFIG, read_config
 from merge_kit.errors import DataError, UsageError, VectorError
 from merge_kit.federation import FEDERATION_FILE, Preprocessing
 from merge_kit.provenance import PROVENANCE
@@ -179,22 +180,25 @@ def _site_of(summary: Path) -> str:
 
 
 def _read(name: str, role: str, folder: Path, classes: Sequence[str]) -> Model:
-    path = folder / "config.json"
+    path, config = folder / CONFIG, read_config(folder)
+    if config is None:
+        raise VectorError(f"{path} is not there: copy the whole folder again.")
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        seen = dict(config["pretrained_cfg"])
-        names = config.get("label_names") or list(classes)
-        own = dict(config.get("merge_kit", {}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        seen = dict(config.data["pretrained_cfg"])
+        own = dict(config.data.get("merge_kit", {}))
+    except (ValueError, KeyError, TypeError) as error:
         raise VectorError(f"{path} is no timm configuration ({error}).") from error
+    names = config.label_names or tuple(classes)
     if not names:
         raise VectorError(f"{path} names no classes: give them in their order with --classes.")
-    if len(names) != config.get("num_classes", len(names)):
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise VectorError(f"{path}: two classes are called '{twice[0]}': rename one.")
+    if len(names) != (config.num_classes or len(names)):
         raise VectorError(
-            f"{path} is of a model with {config['num_classes']} classes and {len(names)} names: "
+            f"{path} is of a model with {config.num_classes} classes and {len(names)} names: "
             "correct --classes."
         )
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
     values = {**own, **{key: seen[key] for key in keys if key in seen}}
     preprocessing = parse(Preprocessing, values, str(path), VectorError)
-    return Model(name, role, folder, tuple(names), preprocessing)
+    return Model(name, role, folder, names, preprocessing)

@@ -131,7 +131,9 @@ def existing(name: str, remedy: str) -> torch.device:
         It is not there; `remedy` says what else to give.
     """
     try:
-        return torch.zeros(1, device=name).device
+        found = torch.zeros(1, device=name)
+        found.tolist()  # a meta tensor has no values
+        return found.device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"the device '{name}' is not there: {remedy}, or see 'merge-kit doctor'."

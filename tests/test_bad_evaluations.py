@@ -157,6 +157,89 @@ def an_unknown_subgroup(b):
     )
 
 
+@row(2)
+def a_name_that_is_not_utf8(b):
+    return evaluate(b, f"a\ud800={b.hub.root}"), (
+        "the name 'a\\ud800' holds a control character or one that is not UTF-8: leave it out."
+    )
+
+
+@row(2)
+def a_title_of_two_lines(b):
+    return evaluate(b, b.hub.root, "--title", "a\nb"), (
+        "--title 'a\\nb' holds a control character or one that is not UTF-8: leave it out."
+    )
+
+
+@row(2)
+def a_device_without_values(b):
+    return evaluate(b, b.hub.root, "--device", "meta"), (
+        "the device 'meta' is not there: use --device auto, or see 'merge-kit doctor'."
+    )
+
+
+@row(2)
+def a_report_in_a_federation(b):
+    out = b.hub.root / "base" / "report"
+    return ["evaluate", b.hub.root, "--data", b.table(GOOD), "--out", out], (
+        f"{out} lies in the federation in {b.hub.root}, which all sites read, and a report names "
+        "the files of patients: choose another --out."
+    )
+
+
+@row(2)
+def a_report_where_a_file_lies(b):
+    out = b.table("", "file")
+    return ["evaluate", b.hub.root, "--data", b.table(GOOD), "--out", out], (
+        f"{out} is a file: give the folder of the report with --out."
+    )
+
+
+@ROWS.rows({"number": 5, "numbers": [1, 2, 3]})
+def class_names_that_are_none(b, value):
+    return evaluate(b, b.checkpoint("odd", label_names=value)), (
+        f"{b.tmp / 'odd' / 'config.json'}: 'label_names' must hold names: correct it."
+    )
+
+
+@row()
+def a_class_that_a_model_names_twice(b):
+    model = b.checkpoint("odd", label_names=["round", "round", "granular"])
+    return evaluate(b, model), (
+        f"{model / 'config.json'}: two classes are called 'round': rename one."
+    )
+
+
+def with_card(b: Bench, text: str) -> list[object]:
+    """Put figures into the card of a merged model."""
+    model = b.checkpoint("merged")
+    (model / "provenance.json").write_text("{}")
+    (model / "README.md").write_text(text)
+    return evaluate(b, model, "--cards")
+
+
+@row()
+def a_card_that_is_no_yaml(b):
+    return with_card(b, "---\na: [\n---\n"), (
+        f"{b.tmp / 'merged' / 'README.md'} cannot be read as a model card (while parsing a flow "
+        "node): correct it."
+    )
+
+
+@row()
+def a_card_whose_tags_are_a_number(b):
+    return with_card(b, "---\ntags: 5\n---\n"), (
+        f"{b.tmp / 'merged' / 'README.md'} cannot be read as a model card ('int' object is not "
+        "iterable): correct it."
+    )
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_bad_input_gives_its_sentence(name, bench, run_cli):
     ROWS.check(name, bench, run_cli)
+
+
+def test_a_seed_below_zero_is_wrong_use(bench, run_cli):
+    result = run_cli(*evaluate(bench, bench.hub.root, "--seed", -1))
+    assert result.exit_code == 2
+    assert "Invalid value for '--seed': -1 is not in the range x>=0." in result.stderr
