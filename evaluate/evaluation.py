@@ -28,7 +28,7 @@ from evaluate.summary import Facts, summarise
 from evaluate.verdict import ranking
 from finetune.network import choose_device
 from finetune.progress import Progress
-from merge_kit.files import write_atomic
+from merge_kit.files import in_turn, write_atomic
 
 KEPT = "predictions"
 """Folder of outputs that are there already."""
@@ -186,10 +186,12 @@ def _write(report: Report, found: Predicted, models: Sequence[AnyModel], wishes:
         own = next(p for p in found.predictions if p.model == leader)
         mistakes = worst_mistakes(found.labelled, own, MISTAKES)
     page = render(report, mistakes)
-    # First what says of which inputs the files are: a run that was killed here can be repeated.
-    write_atomic(wishes.out / REPORT, report.model_dump_json(indent=1) + "\n")
-    write_atomic(wishes.out / TABLE, to_csv(found.predictions, found.labelled))
-    write_atomic(wishes.out / PAGE, page)
+    # The same command side by side must not mix its files with these.
+    with in_turn(wishes.out / REPORT):
+        # First what says of which inputs the files are: who was killed here can be repeated.
+        write_atomic(wishes.out / REPORT, report.model_dump_json(indent=1) + "\n")
+        write_atomic(wishes.out / TABLE, to_csv(found.predictions, found.labelled))
+        write_atomic(wishes.out / PAGE, page)
     for model in _with_cards(models, wishes):
         write_results(report, model.name, model.folder)
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,24 +148,46 @@ def _exists(path: Path) -> UsageError:
 
 
 @contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Wait until no other process writes `path`, and keep others waiting meanwhile."""
+    lock = path.with_name(f".{path.name}.lock")
+    while (handle := _held(lock, path)) is None:
+        time.sleep(0.05)
+    with _until_released(handle, lock):
+        yield
+
+
+@contextmanager
 def _alone(path: Path, shown: Path) -> Iterator[None]:
     """Keep a second process from writing `path`; the lock ends with the process that holds it."""
     lock = path.with_name(f".{path.name}.lock")
+    handle = _held(lock, path)
+    if handle is None:
+        raise MergeKitError(
+            f"{shown} is being written by another process: wait for it, or choose another folder."
+        )
+    with _until_released(handle, lock):
+        yield
+
+
+@contextmanager
+def _until_released(handle: int, lock: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _held(lock: Path, path: Path) -> int | None:
+    """The open lock, or None while another process has it."""
     with storage_errors(path):
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if not _locked(handle, lock):
-            raise MergeKitError(
-                f"{shown} is being written by another process: wait for it, or choose another "
-                "folder."
-            )
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
+    if _locked(handle, lock):
+        return handle
+    os.close(handle)
+    return None
 
 
 def _locked(handle: int, lock: Path) -> bool:

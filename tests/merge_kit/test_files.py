@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import threading
+import time
 
 import pytest
 
 from merge_kit.errors import MergeKitError, UsageError
-from merge_kit.files import canonical_json, new_folder, sha256_bytes, sha256_file, write_atomic
+from merge_kit.files import (
+    canonical_json,
+    in_turn,
+    new_folder,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+)
 from tests.merge_kit.helpers import listing, says
 
 
@@ -192,3 +201,22 @@ def test_new_folder_on_a_read_only_disk_is_named(read_only_disk):
     )
     with says(MergeKitError, sentence), new_folder(read_only_disk / "model"):
         pytest.fail("the block must not run")
+
+
+def test_writers_wait_for_their_turn(tmp_path):
+    path, order = tmp_path / "report.json", []
+
+    def write(name):
+        with in_turn(path):
+            order.append(name)
+            time.sleep(0.1)
+            order.append(name)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order[0::2] == order[1::2]
+    assert sorted(order[0::2]) == ["a", "b", "c"]
+    assert list(tmp_path.iterdir()) == []
