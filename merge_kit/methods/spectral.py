@@ -108,12 +108,11 @@ def polar_factor(columns: Tensor) -> Tensor:
     Where columns depend on each other it is not unique, and the smallest is taken, without the
     directions in which S is 0: of N equal columns each is divided by sqrt(N). Columns that differ
     by the rounding errors of float32 are equal; published code makes a direction of the errors.
-    X is brought to a triangle first, which leaves the SVD a small matrix. (m, k) float64.
+    (m, k) float64.
     """
-    basis, triangle = torch.linalg.qr(columns)
-    u, s, vh = torch.linalg.svd(triangle, full_matrices=False)
+    u, s, vh = torch.linalg.svd(columns, full_matrices=False)
     rank = int((s > _ZERO * s[:1]).sum())
-    factor: Tensor = basis @ (u[:, :rank] @ vh[:rank])
+    factor: Tensor = u[:, :rank] @ vh[:rank]
     return factor
 
 
