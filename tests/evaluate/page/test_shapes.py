@@ -103,17 +103,16 @@ def test_wide_tables_come_in_parts_that_fit_on_paper() -> None:
 
 def test_a_merged_model_below_the_sites_own_is_marked() -> None:
     report = made_up({"lyon": "site:lyon", "mean": "merged"})
-    for high, mark in ((-0.05, "▼ below the site’s own model: "), (0.05, "▽ below the site’s own")):
-        changed = _with_loss(report, high)
+    for p, mark in ((0.01, "▼ below the site’s own model: "), (0.2, "▽ below the site’s own")):
+        changed = _with_loss(report, p)
         assert mark in Page(render(changed)).row("Balanced accuracy by site", "lyon")[1]
 
 
-def _with_loss(report: Report, high: float) -> Report:
+def _with_loss(report: Report, p: float) -> Report:
     (own,) = (entry for entry in report.comparisons if entry.family == "own")
-    difference = own.difference.model_copy(update={"value": -0.1, "low": -0.2, "high": high})
-    return report.model_copy(
-        update={"comparisons": (own.model_copy(update={"difference": difference}),)}
-    )
+    difference = own.difference.model_copy(update={"value": -0.1})
+    changed = own.model_copy(update={"difference": difference, "p_adjusted": p})
+    return report.model_copy(update={"comparisons": (changed,)})
 
 
 def test_words_stand_out_from_their_paper_in_light_and_dark() -> None:
