@@ -96,7 +96,7 @@ def run(
     with processes.joined() as group:
         device = group.device(choose_device(wishes.device))
         with group.together():
-            loaded = load()
+            loaded = load().fitted_without(wishes.settings.external)
             inputs = inputs_of(models, loaded.chosen)
             check_place(wishes.out, inputs, replace=wishes.replace)
             for model in _with_cards(models, wishes):

@@ -37,6 +37,13 @@ class Loaded:
     listed: frozenset[str]
     """Every file that the tables list, chosen or not."""
 
+    def fitted_without(self, sites: Sequence[str]) -> Loaded:
+        """Without validation cases of these sites: else they would not be external."""
+        if self.validation is None or not sites:
+            return self
+        kept = self.validation.take(np.flatnonzero(~np.isin(self.validation.sites, sites)))
+        return replace(self, validation=kept if len(kept) else None)
+
     def restricted_to(self, classes: Sequence[str]) -> Loaded:
         """The cases of some of the classes; see `LabelledSet.restricted_to`.
 

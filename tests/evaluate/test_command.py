@@ -127,6 +127,13 @@ def test_validation_images_give_thresholds_and_a_temperature(hub, table, evaluat
     assert {point.specificity for point in report.models[0].thresholds} == {0.9, 0.95}
 
 
+def test_nothing_is_fitted_on_external_sites(hub, table, evaluated):
+    table.write_text(table.read_text().replace(",train", ",val"))
+    options = ("evaluate", hub.root, "--data", table, "--minimum", "1")
+    assert evaluated(*options)[0].validation_cases == 2  # one of each site
+    assert evaluated(*options, "--external", "b")[0].validation_cases == 1
+
+
 def test_the_worst_mistakes_are_shown_only_if_asked_for(hub, table, tmp_path, evaluated):
     page = tmp_path / "e" / "report.html"
     evaluated("evaluate", hub.root, "--data", table)
