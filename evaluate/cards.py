@@ -10,8 +10,8 @@ from yaml import YAMLError
 from evaluate.document import Report
 from merge_kit.errors import DataError
 from merge_kit.files import write_atomic
+from merge_kit.merging import CARD
 
-CARD = "README.md"
 _METRICS = {
     "balanced_accuracy": "Balanced accuracy",
     "macro_auroc": "AUROC, mean over classes",

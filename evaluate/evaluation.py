@@ -25,7 +25,7 @@ from evaluate.predictions import to_csv
 from evaluate.scoring import Settings
 from evaluate.similarity import similarity
 from evaluate.summary import Facts, summarise
-from evaluate.verdict import ranking
+from evaluate.verdict import leader
 from finetune.network import choose_device
 from finetune.progress import Progress
 from merge_kit.files import in_turn, write_atomic
@@ -206,6 +206,8 @@ def shown_model(report: Report) -> str:
     """Whose mistakes are shown: the reference, or the merged model that is best, or the best."""
     if report.reference is not None:
         return report.reference
-    order = ranking(report, "union") or [model.name for model in report.models]
-    merged = [name for name in order if report.model(name).role == "merged"]
-    return (merged or order)[0]
+    if found := leader(report, "union"):
+        return found
+    # None has a defined score.
+    merged = (model.name for model in report.models if model.role == "merged")
+    return next(merged, report.models[0].name)

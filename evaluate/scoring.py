@@ -13,6 +13,7 @@ from evaluate.comparisons import Sample, figure
 from evaluate.document import ClassFigures, Figure, ModelScope
 from evaluate.labelled import LabelledSet
 from evaluate.metrics import delong_interval
+from evaluate.metrics.calibration import BINS
 from evaluate.predictions import Predictions
 from evaluate.resampling import Scored, replicates
 from evaluate.scopes import MEAN, Part
@@ -48,7 +49,7 @@ class Settings:
     resamples: int = 1000
     seed: int = 0
     level: float = LEVEL
-    bins: int = 15
+    bins: int = BINS
     ordered: bool = False
     """Whether the classes are grades."""
     prevalences: Mapping[str, float] = field(default_factory=dict)

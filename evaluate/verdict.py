@@ -28,6 +28,13 @@ def ranking(report: Report, scope: str) -> list[str]:
     return sorted(defined, key=lambda name: -defined[name])
 
 
+def leader(report: Report, scope: str) -> str | None:
+    """The best merged model on a scope, or the best where none is merged."""
+    order = ranking(report, scope)
+    merged = (name for name in order if report.model(name).role == "merged")
+    return next(merged, order[0] if order else None)
+
+
 def main(report: Report, model: ModelReport, scope: str) -> Figure:
     """A model's main score on a scope; an empty figure where it has none."""
     found = next((s.figures for s in model.scopes if s.scope == scope), {})
@@ -129,10 +136,7 @@ def _external(report: Report) -> list[str]:
 
 
 def _worst_site(report: Report) -> list[str]:
-    """Of the best merged model, or of the best where none is merged."""
-    order = ranking(report, "mean_over_sites")
-    merged = [name for name in order if report.model(name).role == "merged"]
-    name = next(iter(merged or order), None)
+    name = leader(report, "mean_over_sites")
     worst = report.model(name).worst_site if name else None
     if name is None or worst is None or (main(report, report.model(name), _SCOPES[1]).n or 0) < 2:
         return []
@@ -240,9 +244,7 @@ def _loss(entry: Comparison) -> str:
 
 
 def _calibration(report: Report) -> list[str]:
-    order = ranking(report, "union")
-    merged = [name for name in order if report.model(name).role == "merged"]
-    name = next(iter(merged or order), None)
+    name = leader(report, "union")
     if name is None:
         return []
     figures = report.model(name).on("union").figures

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from finetune.confusions import accuracies, confusion_cells, confusions, recalls
 from finetune.ranking import auroc, count, rank
@@ -224,7 +224,12 @@ def mean_of_defined(values: Floats) -> Floats:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _checked(labels: Labels, probabilities: Probabilities) -> tuple[Labels, Floats]:
+def fitting(labels: ArrayLike, probabilities: ArrayLike) -> tuple[NDArray[np.int64], Floats]:
+    """Return labels (n,) as int64 and probabilities (n, C) as float64, of any values.
+
+    Raises:
+        DataError: shapes that do not fit each other, or labels outside [0, C).
+    """
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
         raise DataError(
@@ -238,10 +243,15 @@ def _checked(labels: Labels, probabilities: Probabilities) -> tuple[Labels, Floa
             f"Expected labels between 0 and {probabilities.shape[1] - 1}, "
             f"but they run from {labels.min()} to {labels.max()}."
         )
-    if not np.isfinite(probabilities).all():
-        row = int(np.argmin(np.isfinite(probabilities).all(axis=1)))
-        raise DataError(f"Expected finite probabilities, but those of case {row} are not.")
     return labels.astype(np.int64), probabilities.astype(np.float64)
+
+
+def _checked(labels: Labels, probabilities: Probabilities) -> tuple[Labels, Floats]:
+    numbers, values = fitting(labels, probabilities)
+    if not np.isfinite(values).all():
+        row = int(np.argmin(np.isfinite(values).all(axis=1)))
+        raise DataError(f"Expected finite probabilities, but those of case {row} are not.")
+    return numbers, values
 
 
 def _ones(labels: Labels) -> Floats:

@@ -270,8 +270,7 @@ def _check_vector(
 ) -> tuple[float, Checked]:
     """The norm of the vector, and the file that was checked."""
     measured, checked = look(file, vector.Measured, vector.measure, again=again)
-    if measured.sha256 != contribution.manifest.payload.sha256:
-        raise _damaged(contribution)
+    _check_digest(contribution, measured.sha256)
     _check_origin(contribution, vector.read_header(file), federation)
     vector.check_specs(file, expected)
     # Where a value is not finite, a second reading finds and names it.
@@ -289,8 +288,7 @@ def _check_statistics(
 ) -> tuple[float, Checked]:
     """The norm of statistics, and the file that was checked."""
     measured, checked = look(file, statistics.Measured, statistics.measure, again=again)
-    if measured.sha256 != contribution.manifest.payload.sha256:
-        raise _damaged(contribution)
+    _check_digest(contribution, measured.sha256)
     about, where = contribution.manifest.about, contribution.label
     _check_origin(contribution, statistics.check_header(file, kind, about, where), federation)
     statistics.check_specs(file, kind, expected, roles)
@@ -307,6 +305,11 @@ def _check_origin(
     vector.check_header(header, federation.base_fingerprint, federation.contract_hash, where)
     if header.site != contribution.site:
         raise ContributionError(f"{where}: the payload is of site '{header.site}': it is refused.")
+
+
+def _check_digest(contribution: Contribution, found: str) -> None:
+    if found != contribution.manifest.payload.sha256:
+        raise _damaged(contribution)
 
 
 def _damaged(contribution: Contribution) -> ContributionError:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from finetune.ranking import Floats
+from finetune.scores import fitting
 from merge_kit.errors import DataError
 
 Flags: TypeAlias = NDArray[np.bool_]
@@ -55,20 +56,8 @@ def multiclass(labels: ArrayLike, probabilities: ArrayLike) -> tuple[NDArray[np.
     Raises:
         DataError: shapes that do not fit, labels outside [0, C), values outside [0, 1].
     """
-    labels, probabilities = np.asarray(labels), np.asarray(probabilities)
-    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
-        raise DataError(
-            f"Expected labels of shape (n,) and probabilities of shape (n, classes), "
-            f"but got {labels.shape} and {probabilities.shape}."
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"Expected labels of an integer type, but got {labels.dtype}.")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < probabilities.shape[1]:
-        raise DataError(
-            f"Expected labels between 0 and {probabilities.shape[1] - 1}, "
-            f"but they run from {labels.min()} to {labels.max()}."
-        )
-    return labels.astype(np.int64), unit_interval(probabilities.astype(np.float64))
+    numbers, values = fitting(labels, probabilities)
+    return numbers, unit_interval(values)
 
 
 def unit_interval(probabilities: Floats) -> Floats:
