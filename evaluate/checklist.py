@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from evaluate.document import ChecklistItem, ModelReport, Report
+from evaluate.document import ChecklistItem, Report
 
 Guideline = Literal["CLAIM 2024", "TRIPOD+AI"]
 Shown = Callable[[Report], str]
@@ -52,24 +52,24 @@ def checklist(report: Report) -> tuple[ChecklistItem, ...]:
 def _counts(report: Report) -> str:
     union = next(scope for scope in report.scopes if scope.kind == "union")
     sites = sum(scope.kind == "site" for scope in report.scopes)
-    parts = [f"{_number(union.cases)} cases"]
+    parts = ["few cases" if union.cases is None else _plural(union.cases, "case")]
     if union.patients is not None:
-        parts.append(f"{union.patients} patients")
+        parts.append(_plural(union.patients, "patient"))
     if sites:
-        parts.append(f"{sites} site{'s' * (sites > 1)}, each by class")
+        parts.append(f"{_plural(sites, 'site')}, each by class")
     return f"{', '.join(parts)} in the evaluated set."
 
 
-def _number(count: int | None) -> str:
-    return "few" if count is None else str(count)
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _partitions(report: Report) -> str:
     if not report.validation_cases:
         return "Evaluated cases are those of the split that the report names."
     return (
-        f"{report.validation_cases} validation cases for thresholds and temperatures, apart from "
-        "the evaluated ones."
+        f"{_plural(report.validation_cases, 'validation case')} for thresholds and temperatures, "
+        "apart from the evaluated ones."
     )
 
 
@@ -81,9 +81,10 @@ def _unit(report: Report) -> str:
 
 
 def _metrics(report: Report) -> str:
+    kappa = "" if report.task == "multi-label" else ", kappa"
     return (
         f"Ranked by {report.main_score.replace('_', ' ')}; discrimination (AUROC, AUPRC), "
-        "sensitivity, specificity, predictive values, F1, kappa, calibration (Brier, ECE of "
+        f"sensitivity, specificity, predictive values, F1{kappa}, calibration (Brier, ECE of "
         f"{report.bins} bins, slope, intercept) and net benefit."
     )
 
@@ -91,11 +92,12 @@ def _metrics(report: Report) -> str:
 def _uncertainty(report: Report) -> str:
     drawn = report.resampling
     text = (
-        f"{drawn.level:.0%} intervals: bootstrap of {drawn.resamples} resamples by {drawn.unit}, "
-        "DeLong for AUROC where cases are independent."
+        f"{100 * drawn.level:g} % intervals: bootstrap of {drawn.resamples:,} resamples by "
+        f"{drawn.unit}, DeLong for AUROC where cases are independent, Wilson for shares of 0 or 1."
     )
     if report.comparisons:
-        text += f" {len(report.comparisons)} paired comparisons, p-values adjusted by Holm."
+        count = _plural(len(report.comparisons), "paired comparison")
+        text += f" {count}, p-values adjusted by Holm."
     return text
 
 
@@ -108,7 +110,7 @@ def _external(report: Report) -> str:
 
 def _internal(report: Report) -> str:
     sites = [scope for scope in report.scopes if scope.kind == "site" and not scope.external]
-    return f"{len(sites)} sites' own test cases, each by itself." if sites else ""
+    return f"Test cases of {_plural(len(sites), 'site')}, each by itself." if sites else ""
 
 
 def _subgroups(report: Report) -> str:
@@ -125,19 +127,16 @@ def _software(report: Report) -> str:
 def _models(report: Report) -> str:
     known = sum(model.fingerprint is not None for model in report.models)
     return (
-        f"{len(report.models)} models, {known} of them by the fingerprint of their weights; a "
-        "merged model's provenance.json names its recipe and every contribution."
+        f"{_plural(len(report.models), 'model')}, {known} of them by the fingerprint of the "
+        "weights; a merged model's provenance.json names its recipe and every contribution."
     )
 
 
-def _merged(report: Report) -> tuple[ModelReport, ...]:
-    return tuple(model for model in report.models if model.role == "merged")
-
-
 def _ensembling(report: Report) -> str:
-    if not _merged(report):
+    merged = sum(model.role == "merged" for model in report.models)
+    if not merged:
         return ""
-    return f"{len(_merged(report))} models are merges of weights, not ensembles of outputs."
+    return f"Merges of weights, not ensembles of outputs: {_plural(merged, 'model')}."
 
 
 def _performance(report: Report) -> str:
@@ -145,7 +144,8 @@ def _performance(report: Report) -> str:
 
 
 def _limits(report: Report) -> str:
-    return f"{len(report.notes)} notes at the end of the report." if report.notes else ""
+    count = len(report.notes)
+    return f"{_plural(count, 'note')} at the end of the report." if count else ""
 
 
 def _output(report: Report) -> str:

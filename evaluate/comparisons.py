@@ -11,43 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from evaluate.document import Comparison, Figure, Gap
+from evaluate.document import Comparison, Gap
+from evaluate.intervals import Sample, figure
 from evaluate.labelled import LabelledSet
-from evaluate.metrics import bootstrap_p, delong_test, holm
+from evaluate.metrics import delong_test, holm
 from evaluate.predictions import Predictions
 from evaluate.scopes import MEAN
-from finetune.scores import percentile_bounds
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Scores of one model on one scope, with their replicates."""
-
-    n: int
-    """Cases; for the mean over sites, sites."""
-    values: Mapping[str, float]
-    drawn: Mapping[str, Floats]
-    """(R,) each, all nan where there is nothing to resample."""
-
-    def minus(self, other: Sample, score: str, level: float) -> tuple[Figure, float | None]:
-        """The difference with its interval, and the two-sided p-value of no difference."""
-        value = self.values[score] - other.values[score]
-        drawn = self.drawn[score] - other.drawn[score]
-        low, high = percentile_bounds(drawn, level)
-        p = None if np.isnan(low) or np.isnan(value) else bootstrap_p(drawn)
-        return figure(value, low, high, self.n), p
-
-
-def figure(value: float, low: float = np.nan, high: float = np.nan, n: int | None = None) -> Figure:
-    """A figure of the report; nan is null."""
-    numbers = (None if np.isnan(v) else float(v) for v in (value, low, high))
-    return Figure.model_validate(
-        dict(zip(("value", "low", "high"), numbers, strict=True)) | {"n": n}
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +56,16 @@ class Contest:
             for other in order[1:]:
                 yield self._compare("best", scope, self.main_score, order[0], other)
 
+    def against_kinds(self) -> Iterator[Comparison]:
+        """The best merged model against the best of every other kind, on all cases."""
+        order = self.ranking("union")
+        first: dict[str, str] = {}
+        for name in order:
+            first.setdefault(self.roles[name].partition(":")[0], name)
+        if merged := first.pop("merged", None):
+            for other in first.values():
+                yield self._compare("kinds", "union", self.main_score, merged, other)
+
     def against_own(self) -> Iterator[Comparison]:
         """Every merged model against each site's own model, at that site."""
         merged = [name for name, role in self.roles.items() if role == "merged"]
@@ -118,15 +98,18 @@ class Contest:
             }
         )
 
-    def gaps(self, columns: Mapping[str, Sequence[str]], models: Sequence[str]) -> Iterator[Gap]:
+    def gaps(
+        self, columns: Mapping[str, Sequence[str]], unknown: Mapping[str, int]
+    ) -> Iterator[Gap]:
         """Between the groups (scopes) of each column on which a model does best and worst.
 
-        The two groups are chosen by their figures, which makes the gap look large: with many groups
-        some gap is always there.
+        `unknown` has the number of cases of each column that are of no group. The two groups are
+        chosen by their figures, which makes the gap look large: with many groups some gap is always
+        there.
         """
         for column, scopes in columns.items():
-            for model in models:
-                found = {s: self.samples[model][s] for s in scopes if s in self.samples[model]}
+            for model, samples in self.samples.items():
+                found = {scope: samples[scope] for scope in scopes if scope in samples}
                 values = {s: sample.values[self.main_score] for s, sample in found.items()}
                 defined = sorted((s for s, v in values.items() if not np.isnan(v)), key=values.get)  # type: ignore[arg-type]
                 if len(defined) < 2:
@@ -139,7 +122,8 @@ class Contest:
                     score=self.main_score,
                     best=best,
                     worst=worst,
-                    difference=difference.model_copy(update={"n": found[worst].n}),
+                    difference=difference.model_copy(update={"n": found[worst].n[self.main_score]}),
+                    unknown=unknown.get(column, 0),
                 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.bands import Band, curve_bands
+from evaluate.bands import THRESHOLDS, Band, curve_bands
 from evaluate.document import ClassCurves, Curve, ReliabilityBin
 from evaluate.labelled import LabelledSet
 from evaluate.metrics import decision_curve, reliability_bins, top_label
@@ -13,8 +13,6 @@ from evaluate.predictions import Predictions
 from evaluate.scoring import Settings, seed_of
 
 Floats = NDArray[np.float64]
-THRESHOLDS = np.arange(1, 100, 2) / 100
-"""Threshold probabilities of the decision curve."""
 _DIGITS = 6
 
 
@@ -35,7 +33,7 @@ def curves(
             found.append(none)
             continue
         groups = [labelled.patients[row] for row in np.flatnonzero(known)]
-        roc, precise = curve_bands(
+        bands = curve_bands(
             truth,
             scores,
             groups,
@@ -43,14 +41,14 @@ def curves(
             seed=seed_of("union", settings.seed),
             level=settings.level,
         )
-        benefit = decision_curve(truth, scores, THRESHOLDS)
+        treat_all = decision_curve(truth, scores, THRESHOLDS).treat_all
         found.append(
             ClassCurves(
                 name=name,
-                roc=_curve(roc, banded=banded),
-                precision_recall=_curve(precise, banded=banded),
-                net_benefit=Curve(x=_axis(THRESHOLDS), y=_numbers(benefit.model)),
-                treat_all=Curve(x=_axis(THRESHOLDS), y=_numbers(benefit.treat_all)),
+                roc=_curve(bands.roc, banded=banded),
+                precision_recall=_curve(bands.precision_recall, banded=banded),
+                net_benefit=_curve(bands.net_benefit, banded=banded),
+                treat_all=Curve(x=_axis(THRESHOLDS), y=_numbers(treat_all)),
             )
         )
     return tuple(found)

@@ -25,13 +25,16 @@ class Figure(Document):
     """null where it is undefined or withheld."""
     low: float | None = None
     high: float | None = None
-    """Bounds of the interval at the report's level; null where nothing can be resampled."""
+    """Bounds of the interval at the report's level; null where nothing can be resampled, and where
+    no resample differs."""
     n: int | None = None
     """Cases behind it: of the class for a sensitivity, of the rest for a specificity, predicted
     ones for a predictive value, sites for a mean over sites, else all; null where withheld."""
     small: bool = False
     """Withheld, because fewer cases than the minimum stand behind it."""
-    method: Literal["bootstrap", "delong"] = "bootstrap"
+    method: Literal["bootstrap", "delong", "wilson"] = "bootstrap"
+    """wilson: of a share that is 0 or 1, in which no resample differs; a patient counts as one
+    case."""
 
 
 class ClassFigures(Document):
@@ -78,7 +81,7 @@ class ClassCurves(Document):
     precision_recall: Curve | None
     """x: recall (sensitivity), y: precision (PPV)."""
     net_benefit: Curve | None
-    """x: threshold probability, y: net benefit; without a band."""
+    """x: threshold probability, y: net benefit."""
     treat_all: Curve | None
 
 
@@ -171,9 +174,10 @@ class Scope(Document):
 class Comparison(Document):
     """Two models on the same cases."""
 
-    family: Literal["best", "own", "reference", "auroc"]
-    """What the p-values are adjusted among: the best model against the others; merged models
-    against a site's own at its site; every model against the reference; AUROC class by class."""
+    family: Literal["kinds", "best", "own", "reference", "auroc"]
+    """What the p-values are adjusted among: the best merged model against the best of each other
+    kind; the best model against the others; merged models against a site's own at its site; every
+    model against the reference; AUROC class by class."""
     scope: str
     score: str
     label: str | None = None
@@ -198,6 +202,8 @@ class Gap(Document):
     best: str
     worst: str
     difference: Figure
+    unknown: int = 0
+    """Cases left out, because the column says nothing of them."""
 
 
 class SurveyRow(Document):
@@ -206,8 +212,11 @@ class SurveyRow(Document):
     name: Literal["single", "cross", "mix", "federated", "merged"]
     model: str | None
     """null for means over the sites' models."""
-    balanced_accuracy: float | None
-    macro_auroc: float | None
+    sites: tuple[str, ...]
+    """Keys of the scopes that the means are over, the same for all rows."""
+    balanced_accuracy: Figure
+    macro_auroc: Figure
+    """`n` counts what is averaged: sites; for cross, models at another's site."""
 
 
 class Similarity(Document):
@@ -246,7 +255,7 @@ class Resampling(Document):
 class Report(Document):
     """The content of report.json."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     title: str
     created: str
     """UTC."""

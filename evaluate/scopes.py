@@ -56,9 +56,11 @@ def parts(labelled: LabelledSet, external: Sequence[str], minimum: int) -> list[
         outside = site in external
         found.append(_part(labelled, f"site:{site}", "site", site, rows, minimum, external=outside))
     for column, values in labelled.columns.items():
-        for value in sorted(set(values)):
-            key = f"group:{column}={value}"
-            rows = labelled.rows(key)
+        by_value: dict[str, list[int]] = {}
+        for row, value in enumerate(values):
+            by_value.setdefault(value, []).append(row)
+        for value, members in sorted(by_value.items()):
+            key, rows = f"group:{column}={value}", np.array(members, dtype=np.int64)
             found.append(_part(labelled, key, "group", value, rows, minimum, column=column))
     return found
 

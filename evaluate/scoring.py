@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluate.comparisons import Sample, figure
 from evaluate.document import ClassFigures, Figure, ModelScope
+from evaluate.intervals import Sample, bounds, figure, share
 from evaluate.labelled import LabelledSet
-from evaluate.metrics import delong_interval
+from evaluate.metrics import delong_interval, predictive_values_at_prevalence
 from evaluate.metrics.calibration import BINS
 from evaluate.predictions import Predictions
 from evaluate.resampling import Scored, replicates
 from evaluate.scopes import MEAN, Part
-from finetune.scores import mean_of_defined, percentile_bounds
+from finetune.scores import group_numbers, mean_of_defined
 
 Floats = NDArray[np.float64]
 LEVEL = 0.95
@@ -33,11 +33,11 @@ SCALARS = (
     "ece",
     "log_loss",
 )
-COMPARED = ("balanced_accuracy", "macro_auroc", "accuracy")
-"""Scores whose replicates are kept, to compare models by."""
 _BY_CLASS = {"class_brier": "brier", "class_ece": "ece", "class_log_loss": "log_loss"}
 """Names of class figures that would be those of scalars."""
 _OF_ALL = ("brier", "log_loss")
+_SHARES = ("sensitivity", "specificity", "ppv", "npv")
+_AT_PREVALENCE = "_at_prevalence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +88,11 @@ def score(
     """
     scopes: list[ModelScope] = []
     samples: dict[str, Sample] = {}
+    names = _scalars(settings, multi_label=labelled.multi_label)
     for part in parts:
         if part.scope.small or not len(part.rows):
-            scopes.append(_withheld(part, settings))
+            empty = Figure(value=None, small=part.scope.small)
+            scopes.append(ModelScope(scope=part.scope.key, figures=dict.fromkeys(names, empty)))
             continue
         scope, sample = _score_part(labelled, predictions, part, thresholds, settings)
         scopes.append(scope)
@@ -99,17 +101,18 @@ def score(
         samples[p.scope.key] for p in parts if p.scope.kind == "site" and p.scope.key in samples
     ]
     if any(part.scope.kind == "site" for part in parts):
-        mean = _mean(sites)
+        mean = mean_over(sites, names)
         samples[MEAN] = mean
-        figures = {name: _interval(mean, name, settings) for name in mean.values}
+        figures = {name: scalar(mean, name, settings.level) for name in names}
         scopes.append(ModelScope(scope=MEAN, figures=figures))
     return Scoring(tuple(scopes), samples)
 
 
-def _withheld(part: Part, settings: Settings) -> ModelScope:
-    empty = Figure(value=None, small=part.scope.small)
-    names = [name for name in SCALARS if settings.ordered or name != "quadratic_kappa"]
-    return ModelScope(scope=part.scope.key, figures=dict.fromkeys(names, empty))
+def _scalars(settings: Settings, *, multi_label: bool) -> list[str]:
+    """Names of the scalars that a report of this kind has."""
+    never = {"kappa", "quadratic_kappa"} if multi_label else set()
+    never |= set() if settings.ordered else {"quadratic_kappa"}
+    return [name for name in SCALARS if name not in never]
 
 
 def _score_part(
@@ -137,16 +140,18 @@ def _score_part(
         resamples=settings.resamples,
         seed=seed_of(part.scope.key, settings.seed),
     )
-    scalars = [name for name in SCALARS if name in values]
+    names = _scalars(settings, multi_label=labelled.multi_label)
+    n = len(part.rows)
     sample = Sample(
-        len(part.rows),
-        {name: float(values[name]) for name in scalars},
-        {name: drawn[name] for name in COMPARED if name in drawn},
+        dict.fromkeys(names, n),
+        {name: float(values[name]) for name in names},
+        {name: drawn[name] for name in names},
     )
-    figures = {}
-    for name in scalars:
-        low, high = percentile_bounds(drawn[name], settings.level)
-        figures[name] = figure(float(values[name]), low, high, len(part.rows))
+    figures = {name: scalar(sample, name, settings.level) for name in names}
+    if not labelled.multi_label:
+        units = len(np.unique(group_numbers(chosen.patients, n)))
+        found = sample.values["accuracy"]
+        figures["accuracy"] = share(found, drawn["accuracy"], settings.level, n, units)
     classes = tuple(_classes(chosen, probabilities, values, drawn, settings))
     matrix = None if labelled.multi_label else _confusion(chosen, probabilities, settings.minimum)
     return ModelScope(
@@ -174,54 +179,91 @@ def _classes(
     settings: Settings,
 ) -> Iterator[ClassFigures]:
     flagged = _flagged(probabilities, chosen.multi_label)
+    units = group_numbers(chosen.patients, len(chosen))
     size = len(chosen.classes)
     names = [n for n, v in values.items() if v.shape == (size,) and n != "prevalence"]
     for column, label in enumerate(chosen.classes):
         known = chosen.targets[:, column] >= 0
-        counts = _Counts(chosen.targets[known, column] == 1, flagged[known, column])
+        behind = _Behind(
+            chosen.targets[known, column] == 1, flagged[known, column], units[known], settings
+        )
         figures = {}
         for name in names:
-            low, high = percentile_bounds(drawn[name][:, column], settings.level)
             title = _BY_CLASS.get(name, name).replace("@", "_at_")
             value = float(values[name][column])
-            figures[title] = counts.figure(title, value, low, high, settings.minimum)
+            figures[title] = behind.figure(title, value, drawn[name][:, column])
+        if label in settings.prevalences:
+            figures |= _certain(figures, settings.prevalences[label])
         if chosen.unit == "case" and figures["auroc"].value is not None:
             truth = chosen.targets[known, column]
             found = delong_interval(truth, probabilities[known, column], settings.level)
-            bounds = figure(found.value, found.low, found.high, len(truth))
-            figures["auroc"] = bounds.model_copy(update={"method": "delong"})
-        few = 0 < counts.positives < settings.minimum
-        share = values["prevalence"][column]
-        prevalence = None if few or np.isnan(share) else float(share)
-        yield ClassFigures(name=label, prevalence=prevalence, figures=figures)
+            figures["auroc"] = figure(found.value, found.low, found.high, len(truth), "delong")
+        few = 0 < behind.positives.sum() < settings.minimum
+        prevalence = values["prevalence"][column]
+        known_share = None if few or np.isnan(prevalence) else float(prevalence)
+        yield ClassFigures(name=label, prevalence=known_share, figures=figures)
 
 
-class _Counts:
-    """Cases of one class against the rest, and which of them are taken for it."""
+@dataclass(frozen=True, slots=True)
+class _Behind:
+    """The cases of one class against the rest, and which of them are taken for it; (n,) each."""
 
-    def __init__(self, truth: NDArray[np.bool_], flagged: NDArray[np.bool_]) -> None:
-        self.all, self.positives = len(truth), int(truth.sum())
-        self.flagged = int(flagged.sum())
+    positives: NDArray[np.bool_]
+    flagged: NDArray[np.bool_]
+    units: NDArray[np.int64]
+    """The patient of each case."""
+    settings: Settings
 
-    def figure(self, name: str, value: float, low: float, high: float, minimum: int) -> Figure:
+    def figure(self, name: str, value: float, drawn: Floats) -> Figure:
         """A figure with the cases behind it, withheld where they are too few."""
-        n, least = self._behind(name)
-        if 0 < least < minimum:
+        rows, least = self._rows(name)
+        n = int(rows.sum())
+        if 0 < least < self.settings.minimum:
             return Figure(value=None, small=True)
-        return figure(value, low, high, n)
+        if name.partition("_at_")[0] in _SHARES and _AT_PREVALENCE not in name:
+            units = len(np.unique(self.units[rows]))
+            return share(value, drawn, self.settings.level, n, units)
+        about = value if name == "ece" else None
+        return figure(value, *bounds(drawn, self.settings.level, about=about), n=n)
 
-    def _behind(self, name: str) -> tuple[int, int]:
-        """The cases that a figure is of, and the fewest of a kind that it hangs on."""
-        negatives = self.all - self.positives
+    def _rows(self, name: str) -> tuple[NDArray[np.bool_], int]:
+        """Of which cases a figure is, and the fewest of a kind that it hangs on."""
+        everything = np.ones(len(self.positives), dtype=bool)
+        positives = int(self.positives.sum())
+        negatives = len(everything) - positives
         if name.startswith("sensitivity"):
-            return self.positives, self.positives
+            return self.positives, positives
         if name.startswith("specificity"):
-            return negatives, negatives
+            return ~self.positives, negatives
         if name == "ppv":
-            return self.flagged, self.flagged
+            return self.flagged, int(self.flagged.sum())
         if name == "npv":
-            return self.all - self.flagged, self.all - self.flagged
-        return self.all, self.all if name in _OF_ALL else min(self.positives, negatives)
+            return ~self.flagged, int((~self.flagged).sum())
+        return everything, len(everything) if name in _OF_ALL else min(positives, negatives)
+
+
+def _certain(figures: Mapping[str, Figure], prevalence: float) -> dict[str, Figure]:
+    """Bounds of predictive values of 0 or 1 at a stated prevalence, in which no resample differs.
+
+    Predictive values rise with sensitivity and specificity: their bounds are the values at both
+    lower and at both upper ones, which is wider than need be.
+    """
+    found = {}
+    for name, own in figures.items():
+        kind, at, fixed = name.partition(_AT_PREVALENCE)
+        if not at or own.value not in (0.0, 1.0):
+            continue
+        rates = [figures[f"{rate}{fixed}"] for rate in ("sensitivity", "specificity")]
+        lows, highs = [r.low for r in rates], [r.high for r in rates]
+        if None in (*lows, *highs):
+            continue
+        place = ("ppv", "npv").index(kind)
+        low, high = (
+            predictive_values_at_prevalence(ends[0] or 0.0, ends[1] or 0.0, prevalence)[place]
+            for ends in (lows, highs)
+        )
+        found[name] = figure(own.value, low, high, own.n, "wilson")
+    return found
 
 
 def _flagged(probabilities: Floats, multi_label: bool) -> NDArray[np.bool_]:
@@ -242,8 +284,8 @@ def _confusion(
     return tuple(tuple(None if 0 < n < minimum else n for n in row) for row in counts)
 
 
-def _mean(sites: Sequence[Sample]) -> Sample:
-    """Average sites with the same weight."""
+def mean_over(sites: Sequence[Sample], names: Sequence[str]) -> Sample:
+    """Average sites, or models at sites, with the same weight; what is undefined is left out."""
 
     def replicated(name: str) -> Floats:
         rows = [site.drawn[name] for site in sites]
@@ -257,15 +299,16 @@ def _mean(sites: Sequence[Sample]) -> Sample:
         ]
         return mean_of_defined(np.stack(kept, axis=1))
 
-    names = [name for name in COMPARED if all(name in site.values for site in sites)]
     values = {name: np.array([site.values[name] for site in sites]) for name in names}
     return Sample(
-        len(sites),
+        {name: int((~np.isnan(value)).sum()) for name, value in values.items()},
         {name: float(mean_of_defined(value)) for name, value in values.items()},
         {name: replicated(name) for name in names},
     )
 
 
-def _interval(sample: Sample, name: str, settings: Settings) -> Figure:
-    low, high = percentile_bounds(sample.drawn[name], settings.level)
-    return figure(sample.values[name], low, high, sample.n)
+def scalar(sample: Sample, name: str, level: float) -> Figure:
+    """A score of a sample as a figure of the report."""
+    value = sample.values[name]
+    about = value if name == "ece" else None
+    return figure(value, *bounds(sample.drawn[name], level, about=about), n=sample.n[name])

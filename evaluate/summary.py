@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,6 @@ from evaluate.document import (
     Resampling,
     Scope,
     Similarity,
-    SurveyRow,
     Worst,
 )
 from evaluate.fitting import Fitted, Validation, fit
@@ -28,8 +27,8 @@ from evaluate.labelled import LabelledSet
 from evaluate.predictions import Predictions
 from evaluate.scopes import MEAN, Part, parts
 from evaluate.scoring import Scoring, Settings, score
+from evaluate.survey import survey
 from evaluate.verdict import verdict
-from finetune.scores import mean_of_defined
 from merge_kit.errors import DataError, UsageError
 
 Floats = NDArray[np.float64]
@@ -114,8 +113,8 @@ def summarise(
         models=models,
         reference=settings.reference,
         comparisons=_comparisons(contest, labelled, [f.predictions for f in fitted], settings),
-        gaps=tuple(contest.gaps(_columns(found), leaders)),
-        survey=tuple(_survey(contest)),
+        gaps=tuple(contest.gaps(_columns(found), _unknown(found))),
+        survey=survey(contest),
         similarity=facts.similarity,
         notes=facts.notes,
     )
@@ -197,7 +196,7 @@ def _model(
 
 def _worst_site(scoring: Scoring, found: Sequence[Part], main_score: str) -> Worst | None:
     rows = [
-        (sample.values[main_score], part.scope.name, sample.n)
+        (sample.values[main_score], part.scope.name, sample.n[main_score])
         for part in found
         if part.scope.kind == "site" and (sample := scoring.samples.get(part.scope.key))
     ]
@@ -233,13 +232,22 @@ def _columns(found: Sequence[Part]) -> dict[str, list[str]]:
     return columns
 
 
+def _unknown(found: Sequence[Part]) -> dict[str, int]:
+    """How many cases each column says nothing of."""
+    return {
+        part.scope.column: len(part.rows)
+        for part in found
+        if part.scope.column is not None and part.scope.name == UNKNOWN
+    }
+
+
 def _comparisons(
     contest: Contest,
     labelled: LabelledSet,
     predictions: Sequence[Predictions],
     settings: Settings,
 ) -> tuple[Comparison, ...]:
-    families = [contest.against_best(), contest.against_own()]
+    families = [contest.against_kinds(), contest.against_best(), contest.against_own()]
     if settings.reference is not None:
         scores = dict.fromkeys((contest.main_score, "macro_auroc"))
         families.append(contest.against_reference(settings.reference, list(scores)))
@@ -251,41 +259,3 @@ def _comparisons(
             auroc_comparisons(labelled, by_name, pairs, settings.level, settings.minimum)
         )
     return adjusted(*families)
-
-
-def _survey(contest: Contest) -> Iterator[SurveyRow]:
-    """The table of federated studies, as means over sites.
-
-    Single: each site's model at home. Cross: each site's model at the other sites. Mix: trained on
-    all sites' images.
-    """
-    sites = {name: role for name, role in contest.roles.items() if role.startswith("site:")}
-    at_home: list[Mapping[str, float]] = []
-    abroad: list[Mapping[str, float]] = []
-    for model, role in sites.items():
-        for scope, sample in contest.samples[model].items():
-            if scope.startswith("site:"):
-                (at_home if scope == role else abroad).append(sample.values)
-    if at_home:
-        yield _survey_row("single", None, at_home)
-    if abroad:
-        yield _survey_row("cross", None, abroad)
-    for role, name in (("pooled", "mix"), ("federated", "federated"), ("merged", "merged")):
-        for model, found in contest.roles.items():
-            if found == role and MEAN in contest.samples[model]:
-                yield _survey_row(name, model, [contest.samples[model][MEAN].values])
-
-
-def _survey_row(name: str, model: str | None, rows: Sequence[Mapping[str, float]]) -> SurveyRow:
-    def mean(key: str) -> float | None:
-        value = float(mean_of_defined(np.array([row[key] for row in rows])))
-        return None if np.isnan(value) else value
-
-    return SurveyRow.model_validate(
-        {
-            "name": name,
-            "model": model,
-            "balanced_accuracy": mean("balanced_accuracy"),
-            "macro_auroc": mean("macro_auroc"),
-        }
-    )

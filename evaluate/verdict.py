@@ -48,7 +48,8 @@ def verdict(report: Report) -> tuple[str, ...]:
     model at that site; which model is best on all cases and on the mean over sites, and by how
     much; how models do on sites that none was trained on; the worst site; the other merged models
     against the sites' own; how far probabilities can be trusted; gaps between groups; whether
-    resamples are too few; and what is too small to be believed.
+    resamples are too few; and what is too small to be believed. "The best merged model" is the
+    same in all of them, the one with the highest main score on all cases (`leader`).
     """
     own = _against_own(report)
     return (
@@ -77,12 +78,12 @@ def _best(report: Report) -> list[str]:
         figure = main(report, report.model(order[0]), scope)
         where = _all(figure) if scope == "union" else f"the mean over {_sites(figure)}"
         if len(order) == 1:
-            sentence = f"{_name(order[0])} has a {score} of {_interval(figure)} on {where}."
+            sentence = f"{_name(order[0])} has a {score} of {_interval(report, figure)} on {where}."
         else:
             also = "also " if order[0] in leaders else ""
             sentence = (
                 f"{_name(order[0])} {also}has the highest {score} on {where}, "
-                f"{_interval(figure)}; {_lead(report, scope, *order[:2])}."
+                f"{_interval(report, figure)}; {_lead(report, scope, *order[:2])}."
             )
         leaders.append(order[0])
         sentences.append(sentence)
@@ -105,7 +106,7 @@ def _lead(report: Report, scope: str, first: str, second: str) -> str:
     )
     if not entry.difference.value:
         return f"{_name(second)} has the same"
-    words = f"the next, {_name(second)}, is lower by {_interval(entry.difference)}"
+    words = f"the next, {_name(second)}, is lower by {_interval(report, entry.difference)}"
     chance = _chance(entry)
     return words + (f", which {chance}" if chance else "")
 
@@ -126,17 +127,17 @@ def _external(report: Report) -> list[str]:
     rank = "has" if len(order) == 1 else "is best:"
     text = (
         f"On {_list(names)}, which no model was trained on, {_name(order[0])} {rank} "
-        f"{_interval(best)} on {_cases(best.n or 0)}"
+        f"{_interval(report, best)} on {_cases(best.n or 0)}"
     )
-    merged = [name for name in order if report.model(name).role == "merged"]
-    if merged and merged[0] != order[0]:
-        figure = main(report, report.model(merged[0]), "external")
-        text += f"; the best merged model, {_name(merged[0])}, has {_interval(figure)}"
+    merged = leader(report, "union")
+    if merged in order[1:] and report.model(merged).role == "merged":
+        figure = main(report, report.model(merged), "external")
+        text += f"; the best merged model, {_name(merged)}, has {_interval(report, figure)}"
     return [f"{text}."]
 
 
 def _worst_site(report: Report) -> list[str]:
-    name = leader(report, "mean_over_sites")
+    name = leader(report, "union")
     worst = report.model(name).worst_site if name else None
     if name is None or worst is None or (main(report, report.model(name), _SCOPES[1]).n or 0) < 2:
         return []
@@ -145,41 +146,65 @@ def _worst_site(report: Report) -> list[str]:
     ]
 
 
+_KINDS = (
+    ("pooled", "pooled training"),
+    ("federated", "training in rounds"),
+    ("base", "the base"),
+)
+
+
 def _baselines(report: Report) -> list[str]:
     """Set the merged model that is best on all cases against the other kinds of models."""
-    kinds: dict[str, list[tuple[float, str]]] = {}
-    for name in ranking(report, "union"):
-        model = report.model(name)
-        value = main(report, model, "union").value
-        assert value is not None
-        kinds.setdefault(model.role.partition(":")[0], []).append((value, name))
+    order = ranking(report, "union")
+    kinds: dict[str, list[str]] = {}
+    for name in order:
+        kinds.setdefault(report.model(name).role.partition(":")[0], []).append(name)
     if "merged" not in kinds:
         return []
-    value, merged = kinds["merged"][0]
+    merged = kinds["merged"][0]
+    value = _main_value(report, merged)
     against = []
     if own := kinds.get("site"):
-        mean = sum(figure for figure, _ in own) / len(own)
         if len(own) > 1:
+            mean = sum(_main_value(report, name) for name in own) / len(own)
             text = f"the mean of the {len(own)} single-site models"
             against.append(f"{_relation(value, mean)} {text} ({mean:.3f})")
         text = "the best of them" if len(own) > 1 else "the single-site model"
-        against.append(
-            f"{_relation(value, own[0][0])} {text} ({_name(own[0][1])}, {own[0][0]:.3f})"
-        )
-    others = (
-        ("pooled", "pooled training"),
-        ("federated", "training in rounds"),
-        ("base", "the base"),
-    )
-    for kind, text in others:
-        if kind in kinds:
-            figure, name = kinds[kind][0]
-            against.append(f"{_relation(value, figure)} {text} ({_name(name)}, {figure:.3f})")
+        against.append(_against_kind(report, merged, own[0], text))
+    against += [
+        _against_kind(report, merged, kinds[kind][0], text)
+        for kind, text in _KINDS
+        if kind in kinds
+    ]
     if not against:
         return []
+    number = len(kinds["merged"])
+    chosen = f" of {number}, chosen by these very cases" if number > 1 else ""
     return [
-        f"On all cases the best merged model, {_name(merged)} ({value:.3f}), is {_list(against)}."
+        f"On all cases the best merged model{chosen}, {_name(merged)} ({value:.3f}), is "
+        f"{'; '.join(against)}."
     ]
+
+
+def _main_value(report: Report, name: str) -> float:
+    value = main(report, report.model(name), "union").value
+    assert value is not None  # it is ranked
+    return value
+
+
+def _against_kind(report: Report, merged: str, other: str, text: str) -> str:
+    """``above pooled training ("pooled", 0.901) by 0.020 (0.001 to 0.040)``."""
+    value, theirs = _main_value(report, merged), _main_value(report, other)
+    words = f"{_relation(value, theirs)} {text} ({_name(other)}, {theirs:.3f})"
+    entry = next(
+        e
+        for e in report.comparisons
+        if e.family == "kinds" and (e.model, e.against) == (merged, other)
+    )
+    size = abs(entry.difference.value or 0.0)
+    if not round(size, 3):
+        return words
+    return f"{words} by {_size(entry)}"
 
 
 def _relation(value: float, other: float) -> str:
@@ -193,10 +218,9 @@ def _against_own(report: Report) -> list[str]:
         if entry.family == "own" and entry.difference.value is not None
     ]
     compared = {entry.model for entry in entries}
-    order = [name for name in ranking(report, "mean_over_sites") if name in compared]
-    names = {scope.key: scope.name for scope in report.scopes}
+    order = [name for name in ranking(report, "union") if name in compared]
     sentences = [
-        _beats(name, [entry for entry in entries if entry.model == name], names)
+        _beats(report, name, [entry for entry in entries if entry.model == name])
         for name in order[:_MOST_MODELS]
     ]
     if len(order) > _MOST_MODELS:
@@ -213,7 +237,7 @@ def _value(entry: Comparison) -> float:
     return entry.difference.value or 0.0
 
 
-def _beats(name: str, entries: Sequence[Comparison], names: dict[str, str]) -> str:
+def _beats(report: Report, name: str, entries: Sequence[Comparison]) -> str:
     above = [entry for entry in entries if _value(entry) > 0]
     below = sorted((entry for entry in entries if _value(entry) < 0), key=_value)
     sites = len({entry.scope for entry in entries})
@@ -224,23 +248,25 @@ def _beats(name: str, entries: Sequence[Comparison], names: dict[str, str]) -> s
     text = f"{_name(name)} beats the site's own model at {where}{beyond}"
     if not below:
         return f"{text} and is worse at none."
-    listed = [
-        f"at {names[entry.scope]} it is worse by {_loss(entry)}" for entry in below[:_MOST_SITES]
-    ]
+    names = {scope.key: scope.name for scope in report.scopes}
+    homes = [model.role for model in report.models]
+    listed = []
+    for entry in below[:_MOST_SITES]:
+        than = f" than {_name(entry.against)}" if homes.count(entry.scope) > 1 else ""
+        listed.append(f"at {names[entry.scope]} it is worse{than} by {_size(entry)}")
     if len(below) > _MOST_SITES:
         listed.append(f"at {len(below) - _MOST_SITES} more it is worse too")
     return f"{text}; {'; '.join(listed)}."
 
 
-def _loss(entry: Comparison) -> str:
-    """A negative difference as the size of the loss."""
+def _size(entry: Comparison) -> str:
+    """How large a difference is, without its sign, with its interval and what chance says."""
     found = entry.difference
-    text = _signed(-_value(entry))
-    if found.low is None or found.high is None:
-        return text
-    chance = _chance(entry)
-    span = f"{_signed(-found.high)} to {_signed(-found.low)}"
-    return f"{text} ({span}; {chance})" if chance else f"{text} ({span})"
+    turned = _value(entry) < 0
+    ends = [bound for bound in (found.low, found.high) if bound is not None]
+    span = " to ".join(_signed(-end if turned else end) for end in (ends[::-1] if turned else ends))
+    about = "; ".join(part for part in (span, _chance(entry)) if part)
+    return f"{_signed(abs(_value(entry)))}{f' ({about})' if about else ''}"
 
 
 def _calibration(report: Report) -> list[str]:
@@ -273,17 +299,18 @@ def _overconfidence(model: ModelReport) -> float | None:
 
 
 def _gaps(report: Report) -> list[str]:
-    order = ranking(report, "union")
+    chosen = leader(report, "union")
     sentences = []
     names = {scope.key: scope.name for scope in report.scopes}
     for gap in report.gaps:
         found = gap.difference
-        if not order or gap.model != order[0] or not found.value:
+        if gap.model != chosen or not found.value:
             continue
         chance = ", which may be chance" if found.low is None or found.low <= 0 else ""
+        left = f"; {_cases(gap.unknown)} without {gap.column} left out" if gap.unknown else ""
         sentences.append(
             f"By {gap.column}, {_name(gap.model)} does best on {names[gap.best]} and worst on "
-            f"{names[gap.worst]}: a gap of {_interval(found)}{chance}."
+            f"{names[gap.worst]}: a gap of {_interval(report, found)}{chance}{left}."
         )
     return sentences
 
@@ -330,9 +357,12 @@ def _small(report: Report) -> list[str]:
     sentences = []
     if few:
         verb = "holds" if few == 1 else "hold"
+        counted = ""
+        if report.main_score == "balanced_accuracy":
+            counted = ", but balanced accuracy counts each as much as a class of many"
         sentences.append(
             f"{few} of the {len(cells)} cells of one class at one site {verb} fewer than "
-            f"{report.minimum} cases; figures of such cells are withheld."
+            f"{report.minimum} cases; figures of such cells are withheld{counted}."
         )
     small: list[Scope] = [s for s in report.scopes if s.small and s.kind in ("site", "group")]
     if small:
@@ -356,12 +386,13 @@ def _name(model: str) -> str:
     return f"“{model}”"  # a model may be called "mean" or "base"
 
 
-def _interval(figure: Figure) -> str:
+def _interval(report: Report, figure: Figure) -> str:
     assert figure.value is not None
     if figure.low is None or figure.high is None:
         return _signed(figure.value)
     low, high = _signed(figure.low), _signed(figure.high)
-    return f"{_signed(figure.value)} (95 % interval {low} to {high})"
+    level = f"{100 * report.resampling.level:g} %"
+    return f"{_signed(figure.value)} ({level} interval {low} to {high})"
 
 
 def _signed(value: float) -> str:

@@ -121,13 +121,16 @@ def survey_table(report: Report) -> Table:
             Head(*SURVEY[row.name]),
             (
                 named(row.model if row.model is not None else "mean over the sites’ models"),
-                plain(row.balanced_accuracy),
-                plain(row.macro_auroc),
+                cell(row.balanced_accuracy),
+                cell(row.macro_auroc),
             ),
         )
         for row in report.survey
     )
-    return Table("Settings", heads, rows)
+    names = {scope.key: scope.name for scope in report.scopes}
+    sites = [names.get(key, key) for key in report.survey[0].sites] if report.survey else []
+    over = f", mean over {', '.join(sites)}" if sites else ""
+    return Table(f"Settings{over}", heads, rows, beside=True)
 
 
 def scopes_table(report: Report, found: Sequence[Scope], score: str, first: str) -> Table:
@@ -173,6 +176,7 @@ def gaps_table(report: Report, column: str) -> Table:
         Head("Best group", words=True),
         Head("Worst group", words=True),
         Head("Gap"),
+        Head("Left out", "cases without a value"),
     )
     names = {scope.key: scope.name for scope in report.scopes}
     rows = tuple(
@@ -183,6 +187,7 @@ def gaps_table(report: Report, column: str) -> Table:
                 named(names.get(gap.best, gap.best)),
                 named(names.get(gap.worst, gap.worst)),
                 difference(gap.difference),
+                Cell(f"{gap.unknown:,}", value=float(gap.unknown)),
             ),
         )
         for gap in report.gaps

@@ -35,6 +35,7 @@ LOWER_IS_BETTER = frozenset({"brier", "ece", "log_loss"})
 WITHOUT_BEST = frozenset({"calibration_slope", "calibration_intercept"})
 
 FAMILIES = {
+    "kinds": "The best merged model against the best of each other kind",
     "best": "The best model against the others",
     "own": "Merged models against a site’s own model, at its site",
     "reference": "Every model against the reference",

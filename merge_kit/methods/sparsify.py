@@ -23,6 +23,8 @@ Rescale = Literal["inverse", "l1", "none"]
 _STRIDE = 32768
 """How many numbers one key gives; part of the definition of every mask."""
 _RANGE = 2.0**32
+_PIECE = 1 << 18
+"""About how many values are ranked at once."""
 
 
 def uniform_bits(
@@ -207,12 +209,20 @@ def _della(block: Block, options: DellaOptions) -> Tensor:
     if options.density == 1:
         return block.values.clone()
     sparse = torch.empty_like(block.values)
+    width = rows_of(block.shape)[1]
+    # A few rows at a time: their order and probabilities take several times their memory.
+    step = max(1, _PIECE // width) * width
+    by_value: Rescale = "none" if options.rescale == "l1" else options.rescale
     for out, tau, identity in zip(sparse, block.values, block.ids, strict=True):
-        rows = tau.reshape(rows_of(block.shape))
-        chance = keep_probability(rows.abs(), options.density, options.window).reshape(-1)
-        bits = uniform_bits(block.seed, block.tensor, identity, block.begin, len(tau))
-        masked = tau * drawn(bits, chance.numpy(force=True)).to(tau.device)
-        out.copy_(rescaled(masked, tau, chance, options.rescale))
+        for at in range(0, len(tau), step):
+            part = tau[at : at + step]
+            rows = part.reshape(-1, width).abs()
+            chance = keep_probability(rows, options.density, options.window).reshape(-1)
+            bits = uniform_bits(block.seed, block.tensor, identity, block.begin + at, len(part))
+            masked = part * drawn(bits, chance.numpy(force=True)).to(part.device)
+            out[at : at + step] = rescaled(masked, part, chance, by_value)
+        if options.rescale == "l1":
+            out.copy_(rescaled(out, tau, options.density, "l1"))
     return sparse
 
 

@@ -98,7 +98,10 @@ def side_by_side(parts: Iterable[Spectrum]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def orthogonal_sum(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
-    """U' diag(values) V'^T with U' nearest to (m, k) `left` and orthonormal, V' alike: (m, n)."""
+    """U' diag(values) V'^T with U' nearest to (m, k) `left` and orthonormal, V' alike: (m, n).
+
+    Overwrites `left` and `right`.
+    """
     return polar_factor(left).mul_(values) @ polar_factor(right).T
 
 
@@ -108,12 +111,11 @@ def polar_factor(columns: Tensor) -> Tensor:
     Where columns depend on each other it is not unique, and the smallest is taken, without the
     directions in which S is 0: of N equal columns each is divided by sqrt(N). Columns that differ
     by the rounding errors of float32 are equal; published code makes a direction of the errors.
-    (m, k) float64.
+    (m, k) float64, overwritten by the result.
     """
     u, s, vh = torch.linalg.svd(columns, full_matrices=False)
     rank = int((s > _ZERO * s[:1]).sum())
-    factor: Tensor = u[:, :rank] @ vh[:rank]
-    return factor
+    return torch.mm(u[:, :rank], vh[:rank], out=columns)
 
 
 def _weighed(vectors: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, float]]:

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluate.document import ChecklistItem, Similarity, SurveyRow
+from evaluate.document import ChecklistItem, Figure, Similarity, SurveyRow
 
 
 def survey() -> tuple[SurveyRow, ...]:
     def row(name: str, model: str | None, value: float) -> SurveyRow:
-        figures = {"balanced_accuracy": value, "macro_auroc": value + 0.08}
-        return SurveyRow.model_validate({"name": name, "model": model, **figures})
+        figures = {
+            score: Figure(value=v, low=v - 0.03, high=v + 0.03, n=3)
+            for score, v in (("balanced_accuracy", value), ("macro_auroc", value + 0.08))
+        }
+        sites = ("site:lyon", "site:oslo", "site:graz")
+        return SurveyRow.model_validate({"name": name, "model": model, "sites": sites} | figures)
 
     return (
         row("single", None, 0.74),

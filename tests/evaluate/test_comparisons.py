@@ -24,7 +24,7 @@ def test_differences_are_paired() -> None:
     assert report.comparisons
     for entry in report.comparisons:
         found = entry.difference
-        assert (found.value, found.low, found.high, entry.p) == (0, 0, 0, 1)
+        assert (found.value, found.low, found.high, entry.p) == (0, None, None, 1)
 
 
 def test_the_best_model_is_compared_with_every_other() -> None:
@@ -35,6 +35,24 @@ def test_the_best_model_is_compared_with_every_other() -> None:
     assert found[:3] == [("union", "pooled", name) for name in others]
     assert {scope for scope, _, _ in found[3:]} == {"mean_over_sites"}
     assert len(found) == 6
+
+
+def test_the_best_merged_model_is_compared_with_the_best_of_each_other_kind() -> None:
+    labelled = cases()
+    weak = predictions(labelled, "weak", "merged", 0.1)
+    worse = predictions(labelled, "worse", "site:oslo", -1)
+    report = report_of(labelled, [weak, worse, *four_models(labelled)])
+    entries = family(report, "kinds")
+    assert [(e.scope, e.model, e.against) for e in entries] == [
+        ("union", "merged", name) for name in ("pooled", "own", "start")
+    ]
+    expected = holm([entry.p or 0 for entry in entries])
+    assert [entry.p_adjusted for entry in entries] == pytest.approx(expected.tolist())
+
+
+def test_without_a_merged_model_kinds_are_not_compared() -> None:
+    labelled = cases()
+    assert not family(report_of(labelled, four_models(labelled)[1:]), "kinds")
 
 
 def test_every_merged_model_is_compared_with_a_sites_own_at_that_site() -> None:

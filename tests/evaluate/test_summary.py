@@ -12,6 +12,7 @@ from sklearn import metrics as sklearn
 
 from evaluate.document import Figure, Report
 from evaluate.fitting import Validation
+from evaluate.metrics import wilson_interval
 from evaluate.predictions import Predictions
 from finetune.scores import balanced_accuracy, bootstrap_intervals, macro_auroc
 from merge_kit.errors import DataError, UsageError
@@ -220,11 +221,27 @@ def test_groups_have_figures_and_the_gap_between_best_and_worst_an_interval() ->
     keys = [s.key for s in report.scopes if s.kind == "group"]
     assert keys == ["group:sex=f", "group:sex=m", "group:sex=unknown"]
     (gap,) = report.gaps
+    assert gap.unknown == 10
     assert {gap.best, gap.worst} == {"group:sex=f", "group:sex=m"}
     values = [on(report, key).value or 0 for key in (gap.best, gap.worst)]
     assert gap.difference.value == pytest.approx(values[0] - values[1])
     assert gap.difference.low is not None
     assert gap.difference.low < (gap.difference.value or 0)
+
+
+def test_every_model_has_its_gaps() -> None:
+    grouped = cases(columns={"sex": ("f", "m") * 60})
+    report = report_of(grouped, four_models(grouped))
+    assert [gap.model for gap in report.gaps] == ["merged", "own", "pooled", "start"]
+
+
+def test_withheld_scopes_have_the_scores_of_the_others() -> None:
+    targets = np.random.default_rng(0).integers(0, 2, (12, 2)).astype(np.int8)
+    labelled = letters("a" * 12, "x" * 10 + "yy", targets=targets, multi_label=True)
+    report = report_of(labelled, predictions(labelled))
+    names = [set(scope.figures) for scope in report.models[0].scopes]
+    assert names[0] == names[-1] == names[1]
+    assert "kappa" not in names[0]
 
 
 def test_thresholds_are_fitted_on_validation_cases_and_used_on_the_others() -> None:
@@ -313,6 +330,7 @@ def test_curves_begin_and_end_where_they_must_and_lie_in_their_bands() -> None:
     inside = [a <= y <= b for a, y, b in zip(low, curves.roc.y, high, strict=True)]  # type: ignore[operator]
     assert np.mean(inside) > 0.9
     assert curves.net_benefit is not None
+    assert curves.net_benefit.low is not None
     assert curves.treat_all is not None
     prevalence = np.mean(labelled.labels == 0)
     assert curves.treat_all.y[0] == pytest.approx(prevalence - (1 - prevalence) / 99, abs=1e-6)
@@ -336,9 +354,85 @@ def test_the_survey_means_models_at_home_and_abroad() -> None:
     home = [on(report, f"site:{s}", model=i).value or 0 for i, s in enumerate(SITES)]
     abroad = [on(report, f"site:{s}", model=1 - i).value or 0 for i, s in enumerate(SITES)]
     rows = {row.name: row.balanced_accuracy for row in report.survey}
-    assert rows["single"] == pytest.approx(np.mean(home))
-    assert rows["cross"] == pytest.approx(np.mean(abroad))
-    assert rows["mix"] == on(report, "mean_over_sites", model=2).value
+    assert rows["single"].value == pytest.approx(np.mean(home))
+    assert rows["cross"].value == pytest.approx(np.mean(abroad))
+    assert rows["mix"] == on(report, "mean_over_sites", model=2)
+    low, high = rows["single"].low or 0, rows["single"].high or 0
+    assert 0 < low < np.mean(home) < high < 1
+
+
+def test_every_row_of_the_survey_is_over_the_sites_with_a_model_of_their_own() -> None:
+    labelled = cases()
+    models = [predictions(labelled, "l", "site:lyon", 2), predictions(labelled, "m", "merged", 1)]
+    report = report_of(labelled, models)
+    assert [row.name for row in report.survey] == ["single", "merged"]
+    assert {row.sites for row in report.survey} == {("site:lyon",)}
+    merged = report.survey[1].balanced_accuracy
+    assert merged.value == on(report, "site:lyon", model=1).value
+    assert merged.value != on(report, "mean_over_sites", model=1).value
+
+
+def test_a_survey_without_sites_models_is_over_all_sites() -> None:
+    labelled = cases()
+    report = report_of(labelled, predictions(labelled, "m", "merged", 1))
+    (row,) = report.survey
+    assert set(row.sites) == {"site:lyon", "site:oslo"}
+    assert row.balanced_accuracy == on(report, "mean_over_sites")
+
+
+def test_every_score_has_a_mean_over_sites_of_those_that_have_it() -> None:
+    labelled = letters("aaaaabbbbb" + "aaaaa", "x" * 10 + "y" * 5)
+    report = report_of(labelled, certain("aaaabbbbba" + "aaaab"))
+    both = [on(report, f"site:{site}", "brier").value or 0 for site in "xy"]
+    assert on(report, "mean_over_sites", "brier").value == pytest.approx(np.mean(both))
+    assert on(report, "mean_over_sites", "brier").n == 2
+    assert on(report, "mean_over_sites", "macro_auroc").n == 1
+
+
+def test_a_share_of_one_has_the_interval_of_wilson_by_patient() -> None:
+    labelled = letters("aaaaaabbbbbb", " " * 12, patients=tuple("112233445566"), unit="patient")
+    report = report_of(labelled, certain("aaaaaabbbbbb"), minimum=1)
+    union = report.models[0].on("union")
+    sensitivity = union.classes[0].figures["sensitivity"]
+    low, high = wilson_interval(3, 3)
+    assert (sensitivity.low, sensitivity.high) == pytest.approx((float(low), float(high)))
+    assert (sensitivity.method, sensitivity.n) == ("wilson", 6)
+    assert union.figures["accuracy"].low == pytest.approx(float(wilson_interval(6, 6)[0]))
+
+
+def test_what_no_resample_changes_has_no_interval() -> None:
+    report = report_of(letters("aaaaabbbbb", " " * 10), certain("aaaaabbbbb"))
+    for name in ("balanced_accuracy", "macro_auroc", "kappa", "ece"):
+        figure = on(report, "union", name)
+        assert (figure.low, figure.high) == (None, None), name
+    auroc = report.models[0].on("union").classes[0].figures["auroc"]
+    assert (auroc.value, auroc.low) == (1, None)
+
+
+def test_predictive_values_of_one_at_a_stated_prevalence_are_bounded_by_wilson() -> None:
+    labelled = letters("aaaaabbbbb", " " * 10)
+    report = report_of(labelled, certain("aaaaabbbbb"), prevalences={"a": 0.02})
+    first, second = report.models[0].on("union").classes
+    figure = first.figures["ppv_at_prevalence"]
+    rate = float(wilson_interval(5, 5)[0])
+    expected = 0.02 * rate / (0.02 * rate + 0.98 * (1 - rate))
+    assert (figure.value, figure.low, figure.high) == (1, pytest.approx(expected), 1)
+    assert second.figures["ppv_at_prevalence"].value is None
+
+
+def test_the_interval_of_a_calibration_error_lies_about_it() -> None:
+    labelled = cases(400, patients=(None,) * 400, unit="case")
+    chances = np.full((400, 3), 0.2)
+    chances[np.arange(400), labelled.labels] = 0.6
+    rng = np.random.default_rng(0)
+    wrong = rng.random(400) > 0.6  # right as often as it says
+    chances[wrong] = np.roll(chances[wrong], 1, axis=1)
+    jittered = chances + rng.uniform(0, 0.2, chances.shape)
+    model = replace(predictions(labelled), probabilities=jittered / jittered.sum(1, keepdims=True))
+    report = report_of(labelled, model, resamples=200)
+    figures = [on(report, "union", "ece"), report.models[0].on("union").classes[0].figures["ece"]]
+    for figure in figures:
+        assert (figure.low or 0) < (figure.value or 0) < (figure.high or 0)
 
 
 def test_the_same_predictions_give_the_same_report() -> None:

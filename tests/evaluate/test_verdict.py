@@ -53,7 +53,7 @@ def test_the_verdict_in_words() -> None:
     report = bounded(report_of(labelled, [ties, own], resamples=1), -0.25, -0.0004, 0.01)
     assert verdict(report) == (
         "On all cases the best merged model, “TIES” (0.950), is above the single-site model "
-        "(“x alone”, 0.900).",
+        "(“x alone”, 0.900) by 0.050 (−0.250 to 0.000).",
         "“TIES” beats the site's own model at none of 1 site; at x it is worse by 0.100 (0.000 to "
         "0.250).",
         "“TIES” has the highest balanced accuracy on all 20 cases, 0.950 (95 % interval 0.500 to "
@@ -65,6 +65,20 @@ def test_the_verdict_in_words() -> None:
         "The probabilities of “TIES” are off by 0.050 (expected calibration error, 15 bins), on "
         "average too sure of themselves.",
     )
+
+
+def test_the_best_merged_model_is_set_against_every_kind_with_what_chance_says() -> None:
+    labelled = cases(600)
+    models = four_models(labelled)
+    second = predictions(labelled, "second", "merged", 0.5)
+    other = predictions(labelled, "other", "site:oslo", 1.49)
+    said = report_of(labelled, [*models, second, other], resamples=400).verdict[0]
+    assert said.startswith(
+        "On all cases the best merged model of 2, chosen by these very cases, “merged” (0."
+    )
+    for words in ("the mean of the 2 single-site models", "below the best of them (“own”, 0."):
+        assert words in said
+    assert "above the base (“start”, 0." in said
 
 
 @pytest.mark.parametrize(("p", "unclear"), [(0.4, True), (0.1, True), (0.01, False)])
@@ -113,7 +127,7 @@ def test_the_verdict_counts_small_cells_but_not_empty_ones() -> None:
     said = report_of(letters("aaaaabaaaaaa", "x" * 6 + "y" * 6), certain("a" * 12)).verdict
     assert said[-1] == (
         "1 of the 4 cells of one class at one site holds fewer than 5 cases; figures of such cells "
-        "are withheld."
+        "are withheld, but balanced accuracy counts each as much as a class of many."
     )
 
 
@@ -187,6 +201,47 @@ def test_probabilities_of_several_labels_are_too_high_or_too_low() -> None:
     assert any(
         s.endswith("15 bins), on average too low.") for s in report_of(labelled, low).verdict
     )
+
+
+def test_cases_left_out_of_a_gap_are_counted() -> None:
+    labelled = cases(columns={"sex": ("f", "m", "unknown") * 40})
+    (said,) = (s for s in report_of(labelled, predictions(labelled)).verdict if "By sex" in s)
+    assert said.endswith("; 40 cases without sex left out.")
+
+
+def test_two_models_of_one_site_are_told_apart() -> None:
+    labelled = cases()
+    models = [
+        predictions(labelled, "merged", "merged", 0),
+        predictions(labelled, "first", "site:lyon", 4),
+        predictions(labelled, "second", "site:lyon", 9),
+    ]
+    text = " ".join(report_of(labelled, models).verdict)
+    assert "at lyon it is worse than “first” by 0." in text
+    assert "at lyon it is worse than “second” by 0." in text
+
+
+def test_intervals_are_told_with_their_level() -> None:
+    labelled = cases()
+    said = report_of(labelled, predictions(labelled), level=0.9).verdict[0]
+    assert "(90 % interval 0." in said
+
+
+def test_the_best_merged_model_is_the_same_in_every_sentence() -> None:
+    # "many" is right at the large site only, "few" nearly everywhere at both.
+    large, small = "ab" * 40, "ab" * 5
+    labelled = letters(large + small, "x" * 80 + "y" * 10)
+    models = [
+        certain(large + "ba" * 5, "many", "merged"),
+        certain("ba" * 12 + "ab" * 28 + small, "few", "merged"),
+    ]
+    report = report_of(labelled, [*models, certain("a" * 90, "own", "site:x")])
+    assert ranking(report, "union")[0] == "many"
+    assert ranking(report, "mean_over_sites")[0] == "few"
+    text = " ".join(report.verdict)
+    assert "chosen by these very cases, “many” (0.889), is above" in text
+    assert "The worst site of “many” is y: 0.000" in text
+    assert text.index("“many” beats the site's own") < text.index("“few” beats the site's own")
 
 
 def test_a_gap_of_nothing_is_no_finding() -> None:

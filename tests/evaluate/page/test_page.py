@@ -186,7 +186,7 @@ def test_confusion_matrices_hide_small_counts(report: Report, page: Page) -> Non
 
 
 def test_survey_similarity_checklist_and_software_are_shown(report: Report, page: Page) -> None:
-    assert [row[0].split()[0] for row in page.tables["Settings"][1:]] == [
+    assert [row[0].split()[0] for row in page.tables["Settings, mean over lyon, oslo, graz"][1:]] == [
         "Single", "Cross", "Mix", "Federated", "Merged", "Merged"
     ]  # fmt: skip
     similarity = report.similarity

@@ -98,6 +98,18 @@ def test_large_values_stay_more_often():
     assert keep_probability(torch.ones(4, 1), 0.5, 0.2).tolist() == [[0.5]] * 4
 
 
+@pytest.mark.parametrize("rescale", ["inverse", "l1", "none"])
+def test_della_on_more_rows_than_are_ranked_at_once(rescale):
+    rows, columns, seed = 700, 600, 5  # more than 2^18 values
+    tau = torch.randn(rows * columns, generator=torch.Generator().manual_seed(0))
+    chance = keep_probability(tau.reshape(rows, columns).abs(), 0.5, 0.2).reshape(-1)
+    kept = drawn(uniform_bits(seed, "w", "a", 0, len(tau)), chance.numpy())
+    expected = rescaled(tau * kept, tau, chance, rescale).float()
+    given = block(tau[None], shape=(rows, columns), seed=seed)
+    found = change("della", given, density=0.5, window=0.2, rescale=rescale)[0]
+    assert torch.equal(found, expected)
+
+
 @quick
 @given(st.integers(0, 999), st.integers(1, 5), st.integers(1, 9))
 def test_della_row_by_row(seed, rows, columns):
