@@ -15,6 +15,7 @@ from evaluate import loading, terminal
 from evaluate.earlier import PAGE, REPORT
 from evaluate.evaluation import Wishes, run
 from evaluate.models import AnyModel, classes_in_common, find_apart, find_models
+from evaluate.predictions import plain_number
 from evaluate.scoring import Settings
 from finetune.image_options import image_options
 from merge_kit.commands.options import next_step, pairs, shown
@@ -31,7 +32,7 @@ _OPTIONS = (
     click.option("--pooled", multiple=True, metavar="NAME", help="Trained on all sites' images."),
     click.option("--federated", multiple=True, metavar="NAME", help="Trained in rounds."),
     click.option(
-        "--external", multiple=True, metavar="SITE", help="No model was trained on this site."
+        "--external", multiple=True, metavar="SITES", help="No model was trained on these sites."
     ),
     click.option("--by", default="", metavar="COLUMNS", help="Subgroups, such as sex,scanner."),
     click.option("--multi-label", is_flag=True, help="A case may be of several classes, or none."),
@@ -146,7 +147,6 @@ def _evaluate(
             seed=options["seed"],
             ordered=options["ordered"],
             prevalences=_prevalences(options["prevalence"], common),
-            external=options["external"],
             reference=reference,
         ),
     )
@@ -192,6 +192,7 @@ def _loader(
         split=options["split"],
         site_column=options["site_column"],
         by=[part.strip() for part in options["by"].split(",") if part.strip()],
+        external=options["external"],
         multi_label=options["multi_label"],
         skip_unreadable=options["skip_unreadable"],
     )
@@ -218,10 +219,7 @@ def _prevalences(values: tuple[str, ...], classes: Sequence[str]) -> dict[str, f
             raise UsageError(
                 f"--prevalence {name}: there is no such class (known: {', '.join(classes)})."
             )
-        try:
-            share = float(text)
-        except ValueError:
-            share = -1.0
+        share = plain_number(text)
         if not 0 < share < 1:
             raise UsageError(f"--prevalence {name}={text}: give a share between 0 and 1.")
         found[name] = share

@@ -25,6 +25,8 @@ class Part:
     """Those that models are judged on."""
     columns: Sequence[str]
     """All columns of the table."""
+    external: bool = False
+    """Whether no model was trained on the sites of its chosen cases."""
 
 
 def on_splits(parts: Sequence[Part], split: str | None, site_column: str) -> list[str]:
@@ -33,7 +35,7 @@ def on_splits(parts: Sequence[Part], split: str | None, site_column: str) -> lis
     for part in parts:
         name, cases, mine = part.words, part.cases, part.chosen
         parted = any(case.split for case in cases)
-        if not parted and split is None:
+        if not parted and split is None and not part.external:
             notes.append(
                 f"{name} names no splits: all its images were used, also any that a model was "
                 "trained on. Its figures are then too good."
@@ -121,6 +123,16 @@ def on_overlap(keys: Sequence[str], validation: Sequence[str]) -> list[str]:
     return [
         f"{_count(both, 'image')} {'is' if both == 1 else 'are'} in the validation split, too: "
         "thresholds and temperature have seen them."
+    ]
+
+
+def on_leaks(count: int) -> list[str]:
+    """How many chosen images are also training images."""
+    if not count:
+        return []
+    return [
+        f"{_count(count, 'image')} {'is' if count == 1 else 'are'} in the train split, too: "
+        "figures are too good where a model was trained on them."
     ]
 
 

@@ -56,14 +56,19 @@ def check_place(out: Path, inputs: str, *, replace: bool) -> None:
                 "the files of patients: choose another --out."
             )
     there = [out / name for name in (REPORT, TABLE, PAGE) if (out / name).exists()]
-    if replace or not there or _inputs_in(out / REPORT) == inputs:
+    if replace or not there:
         return
-    raise UsageError(
-        f"{there[0]} speaks of other models or images: choose another --out, or pass --replace."
-    )
+    earlier = _inputs_in(out / REPORT)
+    if earlier == inputs:
+        return
+    odd = "is damaged, or no report of this program"
+    if earlier is not None or there[0] != out / REPORT:
+        odd = "speaks of other models or images"
+    raise UsageError(f"{there[0]} {odd}: choose another --out, or pass --replace.")
 
 
 def _inputs_in(path: Path) -> object:
+    """None where it is no report."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from evaluate.fitting import Validation
 from evaluate.labelled import LabelledSet
 from evaluate.loading import Loaded
 from evaluate.mistakes import worst_mistakes
-from evaluate.models import AnyModel, Model
+from evaluate.models import AnyModel, Imported, Model
 from evaluate.page import render
 from evaluate.predicting import Predicted, Stage, predict
-from evaluate.predictions import to_csv
+from evaluate.predictions import speaks_of, to_csv
+from evaluate.scopes import check_external
 from evaluate.scoring import Settings
 from evaluate.similarity import similarity
 from evaluate.summary import Facts, summarise
@@ -96,7 +97,9 @@ def run(
     with processes.joined() as group:
         device = group.device(choose_device(wishes.device))
         with group.together():
-            loaded = load().fitted_without(wishes.settings.external)
+            loaded = load().fitted_without_external()
+            check_external(loaded.external, loaded.chosen)
+            settings = replace(wishes.settings, external=loaded.external)
             inputs = inputs_of(models, loaded.chosen)
             check_place(wishes.out, inputs, replace=wishes.replace)
             for model in _with_cards(models, wishes):
@@ -107,17 +110,24 @@ def run(
         with Progress() as progress:
             stage = progress.stage if group.first else None
             found = _predict(models, loaded.chosen, loaded, device, wishes, group, stage)
-            fitted = (
-                None
-                if loaded.validation is None
-                else _predict(models, loaded.validation, loaded, device, wishes, group, stage)
-            )
+            fitted, silent = None, []
+            if loaded.validation is not None:
+                silent = _silent(models, loaded.validation)
+                asked = [model for model in models if model.name not in silent]
+                if asked:
+                    held = loaded.validation
+                    fitted = _predict(asked, held, loaded, device, wishes, group, stage)
     if found is None:
         return None
     left_out = dict.fromkeys((*loaded.left_out, *found.left_out))
     if fitted is not None:
         left_out |= dict.fromkeys(fitted.left_out)
     said = [*notes, *loaded.notes]
+    said += [
+        f"The predictions of '{name}' hold none of the validation images: it has no thresholds and "
+        "no temperature."
+        for name in silent
+    ]
     if left_out:
         said.insert(0, f"{len(left_out)} unreadable images were left out.")
     facts = Facts(
@@ -138,7 +148,7 @@ def run(
             found.labelled,
             found.predictions,
             facts,
-            wishes.settings,
+            settings,
             validation,
             progress=lambda done, of: progress.stage("figures", done, of),
         )
@@ -169,6 +179,12 @@ def _predict(
     )
 
 
+def _silent(models: Sequence[AnyModel], validation: LabelledSet) -> list[str]:
+    """Names of imported models that say nothing of the validation cases."""
+    imported = [model for model in models if isinstance(model, Imported)]
+    return [m.name for m in imported if not speaks_of(m.file, validation, m.name)]
+
+
 def _similarity(models: Sequence[AnyModel]) -> Similarity | None:
     """Needs the base among the models."""
     folders = {model.name: model for model in models if isinstance(model, Model)}
@@ -180,12 +196,11 @@ def _similarity(models: Sequence[AnyModel]) -> Similarity | None:
 
 
 def _write(report: Report, found: Predicted, models: Sequence[AnyModel], wishes: Wishes) -> None:
-    mistakes = []
+    mistakes, shown = [], shown_model(report)
     if wishes.with_images:
-        leader = shown_model(report)
-        own = next(p for p in found.predictions if p.model == leader)
+        own = next(p for p in found.predictions if p.model == shown)
         mistakes = worst_mistakes(found.labelled, own, MISTAKES)
-    page = render(report, mistakes)
+    page = render(report, mistakes, shown)
     # The same command side by side must not mix its files with these.
     with in_turn(wishes.out / REPORT):
         # First what says of which inputs the files are: who was killed here can be repeated.

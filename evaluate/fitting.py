@@ -28,7 +28,7 @@ class Validation:
 
     labelled: LabelledSet
     predictions: Sequence[Predictions]
-    """Of the same models as the report's, in the same order."""
+    """Of the report's models, by name; one that is missing gets no thresholds, no temperature."""
     calibrate: bool = False
     """Divide every model's logits by a temperature of its own."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,15 +34,18 @@ class Loaded:
     left_out: tuple[str, ...]
     """A sentence for each image that cannot be read at all."""
     copies: tuple[tuple[str, ...], ...]
-    """The files of each image that occurs more than once among the chosen."""
+    """The files of each image that occurs more than once among the chosen, or also in training."""
     listed: frozenset[str]
     """Every file that the tables list, chosen or not."""
+    external: tuple[str, ...] = ()
+    """Sites that no model was trained on."""
 
-    def fitted_without(self, sites: Sequence[str]) -> Loaded:
-        """Without validation cases of these sites: else they would not be external."""
-        if self.validation is None or not sites:
+    def fitted_without_external(self) -> Loaded:
+        """Without validation cases of external sites: else they would not be external."""
+        if self.validation is None or not self.external:
             return self
-        kept = self.validation.take(np.flatnonzero(~np.isin(self.validation.sites, sites)))
+        outside = np.isin(self.validation.sites, self.external)
+        kept = self.validation.take(np.flatnonzero(~outside))
         return replace(self, validation=kept if len(kept) else None)
 
     def restricted_to(self, classes: Sequence[str]) -> Loaded:
@@ -83,6 +87,7 @@ def load(
     split: str | None = None,
     site_column: str = "site",
     by: Sequence[str] = (),
+    external: Sequence[str] = (),
     multi_label: bool = False,
     skip_unreadable: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -101,6 +106,8 @@ def load(
         splits, else all of it.
     by
         Columns whose values make subgroups.
+    external
+        Sites that no model was trained on, several in one text between commas.
     progress
         Called with the number of images read for their content key and of all.
 
@@ -146,26 +153,59 @@ def load(
             f"no case of {', '.join(source.table.name for source in sources)} is labelled and can "
             "be read: there is nothing to judge a model on."
         )
+    outside = _sites_named(external, found.sites)
     parts = [
-        Part(source.words, cases, mine, source.table.columns)
+        Part(
+            source.words,
+            cases,
+            mine,
+            source.table.columns,
+            external=all(_site(source, case, site_column) in outside for case in mine),
+        )
         for (source, cases), mine in zip(pairs, chosen, strict=True)
     ]
     copies = data_notes.copies_of(found.keys)
+    trained = [case for cases in by_source for case in cases if case.split == "train"]
+    leaked = _leaked(found, [case for case in trained if case not in keys])
     notes = [
         *data_notes.on_splits(parts, split, site_column),
         *data_notes.on_columns(parts, by),
         *data_notes.on_classes(parts, classes),
         *data_notes.on_copies(copies, found.targets),
         *data_notes.on_overlap(found.keys, validation.keys),
+        *data_notes.on_leaks(len(leaked)),
     ]
     return Loaded(
         found,
         validation if len(validation) else None,
         tuple(notes),
         unreadable,
-        tuple(tuple(found.files[row] for row in rows) for rows in copies),
+        (*(tuple(found.files[row] for row in rows) for rows in copies), *leaked),
         frozenset(row.fields["file"] for table in tables for row in table.rows),
+        outside,
     )
+
+
+def _sites_named(texts: Sequence[str], sites: Sequence[str]) -> tuple[str, ...]:
+    """The sites that are named; what is no site as a whole is several between commas."""
+    known = set(sites)
+    parts = [[text] if text in known else text.split(",") for text in texts]
+    return tuple(dict.fromkeys(part.strip() for row in parts for part in row if part.strip()))
+
+
+def _leaked(found: LabelledSet, trained: Sequence[Case]) -> list[tuple[str, str]]:
+    """Files of chosen cases whose image is also among training cases, each with one of these.
+
+    A file is read only if one of the chosen has its size.
+    """
+    sizes = {os.stat(case.source).st_size for case in found.cases if isinstance(case.source, Path)}
+    names: dict[str, str] = {}
+    for case in trained:
+        with suppress(OSError, ImageError):
+            if not isinstance(case.source, Path) or os.stat(case.source).st_size in sizes:
+                names.setdefault(content_key(case), case.file)
+    pairs = zip(found.files, found.keys, strict=True)
+    return [(file, names[key]) for file, key in pairs if key in names]
 
 
 def _read(data: Sequence[str | Path], images: Path | None, multi_label: bool) -> list[_Source]:

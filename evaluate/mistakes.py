@@ -20,22 +20,30 @@ def worst_mistakes(
 ) -> list[tuple[str, str]]:
     """Images whose class the model gives the least probability, and what it says instead.
 
-    Of several labels a case, the probability of its least likely class counts. Data URIs of JPEG
-    pictures of at most 192 pixels, each with its caption.
+    Of several labels a case, the class counts whose probability is farthest from the truth, whether
+    it is missed or seen where it is not. Data URIs of JPEG pictures of at most 192 pixels, each
+    with its caption.
     """
-    present = np.where(labelled.targets == 1, predictions.probabilities, np.inf)
-    own, lowest = present.argmin(axis=1), present.min(axis=1)
-    said = predictions.probabilities.argmax(axis=1)
-    wrong = np.flatnonzero((lowest < 0.5) & (said != own) & np.isfinite(lowest))
-    chosen = wrong[np.argsort(lowest[wrong], kind="stable")][:count]
+    chances, names = predictions.probabilities, labelled.classes
+    present = labelled.targets == 1
+    error = np.where(present, 1 - chances, chances)
+    error[labelled.targets < 0] = 0  # not annotated
+    if not labelled.multi_label:
+        error[~present] = 0
+    column, largest = error.argmax(axis=1), error.max(axis=1)
+    said = chances.argmax(axis=1)
+    wrong = largest > 0.5 if labelled.multi_label else said != column
+    rows = np.flatnonzero(wrong)
     found = []
-    for row in chosen.tolist():
-        place = f", {labelled.sites[row]}" if labelled.sites[row] else ""
-        caption = (
-            f"{labelled.classes[own[row]]} ({lowest[row]:.2f}), taken for "
-            f"{labelled.classes[said[row]]} ({predictions.probabilities[row, said[row]]:.2f})"
-            f"{place}: {labelled.files[row]}"
-        )
+    for row in rows[np.argsort(-largest[rows], kind="stable")][:count].tolist():
+        own, taken, place = int(column[row]), int(said[row]), labelled.sites[row]
+        if not labelled.multi_label:
+            told = f"{names[own]} ({chances[row, own]:.2f}), taken for "
+            told += f"{names[taken]} ({chances[row, taken]:.2f})"
+        else:
+            told = f"{names[own] if present[row, own] else f'no {names[own]}'}"
+            told += f" ({chances[row, own]:.2f} for {names[own]})"
+        caption = f"{told}{f', {place}' if place else ''}: {labelled.files[row]}"
         found.append((_thumbnail(labelled, row), caption))
     return found
 

@@ -131,7 +131,8 @@ def classes_in_common(models: Sequence[AnyModel]) -> tuple[str, ...]:
     if len(found) < 2:
         told = "; ".join(f"{model.name}: {', '.join(model.classes)}" for model in models)
         raise DataError(
-            f"the models have {len(found)} classes in common ({told}): compare models that share "
+            f"the models have {len(found)} class{'es' * (len(found) != 1)} in common ({told}): "
+            "compare models that share "
             "two or more."
         )
     return found

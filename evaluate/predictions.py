@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from merge_kit.errors import DataError, LabelError
 _FIXED = ["model", "file", "site", "label", "predicted"]
 PREFIX = "p_"
 SUM_TOLERANCE = 1e-3
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +132,20 @@ def read_classes(path: Path) -> tuple[str, ...]:
     if twice := [name for name in header if name and header.count(name) > 1]:
         raise LabelError(f"{path} line 1 names the column {twice[0]!r} twice: rename one.")
     return classes
+
+
+def speaks_of(path: Path, labelled: LabelledSet, model: str) -> bool:
+    """Whether a predictions file has a row of this model for any file of a labelled set.
+
+    Raises LabelError when it is no predictions file.
+    """
+    read_classes(path)
+    records = csv_records(path)
+    _, header = next(records)
+    files = set(labelled.files)
+    column = header.index("file")
+    rows = _rows_of(path, header, list(records), model)
+    return any(record[column].replace("\\", "/") in files for _, record in rows)
 
 
 def read_imported(
@@ -256,15 +272,17 @@ def _case_of(
     return rows[0]
 
 
+def plain_number(text: str) -> float:
+    """A decimal number as programs write it; nan for all else that Python would read as one."""
+    return float(text) if _NUMBER.fullmatch(text.strip(" ")) else math.nan
+
+
 def _numbers(
     place: str, record: Sequence[str], columns: Sequence[int], header: Sequence[str], several: bool
 ) -> list[float]:
     values = []
     for column in columns:
-        try:
-            value = float(record[column])
-        except ValueError:
-            value = math.nan
+        value = plain_number(record[column])
         if not 0 <= value <= 1:
             raise LabelError(
                 f"{place}: the column {header[column]} holds '{record[column]}': give a "

@@ -261,15 +261,6 @@ def resampled(
     return found
 
 
-def differences(first: Figures, second: Figures) -> Figures:
-    """Subtract the second from the first, figure by figure, for those that both have.
-
-    For values, and for replicates of two models with the same seed and groups: the replicates of
-    the difference then have the width that pairing gives.
-    """
-    return {name: first[name] - second[name] for name in first if name in second}
-
-
 _RATES = ("prevalence", "sensitivity", "specificity", "ppv", "npv", "f1")
 _MACRO = {"macro_auroc": "auroc", "macro_auprc": "auprc", "macro_f1": "f1"}
 

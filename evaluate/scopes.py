@@ -41,11 +41,8 @@ def parts(labelled: LabelledSet, external: Sequence[str], minimum: int) -> list[
     UsageError
         No case is of an external site.
     """
+    check_external(external, labelled)
     sites = sorted(set(labelled.sites) - {""})
-    if unknown := sorted(set(external) - set(sites)):
-        raise UsageError(
-            f"--external {unknown[0]}: no case is of this site (known: {', '.join(sites)})."
-        )
     everything = np.arange(len(labelled), dtype=np.int64)
     found = [_part(labelled, "union", "union", "all cases", everything, minimum)]
     if external:
@@ -63,6 +60,15 @@ def parts(labelled: LabelledSet, external: Sequence[str], minimum: int) -> list[
             key, rows = f"group:{column}={value}", np.array(members, dtype=np.int64)
             found.append(_part(labelled, key, "group", value, rows, minimum, column=column))
     return found
+
+
+def check_external(external: Sequence[str], labelled: LabelledSet) -> None:
+    """Refuse a site that no case is of, with `UsageError`."""
+    sites = sorted(set(labelled.sites) - {""})
+    if unknown := sorted(set(external) - set(sites)):
+        raise UsageError(
+            f"--external {unknown[0]}: no case is of this site (known: {', '.join(sites)})."
+        )
 
 
 def _part(

@@ -49,7 +49,7 @@ def similarity(base: Path, models: Mapping[str, Path]) -> Similarity | None:
             grams[part], bases[part] = _gram(start, list(fitting.values()), names)
     cosine = _cosines(torch.stack(list(grams.values())).sum(dim=0))
     norms = {p: (gram.diagonal() / bases[p]).sqrt() for p, gram in grams.items() if bases[p]}
-    relative = torch.stack(list(norms.values()), dim=1)
+    relative = torch.stack(list(norms.values()), dim=1) if norms else cosine[:, :0]
     return Similarity(
         models=tuple(fitting),
         cosine=tuple(tuple(None if math.isnan(v) else v for v in row) for row in cosine.tolist()),

@@ -164,9 +164,12 @@ def _fitted(
 ) -> list[Fitted]:
     if validation is None:
         return [Fitted(p) for p in predictions]
+    held = {p.model: p for p in validation.predictions}
     return [
-        fit(p, own, validation, settings.specificities, settings.minimum)
-        for p, own in zip(predictions, validation.predictions, strict=True)
+        fit(p, held[p.model], validation, settings.specificities, settings.minimum)
+        if p.model in held
+        else Fitted(p)
+        for p in predictions
     ]
 
 

@@ -10,20 +10,25 @@ from evaluate.verdict import SCORE_NAMES, main
 
 
 def table(report: Report) -> Table:
-    """One row a model: the main score on all cases, over sites, at the worst site; AUROC, ECE."""
-    title = f"{SCORE_NAMES[report.main_score]} (95 % interval)"
+    """One row a model: the main score on all cases, over sites, at the worst site; AUROC, ECE.
+
+    Intervals and the names of sites stand on a line of their own; where there is no room, words are
+    folded and nothing is cut off.
+    """
+    level = f"{100 * report.resampling.level:g} %"
+    title = f"{SCORE_NAMES[report.main_score]}, below it its {level} interval"
     shown = Table(title=title, title_justify="left")
-    shown.add_column("model", no_wrap=True)
+    shown.add_column("model", overflow="fold")
     external = any(scope.kind == "external" for scope in report.scopes)
     columns = ["union", "mean of sites", "worst site", *["external"] * external, "AUROC", "ECE"]
     for column in columns:
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", overflow="fold")
     for model in report.models:
         worst, union = model.worst_site, model.on("union").figures
         cells = [
             _interval(main(report, model, "union")),
             _figure(main(report, model, MEAN)),
-            f"{worst.value:.3f} {worst.name}" if worst else "-",
+            f"{worst.value:.3f}\n{worst.name}" if worst else "-",
         ]
         if external:
             cells.append(_interval(main(report, model, "external")))
@@ -35,7 +40,7 @@ def table(report: Report) -> Table:
 def _interval(figure: Figure) -> str:
     if figure.low is None or figure.high is None:
         return _figure(figure)
-    return f"{_figure(figure)} ({figure.low:.2f}-{figure.high:.2f})"
+    return f"{_figure(figure)}\n{figure.low:.2f}-{figure.high:.2f}"
 
 
 def _figure(figure: Figure) -> str:

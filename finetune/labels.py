@@ -156,9 +156,12 @@ def refuse_unknown_labels(
         elif labels.known[label] is None and label not in labels.nothing:
             last = len(labels.classes) - 1
             known = f"0 to {last}" if table.numbered else nearest(label, labels.classes)
+            parts = label.split(SEPARATOR)
+            several = len(parts) > 1 and all(part.strip() in labels.classes for part in parts)
+            way = "evaluate it with --multi-label" if several else f"pass --map {label}=CLASS"
             raise LabelError(
                 f"{place}: label {label!r} is no class of this federation ({known}): "
-                f"correct it or pass --map {label}=CLASS."
+                f"correct it or {way}."
             )
 
 

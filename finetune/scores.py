@@ -129,8 +129,8 @@ def bootstrap_intervals(
         level: coverage, in (0, 1).
 
     With fewer than two groups there is nothing to resample, and the bounds are nan. A resample
-    without a defined score is left out. A perfect score gives an interval without width, as every
-    percentile bootstrap does: it is no proof of perfection.
+    without a defined score is left out. Where no resample differs (a perfect score) the bounds are
+    nan, too: an interval without width would claim certainty.
 
     Raises:
         DataError: arrays that do not fit each other, or an impossible `level` or `resamples`.
@@ -142,6 +142,8 @@ def bootstrap_intervals(
     intervals = {}
     for name, score in scores.items():
         low, high = percentile_bounds(replicates[name], level)
+        if low == high:
+            low = high = float("nan")
         intervals[name] = Interval(float(score(labels, probabilities)), low, high, len(labels))
     return intervals
 

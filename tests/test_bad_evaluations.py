@@ -103,6 +103,56 @@ def models_without_classes_in_common(b):
 
 
 @row()
+def models_with_one_class_in_common(b):
+    said = b.table("file,p_round,p_b\n", "said.csv")
+    return ["compare", b.hub.root, said, "--data", b.table(GOOD), "--out", b.tmp / "out"], (
+        "the models have 1 class in common (base: round, lobed, granular; said: round, b): compare "
+        "models that share two or more."
+    )
+
+
+@row()
+def several_classes_in_one_cell(b):
+    return evaluate(b, b.hub.root, table=GOOD.replace("3.png,round", "3.png,round|lobed")), (
+        f"{b.data / 'labels.csv'} line 5: label 'round|lobed' is no class of this federation "
+        "(nearest: round): correct it or evaluate it with --multi-label."
+    )
+
+
+@row()
+def a_probability_that_only_python_reads(b):
+    return imported(b, likely("0.png,0_0.5,.5,0")), (
+        f"{b.data / 'said.csv'} line 2: the column p_round holds '0_0.5': give a probability "
+        "between 0 and 1."
+    )
+
+
+@row(2)
+def a_prevalence_in_other_digits(b):
+    return evaluate(b, b.hub.root, "--prevalence", "round=.\u0661"), (
+        "--prevalence round=.\u0661: give a share between 0 and 1."
+    )
+
+
+@row(2)
+def one_of_two_external_sites_is_unknown(b):
+    table = GOOD.replace("split", "split,site").replace(",test", ",test,oslo")
+    return evaluate(b, b.hub.root, "--external", "oslo,rome", table=table), (
+        "--external rome: no case is of this site (known: oslo)."
+    )
+
+
+@row(2)
+def a_damaged_report_in_the_folder(b):
+    (b.tmp / "out").mkdir()
+    (b.tmp / "out" / "report.json").write_text("{")
+    return evaluate(b, b.hub.root), (
+        f"{b.tmp / 'out' / 'report.json'} is damaged, or no report of this program: choose another "
+        "--out, or pass --replace."
+    )
+
+
+@row()
 def imported_probabilities_that_do_not_sum_to_one(b):
     return imported(b, likely("0.png,.5,.6,.1")), (
         f"{b.data / 'said.csv'} line 2: the probabilities sum to 1.2, not to 1: give softmax "

@@ -11,6 +11,8 @@ from evaluate.page.words import number, p_value, signed, span
 
 MOST_COLUMNS = 10
 """Figures beside each other that A4 paper has room for."""
+_LETTERS = {"delong": "D", "wilson": "W"}
+"""Behind intervals that are not the bootstrap's; the page's legend explains them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ def cell(figure: Figure | None, *, best: float | None = None, with_n: bool = Fal
         state = "withheld" if figure is not None and figure.small else "undefined"
         return Cell("", state=state)
     about = [span(figure)]
-    if figure.method == "delong" and about[0]:
-        about = [f"{about[0]} D"]
+    if about[0] and figure.method in _LETTERS:
+        about = [f"{about[0]} {_LETTERS[figure.method]}"]
     if with_n and figure.n is not None:
         about.append(f"n\N{NO-BREAK SPACE}{figure.n:,}")
     return Cell(

@@ -66,7 +66,7 @@ def score_panels(report: Report) -> list[Panel]:
 
 
 def _lowest(report: Report, found: Sequence[Scope]) -> float:
-    """Round the lowest bound of all plots down to a quarter, so that they share one axis."""
+    """Round the lowest bound of all plots down to a tick, so that they share one axis."""
     figures = [
         figure
         for model in report.models
@@ -74,7 +74,7 @@ def _lowest(report: Report, found: Sequence[Scope]) -> float:
         if (figure := reading.figure(model, scope.key, report.main_score))
     ]
     ends = [v for f in figures for v in (f.value, f.low) if v is not None]
-    return min(0.75, math.floor(4 * min(ends, default=0.0)) / 4)
+    return min(0.8, math.floor(5 * min(ends, default=0.0)) / 5)
 
 
 def _score_panel(report: Report, scope: Scope, axis: Axis) -> Panel:

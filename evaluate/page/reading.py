@@ -94,3 +94,17 @@ def chosen(report: Report) -> list[ModelReport]:
 def _rank(model: ModelReport, score: str) -> float:
     found = figure(model, "union", score)
     return -1.0 if found is None or found.value is None else found.value
+
+
+def calibrated(report: Report) -> bool:
+    """Whether any model's outputs were divided by a temperature."""
+    return any(model.temperature is not None for model in report.models)
+
+
+def methods(report: Report) -> set[str]:
+    """Return how the intervals of the report were made, beside the bootstrap."""
+    scopes = [scope for model in report.models for scope in model.scopes]
+    figures = [figure for scope in scopes for figure in scope.figures.values()]
+    figures += [f for scope in scopes for row in scope.classes for f in row.figures.values()]
+    found: set[str] = {figure.method for figure in figures if figure.low is not None}
+    return found - {"bootstrap"}

@@ -27,13 +27,14 @@ _FIRST_CLASSES = 8  # whose curves are open; the others' can be opened
 _FIRST_PANELS = 9
 
 
-def render(report: Report, mistakes: Sequence[Mistake] = ()) -> str:
+def render(report: Report, mistakes: Sequence[Mistake] = (), of: str = "") -> str:
     """Return the report as one self-contained HTML page.
 
     Args:
         report: the content of report.json; the page shows its figures and computes none.
-        mistakes: images that models were most wrong about. They are patient data, and the page
+        mistakes: images that a model was most wrong about. They are patient data, and the page
             says so; without them it holds none.
+        of: the name of that model.
 
     Raises:
         DataError: an image that is not a ``data:image/`` URI, which the page could not show.
@@ -54,6 +55,7 @@ def render(report: Report, mistakes: Sequence[Mistake] = ()) -> str:
     content = {
         "report": report,
         "mistakes": mistakes,
+        "mistaken": of,
         "style": _source("style.css") + _source("plots.css") + _source("print.css"),
         "script": script,
         "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -150,6 +152,9 @@ def _parts(report: Report) -> dict[str, Any]:
             name: [item for item in report.checklist if item.guideline == name]
             for name in dict.fromkeys(item.guideline for item in report.checklist)
         },
+        "calibrated": reading.calibrated(report),
+        "methods": reading.methods(report),
+        "banded": any(c.roc and c.roc.low for m in report.models for c in m.curves),
         "level": words.percent(report.resampling.level),
         "main": words.score_name(report.main_score),
     }

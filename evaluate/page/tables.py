@@ -232,34 +232,55 @@ def comparisons_table(report: Report, family: str, caption: str) -> Table:
 
 
 def classes_table(report: Report, model: ModelReport) -> Table:
-    """One row a figure and one column a class: all that a model makes of it on all cases."""
+    """One row a figure and one column a class: all that a model makes of it on all cases.
+
+    What is undefined for every class is left out.
+    """
     on = reading.model_scope(model, "union")
     classes = on.classes if on else ()
     keys = in_order(list(dict.fromkeys(key for found in classes for key in found.figures)))
     counts = _counts_of(reading.scope(report, "union"))
     rows = [
-        Row(Head("Cases"), tuple(_of_class(counts.get(found.name)) for found in classes)),
+        Row(Head("Cases"), tuple(_of_class(counts.get(own.name)) for own in classes)),
         Row(Head("Prevalence", "AUPRC of chance"), tuple(plain(c.prevalence) for c in classes)),
     ]
-    rows += [
+    found = [
         Row(Head(score_name(key)), tuple(cell(c.figures.get(key), with_n=True) for c in classes))
         for key in keys
     ]
     thresholds = {(entry.name, entry.specificity): entry.threshold for entry in model.thresholds}
-    rows += [
+    found += [
         Row(
             Head(f"Threshold for specificity {fixed:g}", "from validation cases"),
-            tuple(plain(thresholds.get((found.name, fixed))) for found in classes),
+            tuple(plain(thresholds.get((own.name, fixed))) for own in classes),
         )
         for fixed in dict.fromkeys(entry.specificity for entry in model.thresholds)
     ]
-    heads = [Head(found.name, _stated(report, found.name)) for found in classes]
+    rows += [row for row in found if any(c.state != "undefined" for c in row.cells)]
+    heads = [Head(own.name, _stated(report, own.name)) for own in classes]
     return Table(f"Figures by class of {model.name}", (Head("Figure"), *heads), tuple(rows))
 
 
 def _stated(report: Report, name: str) -> str:
     stated = report.prevalences.get(name)
     return "" if stated is None else f"stated prevalence {stated:g}"
+
+
+def classes_by_site_table(report: Report, model: ModelReport) -> Table:
+    """One row a site and one column a class: how a model finds each class at each site."""
+    score = "auroc" if report.task == "multi-label" else "sensitivity"
+    rows = []
+    for scope in reading.scopes(report, "site"):
+        found = [reading.class_figures(model, scope.key, name) for name in report.classes]
+        cells = tuple(
+            cell(row.figures.get(score), with_n=True)
+            if row
+            else Cell("", state="withheld" if scope.small else "undefined")
+            for row in found
+        )
+        rows.append(Row(_scope_head(scope), cells))
+    heads = (Head("Site"), *(Head(name) for name in report.classes))
+    return Table(f"{score_name(score)} of {model.name} by site", heads, tuple(rows))
 
 
 def class_by_model_table(report: Report, score: str) -> Table:
@@ -282,13 +303,11 @@ def calibration_table(report: Report) -> Table:
     """How far each model's probabilities are from the truth."""
     keys = ("ece", "brier", "log_loss")
     columns = [_column(report.models, "union", key) for key in keys]
-    columns.append([plain(model.temperature) for model in report.models])
-    heads = (
-        Head("Model", words=True),
-        *(Head(score_name(key), "lower is better") for key in keys),
-        Head("Temperature", "its outputs were divided by"),
-    )
-    return Table("Calibration", heads, _rows_of(report.models, columns), sortable=True)
+    heads = [Head("Model", words=True), *(Head(score_name(key), "lower is better") for key in keys)]
+    if reading.calibrated(report):
+        columns.append([plain(model.temperature) for model in report.models])
+        heads.append(Head("Temperature", "its outputs were divided by"))
+    return Table("Calibration", tuple(heads), _rows_of(report.models, columns), sortable=True)
 
 
 def cases_table(report: Report) -> Table:

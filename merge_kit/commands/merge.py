@@ -146,7 +146,7 @@ def merge(
     _end(merged.written)
     again = f"merge-kit verify {shown(target)} --hub {shown(hub)}"
     checks = [merged.base, *(c.checked for c in merged.contributions)]
-    click.echo(f"  {_relied(checks, 'payloads')} ({again} checks all again)")
+    click.echo(f"  {_relied(checks, 'payload')} ({again} checks all again)")
     next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
 
 
@@ -194,7 +194,7 @@ def _merge_plain(
         click.echo(f"  {one.name:<20} {one.id[:12]}  weight {weight:.3f}  {one.path}")
     _end(merged.written)
     again = f"merge-kit verify {shown(target)} --base {shown(base)} <checkpoints>"
-    relied = _relied([checked for _, checked in job.files], "checkpoints")
+    relied = _relied([checked for _, checked in job.files], "checkpoint")
     click.echo(f"  {relied} ({again} checks all again)")
     if job.config:
         next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
@@ -206,12 +206,12 @@ def _relied(checks: Sequence[Checked | None], what: str) -> str:
     """How much was read now; the base's check comes first."""
     base, *others = (check is not None and check.remembered for check in checks)
     old = sum(others)
-    new, earlier = ("", " and the base") if base else (" and the base", "")
-    relied = f"{old or 'none'}{earlier}"
-    return (
-        f"{len(others) - old} of {len(others)} {what}{new} checked now, {relied} relied on earlier "
-        "checks"
-    )
+    new = len(others) - old
+    now = [f"{new} {what}{'s' * (new > 1)}"] * bool(new) + ["the base"] * (not base)
+    before = [f"{old} {what}{'s' * (old > 1)}"] * bool(old) + ["the base"] * base
+    parts = [f"checked now: {' and '.join(now)}"] * bool(now)
+    parts += [f"checked before and unchanged since: {' and '.join(before)}"] * bool(before)
+    return "; ".join(parts)
 
 
 def _end(written: Written) -> None:

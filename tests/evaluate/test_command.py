@@ -255,3 +255,101 @@ def test_a_file_of_the_users_is_not_overwritten(hub, table, tmp_path, run_cli, n
     result = run_cli("evaluate", hub.root, "--data", table, "--out", tmp_path / "e")
     assert result.exit_code == 2
     assert (tmp_path / "e" / name).read_text() == "mine"
+
+
+def with_validation(tmp_path):
+    """The table of twelve images, two of them for validation."""
+    path = tmp_path / "labels.csv"
+    text = path.read_text().replace("8.png,granular,a,test", "8.png,granular,a,val")
+    path.write_text(text.replace("9.png,round,b,test", "9.png,round,b,val"))
+    return path
+
+
+def test_predictions_without_validation_images_are_judged_without_thresholds(
+    hub, table, tmp_path, evaluated
+):
+    with_validation(tmp_path)
+    lines = ["file,p_round,p_lobed,p_granular"] + [f"{i}.png,.5,.3,.2" for i in range(8)]
+    (tmp_path / "away.csv").write_text("\n".join(lines) + "\n")
+    options = ("--minimum", "1", "--calibrate")
+    report, result = evaluated(
+        "evaluate", hub.root, tmp_path / "away.csv", "--data", table, *options
+    )
+    base, away = report.models
+    assert base.thresholds
+    assert base.temperature is not None
+    assert not away.thresholds
+    assert away.temperature is None
+    assert report.validation_cases == 2
+    note = (
+        "The predictions of 'away' hold none of the validation images: it has no thresholds and no "
+        "temperature."
+    )
+    assert note in report.notes
+    assert note in result.stderr
+
+
+def test_predictions_of_some_validation_images_are_refused(hub, table, tmp_path, run_cli):
+    with_validation(tmp_path)
+    lines = ["file,p_round,p_lobed,p_granular"] + [f"{i}.png,.5,.3,.2" for i in range(9)]
+    (tmp_path / "away.csv").write_text("\n".join(lines) + "\n")
+    result = run_cli(
+        *("evaluate", hub.root, tmp_path / "away.csv", "--data", table, "--out", tmp_path / "e")
+    )
+    assert result.exit_code == 1
+    assert "has no prediction for 9.png (1 missing in all)" in result.stderr
+
+
+def test_test_images_that_are_also_in_training_are_counted_and_named_to_the_user_alone(
+    hub, table, tmp_path, evaluated
+):
+    shutil.copy(tmp_path / "3.png", tmp_path / "copy.png")
+    table.write_text(table.read_text() + "copy.png,round,b,train\n")
+    report, result = evaluated("evaluate", hub.root, "--data", table)
+    note = "1 image is in the train split, too: figures are too good where a model was trained on"
+    assert any(n.startswith(note) for n in report.notes)
+    assert "One image: 3.png, copy.png" in result.stderr
+    assert "copy.png" not in (tmp_path / "e" / "report.json").read_text()
+
+
+def test_external_sites_may_stand_between_commas(hub, table, evaluated):
+    report, _ = evaluated("evaluate", hub.root, "--data", table, "--external", "a, b")
+    assert [scope.external for scope in report.sites()] == [True, True]
+
+
+def test_a_site_with_a_comma_in_its_name_stays_whole(hub, table, evaluated):
+    table.write_text(table.read_text().replace(",a,", ',"a,b",'))
+    report, _ = evaluated("evaluate", hub.root, "--data", table, "--external", "a,b")
+    assert {scope.name: scope.external for scope in report.sites()} == {"a,b": True, "b": False}
+
+
+@pytest.mark.parametrize(("external", "warned"), [("a,b", False), ("a", True)])
+def test_external_sets_without_splits_are_not_said_to_be_trained_on(
+    hub, table, evaluated, external, warned
+):
+    table.write_text(table.read_text().replace(",split", ",note"))
+    report, _ = evaluated("evaluate", hub.root, "--data", table, "--external", external)
+    assert any("names no splits" in note for note in report.notes) is warned
+
+
+def test_nothing_in_the_terminal_is_cut_off(hub, table, evaluated):
+    models = [f"a-long-name-{index}={hub.root}" for index in range(9)]
+    _, result = evaluated("evaluate", *models, "--data", table)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in result.stdout
+    assert "a-long-name-8" in result.stdout
+
+
+def test_verify_knows_a_card_with_figures_of_an_evaluation(hub, merged, table, evaluated, run_cli):
+    evaluated("evaluate", merged, "--data", table, "--cards", "--minimum", "1")
+    said = run_cli("verify", merged, "--hub", hub.root)
+    assert "README.md" in said.stdout
+    assert "with figures that an evaluation added" in said.stdout
+    card = merged / "README.md"
+    card.write_text(card.read_text() + "It cures everything.\n")
+    assert "with figures" not in run_cli("verify", merged, "--hub", hub.root).stdout
+
+
+def test_the_page_says_whose_mistakes_are_shown(hub, table, tmp_path, evaluated):
+    evaluated("evaluate", f"mine={hub.root}", "--data", table, "--with-images")
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert "The cases that <bdi>mine</bdi> is most wrong about" in page

@@ -314,7 +314,7 @@ def test_models_with_one_class_in_common_are_refused(models, tmp_path):
     with pytest.raises(DataError) as caught:
         classes_in_common(find_apart([f"base={models[0].folder}", str(other)]))
     assert str(caught.value) == (
-        "the models have 1 classes in common (base: round, lobed, granular; other: round, y, x): "
+        "the models have 1 class in common (base: round, lobed, granular; other: round, y, x): "
         "compare models that share two or more."
     )
 

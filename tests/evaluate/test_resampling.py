@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from evaluate import metrics
-from evaluate.resampling import Figures, Scored, differences, replicates
+from evaluate.resampling import Figures, Scored, replicates
 from finetune.scores import accuracy, balanced_accuracy, bootstrap_replicates, macro_auroc
 from merge_kit.errors import DataError
 from tests.evaluate.metrics.helpers import multiclass_sample, one_hot
@@ -192,24 +192,6 @@ def test_the_number_of_threads_and_the_blocks_do_not_change_a_figure(
     monkeypatch.undo()
     again = replicates(scored, resamples=100, threads=2)
     assert all(np.array_equal(one[name], again[name], equal_nan=True) for name in one)
-
-
-def test_differences_of_two_models_are_paired() -> None:
-    labels, probabilities = multiclass_sample(100, 3, 0)
-    targets, nearly = one_hot(labels, 3), 0.98 * probabilities + 0.02 * probabilities[:, ::-1]
-    first, second = (Scored.prepare(targets, p) for p in (probabilities, nearly))
-    drawn = [replicates(scored, resamples=200, seed=1) for scored in (first, second)]
-    paired = differences(*drawn)
-    alone = differences(drawn[0], replicates(second, resamples=200, seed=2))
-    assert paired["macro_auroc"].std() < alone["macro_auroc"].std() / 5
-    assert paired["auroc"].shape == (200, 3)
-    value = differences(first.values(), second.values())["accuracy"]
-    assert value == accuracy(labels, probabilities) - accuracy(labels, nearly)
-
-
-def test_differences_are_of_figures_that_both_models_have() -> None:
-    one, other = {"a": np.ones(2), "b": np.ones(2)}, {"a": np.zeros(2)}
-    assert list(differences(one, other)) == ["a"]
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one label", "several"])

@@ -68,3 +68,13 @@ def test_a_new_head_of_zeros_has_no_relative_norm_but_counts_in_the_cosine(tmp_p
     assert found is not None
     assert found.groups == ("stem", "block 0.0", "block 1.0")
     assert found.cosine[0][1] == pytest.approx(1.0)
+
+
+def test_a_base_of_zeros_everywhere_has_cosines_and_no_norms(tmp_path: Path) -> None:
+    for name, value in {"base": 0.0, "a": 1.0, "b": -1.0}.items():
+        (tmp_path / name).mkdir()
+        save_file({"fc.weight": torch.full((2,), value)}, tmp_path / name / "model.safetensors")
+    found = similarity(tmp_path / "base", {name: tmp_path / name for name in "ab"})
+    assert found is not None
+    assert found.cosine[0] == pytest.approx((1.0, -1.0))
+    assert (found.groups, found.norms) == ((), ((), ()))

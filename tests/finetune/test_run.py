@@ -232,7 +232,9 @@ def test_the_draft_tells_what_the_federation_may_know(site, run):
     assert draft.payload.size == vector.stat().st_size == run.summary["vector_bytes"]
     assert draft.payload.norm > 0
     estimate = draft.validation.balanced_accuracy
-    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+    assert 0 <= estimate.value <= 1
+    if estimate.low is not None:  # else no resample differs from the few images
+        assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
     assert draft.base == site.federation.base_fingerprint
 
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from evaluate.document import Figure, Report
-from evaluate.page import render
+from evaluate.page import reading, render, tables
+from evaluate.page.cells import cell
 from evaluate.page.words import number, p_value, signed
 from merge_kit.errors import DataError
 from tests.evaluate.judged import cases, predictions
@@ -186,7 +187,8 @@ def test_confusion_matrices_hide_small_counts(report: Report, page: Page) -> Non
 
 
 def test_survey_similarity_checklist_and_software_are_shown(report: Report, page: Page) -> None:
-    assert [row[0].split()[0] for row in page.tables["Settings, mean over lyon, oslo, graz"][1:]] == [
+    rows = page.tables["Settings, mean over lyon, oslo, graz"][1:]
+    assert [row[0].split()[0] for row in rows] == [
         "Single", "Cross", "Mix", "Federated", "Merged", "Merged"
     ]  # fmt: skip
     similarity = report.similarity
@@ -239,3 +241,52 @@ def test_gaps_name_their_groups_and_not_the_keys_of_these() -> None:
     html = render(report_of(labelled, predictions(labelled)), [])
     assert "Gaps by sex" in html
     assert "group:sex" not in html
+
+
+def test_temperatures_are_spoken_of_only_where_there_are_some(report: Report, html: str) -> None:
+    assert "Temperatures were fitted" in html
+    models = tuple(m.model_copy(update={"temperature": None}) for m in report.models)
+    without = render(report.model_copy(update={"models": models}))
+    assert "emperature" not in without
+
+
+def test_figures_that_no_class_has_are_left_out() -> None:
+    report = made_up()
+    model = report.models[0]
+    union = model.on("union")
+    bare = tuple(
+        row.model_copy(update={"figures": row.figures | {"ppv_at_prevalence": Figure(value=None)}})
+        for row in union.classes
+    )
+    scopes = (union.model_copy(update={"classes": bare}), *model.scopes[1:])
+    changed = model.model_copy(update={"scopes": scopes})
+    heads = [row.head.text for row in tables.classes_table(report, changed).rows]
+    assert "PPV at stated prevalence" not in heads
+    assert "NPV at stated prevalence" in heads
+
+
+def test_bands_are_spoken_of_only_where_there_are_some(report: Report, html: str) -> None:
+    assert "the shade around a line is its 95 % band" in html
+    bare = tuple(m.model_copy(update={"curves": ()}) for m in report.models)
+    assert "shade" not in render(report.model_copy(update={"models": bare})).split("<style>")[0]
+    assert "is its 95 % band" not in render(report.model_copy(update={"models": bare}))
+
+
+def test_the_origin_of_an_interval_is_marked_and_explained() -> None:
+    figure = Figure(value=1.0, low=0.7, high=1.0, n=9, method="wilson")
+    assert cell(figure).sub.endswith(" W")
+    report = made_up()
+    assert "Wilson’s interval of a share" not in render(report)
+    model = report.models[0]
+    union = model.on("union")
+    changed = union.model_copy(update={"figures": union.figures | {"accuracy": figure}})
+    models = (model.model_copy(update={"scopes": (changed, *model.scopes[1:])}), *report.models[1:])
+    assert "Wilson’s interval of a share" in render(report.model_copy(update={"models": models}))
+
+
+def test_each_class_has_its_figure_at_each_site(report: Report, page: Page) -> None:
+    best = reading.chosen(report)[0]
+    rows = page.tables[f"Sensitivity of {best.name} by site"]
+    assert [row[0].split()[0] for row in rows[1:]] == [s.name for s in report.sites()]
+    found = next(c for c in best.on("site:oslo").classes if c.name == "lymphocyte")
+    assert f"{found.figures['sensitivity'].value:.3f}" in rows[2][3]

@@ -149,3 +149,25 @@ def test_the_thresholds_of_a_model_stand_below_its_figures() -> None:
     expected = [words.number(entry.threshold or 0) for entry in REPORT.models[0].thresholds]
     assert [cell.text for cell in row.cells] == expected
     assert row.head.sub == "from validation cases"
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.13, 0.38, 0.55, 0.79, 0.97])
+def test_the_axis_of_scores_begins_on_a_tick_below_every_interval(floor: float) -> None:
+    report = made_up(sites=())
+    models = tuple(
+        m.model_copy(
+            update={
+                "scopes": tuple(
+                    s.model_copy(
+                        update={"figures": dict.fromkeys(s.figures, Figure(value=1.0, low=floor))}
+                    )
+                    for s in m.scopes
+                )
+            }
+        )
+        for m in report.models
+    )
+    (panel,) = forest.score_panels(report.model_copy(update={"models": models}))
+    first, label = panel.ticks[0]
+    assert first == 126.0
+    assert float(label) <= floor
