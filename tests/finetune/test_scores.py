@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from sklearn import metrics as sklearn
 
 from finetune.scores import (
-    Interval,
     Score,
     accuracy,
     balanced_accuracy,
