@@ -130,7 +130,7 @@ def survey_table(report: Report) -> Table:
     names = {scope.key: scope.name for scope in report.scopes}
     sites = [names.get(key, key) for key in report.survey[0].sites] if report.survey else []
     over = f", mean over {', '.join(sites)}" if sites else ""
-    return Table(f"Settings{over}", heads, rows, beside=True)
+    return Table(f"Settings{over}", heads, rows)
 
 
 def scopes_table(report: Report, found: Sequence[Scope], score: str, first: str) -> Table:
