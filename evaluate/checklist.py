@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evaluate.document import ChecklistItem, Report
+from evaluate.wording import plural
 
 Guideline = Literal["CLAIM 2024", "TRIPOD+AI"]
 Shown = Callable[[Report], str]
@@ -52,23 +53,19 @@ def checklist(report: Report) -> tuple[ChecklistItem, ...]:
 def _counts(report: Report) -> str:
     union = next(scope for scope in report.scopes if scope.kind == "union")
     sites = sum(scope.kind == "site" for scope in report.scopes)
-    parts = ["few cases" if union.cases is None else _plural(union.cases, "case")]
+    parts = ["few cases" if union.cases is None else plural(union.cases, "case")]
     if union.patients is not None:
-        parts.append(_plural(union.patients, "patient"))
+        parts.append(plural(union.patients, "patient"))
     if sites:
-        parts.append(f"{_plural(sites, 'site')}, each by class")
+        parts.append(f"{plural(sites, 'site')}, each by class")
     return f"{', '.join(parts)} in the evaluated set."
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _partitions(report: Report) -> str:
     if not report.validation_cases:
         return "Evaluated cases are those of the split that the report names."
     return (
-        f"{_plural(report.validation_cases, 'validation case')} for thresholds and temperatures, "
+        f"{plural(report.validation_cases, 'validation case')} for thresholds and temperatures, "
         "apart from the evaluated ones."
     )
 
@@ -96,7 +93,7 @@ def _uncertainty(report: Report) -> str:
         f"{drawn.unit}, DeLong for AUROC where cases are independent, Wilson for shares of 0 or 1."
     )
     if report.comparisons:
-        count = _plural(len(report.comparisons), "paired comparison")
+        count = plural(len(report.comparisons), "paired comparison")
         text += f" {count}, p-values adjusted by Holm."
     return text
 
@@ -110,7 +107,7 @@ def _external(report: Report) -> str:
 
 def _internal(report: Report) -> str:
     sites = [scope for scope in report.scopes if scope.kind == "site" and not scope.external]
-    return f"Test cases of {_plural(len(sites), 'site')}, each by itself." if sites else ""
+    return f"Test cases of {plural(len(sites), 'site')}, each by itself." if sites else ""
 
 
 def _subgroups(report: Report) -> str:
@@ -127,7 +124,7 @@ def _software(report: Report) -> str:
 def _models(report: Report) -> str:
     known = sum(model.fingerprint is not None for model in report.models)
     return (
-        f"{_plural(len(report.models), 'model')}, {known} of them by the fingerprint of the "
+        f"{plural(len(report.models), 'model')}, {known} of them by the fingerprint of the "
         "weights; a merged model's provenance.json names its recipe and every contribution."
     )
 
@@ -136,7 +133,7 @@ def _ensembling(report: Report) -> str:
     merged = sum(model.role == "merged" for model in report.models)
     if not merged:
         return ""
-    return f"Merges of weights, not ensembles of outputs: {_plural(merged, 'model')}."
+    return f"Merges of weights, not ensembles of outputs: {plural(merged, 'model')}."
 
 
 def _performance(report: Report) -> str:
@@ -145,7 +142,7 @@ def _performance(report: Report) -> str:
 
 def _limits(report: Report) -> str:
     count = len(report.notes)
-    return f"{_plural(count, 'note')} at the end of the report." if count else ""
+    return f"{plural(count, 'note')} at the end of the report." if count else ""
 
 
 def _output(report: Report) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evaluate.document import CHANCE, Comparison, Figure, ModelReport, Report, Scope
+from evaluate.wording import listed, plural, signed
 
 SCORE_NAMES = {
     "balanced_accuracy": "balanced accuracy",
@@ -126,8 +127,8 @@ def _external(report: Report) -> list[str]:
     best = main(report, report.model(order[0]), "external")
     rank = "has" if len(order) == 1 else "is best:"
     text = (
-        f"On {_list(names)}, which no model was trained on, {_name(order[0])} {rank} "
-        f"{_interval(report, best)} on {_cases(best.n or 0)}"
+        f"On {listed(names)}, which no model was trained on, {_name(order[0])} {rank} "
+        f"{_interval(report, best)} on {plural(best.n or 0, 'case')}"
     )
     merged = leader(report, "union")
     if merged in order[1:] and report.model(merged).role == "merged":
@@ -142,7 +143,7 @@ def _worst_site(report: Report) -> list[str]:
     if name is None or worst is None or (main(report, report.model(name), _SCOPES[1]).n or 0) < 2:
         return []
     return [
-        f"The worst site of {_name(name)} is {worst.name}: {worst.value:.3f} on {_cases(worst.n)}."
+        f"The worst site of {_name(name)} is {worst.name}: {worst.value:.3f} on {plural(worst.n, 'case')}."
     ]
 
 
@@ -242,7 +243,7 @@ def _beats(report: Report, name: str, entries: Sequence[Comparison]) -> str:
     below = sorted((entry for entry in entries if _value(entry) < 0), key=_value)
     sites = len({entry.scope for entry in entries})
     better = len({entry.scope for entry in above} - {entry.scope for entry in below})
-    where = f"{better or 'none'} of {_plural(sites, 'site')}"
+    where = f"{better or 'none'} of {plural(sites, 'site')}"
     clear = len({entry.scope for entry in above if not _chance(entry)})
     beyond = f" (beyond chance at {clear or 'none'})" if better else ""
     text = f"{_name(name)} beats the site's own model at {where}{beyond}"
@@ -250,13 +251,13 @@ def _beats(report: Report, name: str, entries: Sequence[Comparison]) -> str:
         return f"{text} and is worse at none."
     names = {scope.key: scope.name for scope in report.scopes}
     homes = [model.role for model in report.models]
-    listed = []
+    losses = []
     for entry in below[:_MOST_SITES]:
         than = f" than {_name(entry.against)}" if homes.count(entry.scope) > 1 else ""
-        listed.append(f"at {names[entry.scope]} it is worse{than} by {_size(entry)}")
+        losses.append(f"at {names[entry.scope]} it is worse{than} by {_size(entry)}")
     if len(below) > _MOST_SITES:
-        listed.append(f"at {len(below) - _MOST_SITES} more it is worse too")
-    return f"{text}; {'; '.join(listed)}."
+        losses.append(f"at {len(below) - _MOST_SITES} more it is worse too")
+    return f"{text}; {'; '.join(losses)}."
 
 
 def _size(entry: Comparison) -> str:
@@ -264,9 +265,9 @@ def _size(entry: Comparison) -> str:
     found = entry.difference
     turned = _value(entry) < 0
     ends = [bound for bound in (found.low, found.high) if bound is not None]
-    span = " to ".join(_signed(-end if turned else end) for end in (ends[::-1] if turned else ends))
+    span = " to ".join(signed(-end if turned else end) for end in (ends[::-1] if turned else ends))
     about = "; ".join(part for part in (span, _chance(entry)) if part)
-    return f"{_signed(abs(_value(entry)))}{f' ({about})' if about else ''}"
+    return f"{signed(abs(_value(entry)))}{f' ({about})' if about else ''}"
 
 
 def _calibration(report: Report) -> list[str]:
@@ -307,7 +308,9 @@ def _gaps(report: Report) -> list[str]:
         if gap.model != chosen or not found.value:
             continue
         chance = ", which may be chance" if found.low is None or found.low <= 0 else ""
-        left = f"; {_cases(gap.unknown)} without {gap.column} left out" if gap.unknown else ""
+        left = (
+            f"; {plural(gap.unknown, 'case')} without {gap.column} left out" if gap.unknown else ""
+        )
         sentences.append(
             f"By {gap.column}, {_name(gap.model)} does best on {names[gap.best]} and worst on "
             f"{names[gap.worst]}: a gap of {_interval(report, found)}{chance}{left}."
@@ -342,7 +345,7 @@ def _absent(report: Report) -> list[str]:
     absent = [count.name for count in union.classes if count.n == 0]
     if not absent or union.cases == 0:
         return []
-    text = f"No case is of the class {_list(absent)}: "
+    text = f"No case is of the class {listed(absent)}: "
     if len(absent) == len(report.classes):
         return [f"{text}nothing can be said of how models find them."]
     text += "figures are over the other classes"
@@ -366,20 +369,12 @@ def _small(report: Report) -> list[str]:
         )
     small: list[Scope] = [s for s in report.scopes if s.small and s.kind in ("site", "group")]
     if small:
-        listed = _list([scope.name for scope in small[:_MOST_SITES]])
+        names = listed([scope.name for scope in small[:_MOST_SITES]])
         more = f" and {len(small) - _MOST_SITES} more" if len(small) > _MOST_SITES else ""
         sentences.append(
-            f"Too few cases for any figure ({report.minimum} are asked for): {listed}{more}."
+            f"Too few cases for any figure ({report.minimum} are asked for): {names}{more}."
         )
     return sentences
-
-
-def _cases(count: int) -> str:
-    return _plural(count, "case")
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _name(model: str) -> str:
@@ -389,15 +384,7 @@ def _name(model: str) -> str:
 def _interval(report: Report, figure: Figure) -> str:
     assert figure.value is not None
     if figure.low is None or figure.high is None:
-        return _signed(figure.value)
-    low, high = _signed(figure.low), _signed(figure.high)
+        return signed(figure.value)
     level = f"{100 * report.resampling.level:g} %"
-    return f"{_signed(figure.value)} ({level} interval {low} to {high})"
-
-
-def _signed(value: float) -> str:
-    return f"{value:.3f}".replace("-", "−") if round(value, 3) else "0.000"
-
-
-def _list(words: Sequence[str]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+    span = f"{signed(figure.low)} to {signed(figure.high)}"
+    return f"{signed(figure.value)} ({level} interval {span})"

@@ -1,0 +1,20 @@
+"""How sentences of a report write numbers, names and lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 case``, ``1,200 cases``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def signed(value: float) -> str:
+    """Three decimals, with a true minus and no minus nought."""
+    return f"{value:.3f}".replace("-", "−") if round(value, 3) else "0.000"
+
+
+def listed(words: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
