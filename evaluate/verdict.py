@@ -143,7 +143,8 @@ def _worst_site(report: Report) -> list[str]:
     if name is None or worst is None or (main(report, report.model(name), _SCOPES[1]).n or 0) < 2:
         return []
     return [
-        f"The worst site of {_name(name)} is {worst.name}: {worst.value:.3f} on {plural(worst.n, 'case')}."
+        f"The worst site of {_name(name)} is {worst.name}: {worst.value:.3f} on "
+        f"{plural(worst.n, 'case')}."
     ]
 
 
