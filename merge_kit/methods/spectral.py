@@ -179,10 +179,10 @@ def _subspaces(vectors: Tensor, weights: Tensor, fraction: float) -> Iterator[Sp
         return
     # U of small singular values is orthonormal to few digits; a projection needs them all.
     basis = torch.linalg.qr(common.left).Q
-    rest = basis.new_empty(vectors.shape[1:])
     for tau, weight in _weighed(vectors, weights):
-        torch.sub(tau, torch.mm(basis, basis.T @ tau, out=rest), out=rest)
-        yield leading(rest, own, float(tau.norm())).times(weight)
+        norm = float(tau.norm())
+        tau.addmm_(basis, basis.T @ tau, alpha=-1)
+        yield leading(tau, own, norm).times(weight)
 
 
 def svc(vectors: Tensor, weights: Tensor, alpha: float | None = None) -> Tensor:

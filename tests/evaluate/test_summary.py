@@ -421,18 +421,17 @@ def test_predictive_values_of_one_at_a_stated_prevalence_are_bounded_by_wilson()
 
 
 def test_the_interval_of_a_calibration_error_lies_about_it() -> None:
-    labelled = cases(400, patients=(None,) * 400, unit="case")
-    chances = np.full((400, 3), 0.2)
-    chances[np.arange(400), labelled.labels] = 0.6
     rng = np.random.default_rng(0)
-    wrong = rng.random(400) > 0.6  # right as often as it says
-    chances[wrong] = np.roll(chances[wrong], 1, axis=1)
-    jittered = chances + rng.uniform(0, 0.2, chances.shape)
-    model = replace(predictions(labelled), probabilities=jittered / jittered.sum(1, keepdims=True))
-    report = report_of(labelled, model, resamples=200)
+    chances = rng.dirichlet((1, 1, 1), 200)
+    truth = (chances.cumsum(axis=1) < rng.random((200, 1))).sum(axis=1)  # right as often as it says
+    labelled = cases(200, targets=np.eye(3, dtype=np.int8)[truth], patients=(None,) * 200)
+    model = replace(predictions(labelled), probabilities=chances)
+    report = report_of(replace(labelled, unit="case"), model, resamples=400)
     figures = [on(report, "union", "ece"), report.models[0].on("union").classes[0].figures["ece"]]
     for figure in figures:
-        assert (figure.low or 0) < (figure.value or 0) < (figure.high or 0)
+        low, value, high = figure.low or 0.0, figure.value or 0.0, figure.high or 0.0
+        assert low < value < high
+        assert abs((low + high) / 2 - value) < 0.2 * (high - low)
 
 
 def test_the_same_predictions_give_the_same_report() -> None:
