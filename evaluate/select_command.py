@@ -212,8 +212,8 @@ def _check_recipe(path: Path, *, replace: bool) -> None:
     for place in (path, path.parent / TABLE):
         if place.exists() and not replace:
             raise UsageError(
-                f"{place} exists already: choose an --out-recipe in another folder, or pass "
-                "--replace."
+                f"{place} is of an earlier choice: give this one a folder of its own with "
+                "--out-recipe, or pass --replace to lose the earlier one."
             )
 
 

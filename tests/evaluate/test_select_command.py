@@ -316,8 +316,8 @@ def test_an_earlier_choice_is_replaced_when_asked(select, written, tmp_path, nam
     result = select("--scales", "1")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
-        f"Error: {tmp_path}/chosen/{name} exists already: choose an --out-recipe in another "
-        "folder, or pass --replace.\n"
+        f"Error: {tmp_path}/chosen/{name} is of an earlier choice: give this one a folder of its "
+        "own with --out-recipe, or pass --replace to lose the earlier one.\n"
     )
     assert select("--scales", "1", "--replace").exit_code == 0
     assert written()[0].scale == 1.0
