@@ -83,6 +83,13 @@ def find_labels(
     if multi_label and "label" not in table.columns:
         columns = _class_columns(table, {c: index_of(c) for c in table.columns}, classes)
     if require_labels and "label" not in table.columns and not columns:
+        named = [c for c in table.columns if not multi_label and by_name(c) is not None]
+        if named:
+            raise LabelError(
+                f"{table.name} has no column 'label' but one for the class '{named[0]}': "
+                "'merge-kit evaluate' and 'compare' read such columns with --multi-label; "
+                "elsewhere give one class in a column 'label'."
+            )
         also = "and none named after a class " if multi_label else ""
         raise LabelError(
             f"{table.name} has no labels {also}(columns found: {', '.join(table.columns)}): "
@@ -154,15 +161,23 @@ def refuse_unknown_labels(
             if require_labels:
                 raise LabelError(f"{place} has no label: fill it in or remove the row.")
         elif labels.known[label] is None and label not in labels.nothing:
+            if _names_several(label, labels):
+                raise LabelError(
+                    f"{place}: label {label!r} names several classes: 'merge-kit evaluate' and "
+                    "'compare' read such labels with --multi-label; elsewhere give one class."
+                )
             last = len(labels.classes) - 1
             known = f"0 to {last}" if table.numbered else nearest(label, labels.classes)
-            parts = label.split(SEPARATOR)
-            several = len(parts) > 1 and all(part.strip() in labels.classes for part in parts)
-            way = "evaluate it with --multi-label" if several else f"pass --map {label}=CLASS"
             raise LabelError(
                 f"{place}: label {label!r} is no class of this federation ({known}): "
-                f"correct it or {way}."
+                f"correct it or pass --map {label}=CLASS."
             )
+
+
+def _names_several(label: str, labels: Labels) -> bool:
+    known = {name.casefold() for name in labels.classes}
+    parts = [part.strip().casefold() for part in label.split(SEPARATOR)]
+    return not labels.multi_label and len(parts) > 1 and known.issuperset(parts)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -114,8 +114,18 @@ def models_with_one_class_in_common(b):
 @row()
 def several_classes_in_one_cell(b):
     return evaluate(b, b.hub.root, table=GOOD.replace("3.png,round", "3.png,round|lobed")), (
-        f"{b.data / 'labels.csv'} line 5: label 'round|lobed' is no class of this federation "
-        "(nearest: round): correct it or evaluate it with --multi-label."
+        f"{b.data / 'labels.csv'} line 5: label 'round|lobed' names several classes: 'merge-kit "
+        "evaluate' and 'compare' read such labels with --multi-label; elsewhere give one class."
+    )
+
+
+@row()
+def a_column_for_each_class(b):
+    table = "file,round,lobed,split\n0.png,1,0,test\n"
+    return evaluate(b, b.hub.root, table=table), (
+        f"{b.data / 'labels.csv'} has no column 'label' but one for the class 'round': 'merge-kit "
+        "evaluate' and 'compare' read such columns with --multi-label; elsewhere give one class in "
+        "a column 'label'."
     )
 
 

@@ -113,7 +113,7 @@ def test_medmnist_labels_of_other_classes_are_refused() -> None:
 
 def test_several_labels_are_refused_where_one_is_wanted() -> None:
     Path("t.csv").write_text("file,mass,nodule\n0.png,1,1\n")
-    with pytest.raises(LabelError, match="has no labels"):
+    with pytest.raises(LabelError, match="read such columns with --multi-label"):
         load_cases(Path("t.csv"), classes=CLASSES)
     with pytest.raises(DataError, match="give one whole number for each image"):
         load_cases(npz(np.ones((2, 3), int)), classes=CLASSES)
