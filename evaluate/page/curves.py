@@ -107,7 +107,7 @@ def net_benefit_panels(report: Report, models: Sequence[ModelReport]) -> list[Pa
 def _benefit_axes(lines: Sequence[Curve]) -> tuple[Axis, Axis]:
     """Show what is above the net benefit of treating none, and a little of what is below."""
     xs = [x for line in lines for x in line.x]
-    tops = [y for line in lines for y in (line.high or line.y) if y is not None]
+    tops = [y for line in lines for y in (*line.y, *(line.high or ())) if y is not None]
     top = max([0.01, *tops]) * 1.08
     if not xs or min(xs) == max(xs):
         return Axis(0, 1, LEFT, RIGHT), Axis(0, 1, BOTTOM, TOP)

@@ -171,3 +171,15 @@ def test_the_axis_of_scores_begins_on_a_tick_below_every_interval(floor: float) 
     first, label = panel.ticks[0]
     assert first == 126.0
     assert float(label) <= floor
+
+
+def test_a_net_benefit_is_drawn_where_its_band_is_undefined() -> None:
+    model = REPORT.models[0]
+    (found, *_) = model.curves
+    assert found.net_benefit is not None
+    none = (None,) * len(found.net_benefit.x)
+    curve = found.net_benefit.model_copy(update={"low": none, "high": none})
+    bare = model.model_copy(update={"curves": (found.model_copy(update={"net_benefit": curve}),)})
+    (line,) = curves.net_benefit_panels(REPORT, [bare])[0].lines
+    assert line.path
+    assert not line.band
