@@ -84,7 +84,10 @@ def read_card(folder: Path) -> ModelCard:
     """
     path = folder / CARD
     try:
-        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
+        text = path.read_text(encoding="utf-8")
+        if not text.lstrip().startswith("---"):
+            text = f"---\n{{}}\n---\n{text}"  # else the library prints a notice of its own
+        return ModelCard(text, ignore_metadata_errors=False)
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} has no {CARD} to put figures into: leave --cards out."

@@ -84,3 +84,15 @@ def test_a_damaged_card_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read as a model card"):
         write_results(report(), "m", tmp_path)
     assert (tmp_path / "README.md").read_text() == "---\n- a list\n---\ntext\n"
+
+
+@pytest.mark.parametrize("text", ["# Ours\n", "", "\n---\nlicense: mit\n---\nOurs\n"])
+def test_a_card_without_front_matter_gets_one_quietly(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "README.md").write_text(text)
+    write_results(report(), "m", tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.eval_results
+    assert text.strip().splitlines()[-1:] == card.text.strip().splitlines()[-1:]
+    assert not caplog.records
