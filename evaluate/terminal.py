@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from evaluate.document import Figure, Report
@@ -12,15 +13,17 @@ from evaluate.verdict import SCORE_NAMES, main
 def table(report: Report) -> Table:
     """One row a model: the main score on all cases, over sites, at the worst site; AUROC, ECE.
 
-    Intervals and the names of sites stand on a line of their own; where there is no room, words are
-    folded and nothing is cut off.
+    Narrow, so that 80 columns hold it: what belongs to a figure stands below it. Where it does not
+    fit, text is folded and never cut.
     """
     level = f"{100 * report.resampling.level:g} %"
-    title = f"{SCORE_NAMES[report.main_score]}, below it its {level} interval"
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("model", overflow="fold")
+    title = f"{SCORE_NAMES[report.main_score]} ({level} interval below)"
+    shown = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0, leading=1
+    )
     external = any(scope.kind == "external" for scope in report.scopes)
-    columns = ["union", "mean of sites", "worst site", *["external"] * external, "AUROC", "ECE"]
+    columns = ["union", "mean of\nsites", "worst\nsite", *["external"] * external, "AUROC", "ECE"]
+    shown.add_column("model", overflow="fold")
     for column in columns:
         shown.add_column(column, justify="right", overflow="fold")
     for model in report.models:

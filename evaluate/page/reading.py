@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from evaluate.document import (
     CHANCE,
+    ClassCurves,
     ClassFigures,
     Comparison,
+    Curve,
     Figure,
     ModelReport,
     ModelScope,
@@ -94,6 +96,17 @@ def chosen(report: Report) -> list[ModelReport]:
 def _rank(model: ModelReport, score: str) -> float:
     found = figure(model, "union", score)
     return -1.0 if found is None or found.value is None else found.value
+
+
+def banded(report: Report, pick: Callable[[ClassCurves], Curve | None]) -> list[str] | None:
+    """Return the models whose curves have a band, or None if all that have a curve do."""
+    curves = {
+        model.name: [curve for found in model.curves if (curve := pick(found))]
+        for model in report.models
+    }
+    drawn = [name for name, found in curves.items() if found]
+    names = [name for name in drawn if any(curve.low is not None for curve in curves[name])]
+    return None if names and names == drawn else names
 
 
 def calibrated(report: Report) -> bool:

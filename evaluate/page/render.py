@@ -154,7 +154,8 @@ def _parts(report: Report) -> dict[str, Any]:
         },
         "calibrated": reading.calibrated(report),
         "methods": reading.methods(report),
-        "banded": any(c.roc and c.roc.low for m in report.models for c in m.curves),
+        "bands": reading.banded(report, lambda curves: curves.roc),
+        "benefit_bands": reading.banded(report, lambda curves: curves.net_benefit),
         "level": words.percent(report.resampling.level),
         "main": words.score_name(report.main_score),
     }

@@ -266,10 +266,29 @@ def test_figures_that_no_class_has_are_left_out() -> None:
 
 
 def test_bands_are_spoken_of_only_where_there_are_some(report: Report, html: str) -> None:
-    assert "the shade around a line is its 95 % band" in html
-    bare = tuple(m.model_copy(update={"curves": ()}) for m in report.models)
-    assert "shade" not in render(report.model_copy(update={"models": bare})).split("<style>")[0]
-    assert "is its 95 % band" not in render(report.model_copy(update={"models": bare}))
+    assert html.count("The shade around a line is its 95 % band") == 2
+    first, *others = report.models
+    bare = [m.model_copy(update={"curves": ()}) for m in report.models]
+    none = {"low": None, "high": None}
+    kinds = ("roc", "precision_recall", "net_benefit")
+    changed = first.model_copy(
+        update={
+            "curves": tuple(
+                c.model_copy(
+                    update={
+                        k: found.model_copy(update=none) for k in kinds if (found := getattr(c, k))
+                    }
+                )
+                for c in first.curves
+            )
+        }
+    )
+    some = render(report.model_copy(update={"models": (changed, *others)}))
+    assert some.count("point by point, of") == 2
+    legend = some.split("point by point, of")[1].split("other lines have none")[0]
+    assert f"<bdi>{others[0].name}</bdi>" in legend
+    assert f"<bdi>{first.name}</bdi>" not in legend
+    assert "point by point" not in render(report.model_copy(update={"models": tuple(bare)}))
 
 
 def test_the_origin_of_an_interval_is_marked_and_explained() -> None:
