@@ -133,7 +133,8 @@ def _external(report: Report) -> list[str]:
     merged = leader(report, "union")
     if merged in order[1:] and report.model(merged).role == "merged":
         figure = main(report, report.model(merged), "external")
-        text += f"; the best merged model, {_name(merged)}, has {_interval(report, figure)}"
+        text += f"; {_name(merged)}, the best merged model on all cases, has "
+        text += _interval(report, figure)
     return [f"{text}."]
 
 

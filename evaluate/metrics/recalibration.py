@@ -165,12 +165,14 @@ def _step(of_positives: Floats, first: Floats, second: Floats, *, slope_is_free:
     """Return Newton's step of each column, (2, R); nan where the curvature is gone."""
     gradient = of_positives - first[:2]
     step = np.zeros_like(gradient)
-    if not slope_is_free:
-        step[0] = ranking.ratio(gradient[0], second[0])
-        return step
-    determinant = second[0] * second[2] - second[1] ** 2
-    step[0] = ranking.ratio(second[2] * gradient[0] - second[1] * gradient[1], determinant)
-    step[1] = ranking.ratio(second[0] * gradient[1] - second[1] * gradient[0], determinant)
+    with np.errstate(over="ignore"):  # a curvature of almost nothing counts as gone
+        if slope_is_free:
+            determinant = second[0] * second[2] - second[1] ** 2
+            step[0] = ranking.ratio(second[2] * gradient[0] - second[1] * gradient[1], determinant)
+            step[1] = ranking.ratio(second[0] * gradient[1] - second[1] * gradient[0], determinant)
+        else:
+            step[0] = ranking.ratio(gradient[0], second[0])
+    step[np.isinf(step)] = np.nan
     return step
 
 

@@ -185,8 +185,8 @@ def _line(
         path = curve_path(curve.x, curve.y, across, up)
         if curve.low is not None and curve.high is not None:
             band = band_path(curve.x, curve.low, curve.high, across, up)
-        inside = [y if y is not None and up.holds(y) else None for y in curve.y]
-        point = on_line([across.at(x) for x in curve.x], [y and up.at(y) for y in inside], place)
+        heights = [up.at(y) if y is not None and up.holds(y) else None for y in curve.y]
+        point = on_line([across.at(x) for x in curve.x], heights, place)
     return Line(
         letter=LETTERS[index],
         style=index,

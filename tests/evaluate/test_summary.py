@@ -201,6 +201,20 @@ def test_external_sites_have_a_column_of_their_own() -> None:
     assert report.verdict[2].startswith("On oslo, which no model was trained on, “merged” has")
 
 
+def test_the_best_merged_model_is_named_where_another_is_best_on_external_sites() -> None:
+    large, small = "ab" * 40, "ab" * 5
+    labelled = letters(large + small, "x" * 80 + "y" * 10)
+    models = [
+        certain(large + "ba" * 5, "many", "merged"),
+        certain("ba" * 12 + "ab" * 28 + small, "few", "merged"),
+    ]
+    said = report_of(labelled, models, external=("y",)).verdict
+    text = next(s for s in said if s.startswith("On y, which no model was trained on"))
+    assert (
+        "“few” is best: 1.000 on 10 cases; “many”, the best merged model on all cases, has" in text
+    )
+
+
 def test_an_unknown_external_site_is_refused() -> None:
     labelled = cases()
     with pytest.raises(UsageError, match=r"--external rome: no case is of this site \(known: lyon"):

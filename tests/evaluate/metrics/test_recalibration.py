@@ -118,3 +118,13 @@ def test_probabilities_of_zero_and_one_are_kept_off_the_ends() -> None:
     # Two are right and one wrong at each end, so the slope is log 2 a logit of log(1 / 1e-7).
     assert calibration_slope(truth, scores) == pytest.approx(np.log(2) / np.log(1e7), rel=1e-6)
     assert calibration_intercept(truth, scores) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("slope_is_free", [True, False])
+def test_a_step_over_a_curvature_of_almost_nothing_is_undefined(slope_is_free: bool) -> None:
+    """As in a resample whose probabilities are all 0 or 1; the careful fit then takes over."""
+    tiny = np.array([[1e-310], [0.0], [1.0]])
+    step = module._step(
+        np.array([[1.0], [1.0]]), np.zeros((3, 1)), tiny, slope_is_free=slope_is_free
+    )
+    assert np.isnan(step[0, 0])

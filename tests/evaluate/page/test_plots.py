@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -183,3 +184,18 @@ def test_a_net_benefit_is_drawn_where_its_band_is_undefined() -> None:
     (line,) = curves.net_benefit_panels(REPORT, [bare])[0].lines
     assert line.path
     assert not line.band
+
+
+def test_the_letter_of_a_line_lies_on_it_where_the_net_benefit_is_0() -> None:
+    model = REPORT.models[0]
+    (found, *_) = model.curves
+    assert found.net_benefit is not None
+    x = found.net_benefit.x
+    curve = found.net_benefit.model_copy(
+        update={"y": (0.1,) + (0.0,) * (len(x) - 1), "low": None, "high": None}
+    )
+    bare = model.model_copy(update={"curves": (found.model_copy(update={"net_benefit": curve}),)})
+    (line,) = curves.net_benefit_panels(REPORT, [bare])[0].lines
+    ends = [float(number) for number in re.findall(r" ([\d.]+)", line.path)]
+    assert line.y is not None
+    assert min(ends) <= line.y <= max(ends)
