@@ -41,7 +41,10 @@ def uniform_bits(
         _stream([seed, tensor, identity, index], min(_STRIDE, end - index * _STRIDE))
         for index in range(first, -(-end // _STRIDE))
     ]
-    numbers = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
+    if len(parts) == 1:
+        numbers = parts[0]
+    else:
+        numbers = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
     return numbers[begin - first * _STRIDE :]
 
 
@@ -54,7 +57,18 @@ def _stream(key: list[object], size: int) -> NDArray[np.uint32]:
 
 def drawn(bits: NDArray[np.uint32], probability: float | NDArray[np.float64]) -> Tensor:
     """True with this probability: where bits < round(probability 2^32), so that 1 keeps all."""
+    if isinstance(probability, float) and probability < 1 - 1 / _RANGE:
+        # Integers on both sides: numpy would make every one of the bits a float64.
+        return torch.from_numpy(bits < np.uint32(round(probability * _RANGE)))
     return torch.from_numpy(bits < np.rint(np.multiply(probability, _RANGE)))
+
+
+def _keep(tau: Tensor, kept: Tensor, out: Tensor) -> None:
+    """Write tau where it is kept and 0 elsewhere; `kept` lies on the CPU."""
+    if tau.device.type == "cpu":  # numpy multiplies numbers by booleans several times as fast
+        np.multiply(tau.numpy(), kept.numpy(), out=out.numpy())
+    else:
+        torch.mul(tau, kept.to(tau.device), out=out)
 
 
 def rescaled(masked: Tensor, tau: Tensor, probability: Tensor | float, rescale: Rescale) -> Tensor:
@@ -198,10 +212,21 @@ def _dare(block: Block, options: DareOptions) -> Tensor:
     if options.density == 1:
         return block.values.clone()
     sparse = torch.empty_like(block.values)
+    size = block.values.shape[1]
+    # On the CPU the numbers of one key at a time, so that they and their mask stay in its cache.
+    step = _STRIDE if block.values.device.type == "cpu" else size
+    first = -(block.begin % _STRIDE) if step == _STRIDE else 0
+    cuts = [(max(at, 0), min(at + step, size)) for at in range(first, size, step)]
     for out, tau, identity in zip(sparse, block.values, block.ids, strict=True):
-        bits = uniform_bits(block.seed, block.tensor, identity, block.begin, len(tau))
-        masked = tau * drawn(bits, options.density).to(tau.device)
-        out.copy_(rescaled(masked, tau, options.density, options.rescale))
+        for start, stop in cuts:
+            begin = block.begin + start
+            bits = uniform_bits(block.seed, block.tensor, identity, begin, stop - start)
+            part = out[start:stop]
+            _keep(tau[start:stop], drawn(bits, options.density), part)
+            if options.rescale == "inverse":
+                part.div_(options.density)
+        if options.rescale == "l1":
+            out.copy_(rescaled(out, tau, options.density, "l1"))
     return sparse
 
 
@@ -219,8 +244,9 @@ def _della(block: Block, options: DellaOptions) -> Tensor:
             rows = part.reshape(-1, width).abs()
             chance = keep_probability(rows, options.density, options.window).reshape(-1)
             bits = uniform_bits(block.seed, block.tensor, identity, block.begin + at, len(part))
-            masked = part * drawn(bits, chance.numpy(force=True)).to(part.device)
-            out[at : at + step] = rescaled(masked, part, chance, by_value)
+            into = out[at : at + step]
+            _keep(part, drawn(bits, chance.numpy(force=True)), into)
+            into.copy_(rescaled(into, part, chance, by_value))
         if options.rescale == "l1":
             out.copy_(rescaled(out, tau, options.density, "l1"))
     return sparse
