@@ -212,20 +212,12 @@ def _dare(block: Block, options: DareOptions) -> Tensor:
     if options.density == 1:
         return block.values.clone()
     sparse = torch.empty_like(block.values)
-    size = block.values.shape[1]
-    # On the CPU the numbers of one key at a time, so that they and their mask stay in its cache.
-    step = _STRIDE if block.values.device.type == "cpu" else size
-    first = -(block.begin % _STRIDE) if step == _STRIDE else 0
-    cuts = [(max(at, 0), min(at + step, size)) for at in range(first, size, step)]
     for out, tau, identity in zip(sparse, block.values, block.ids, strict=True):
-        for start, stop in cuts:
-            begin = block.begin + start
-            bits = uniform_bits(block.seed, block.tensor, identity, begin, stop - start)
-            part = out[start:stop]
-            _keep(tau[start:stop], drawn(bits, options.density), part)
-            if options.rescale == "inverse":
-                part.div_(options.density)
-        if options.rescale == "l1":
+        bits = uniform_bits(block.seed, block.tensor, identity, block.begin, len(tau))
+        _keep(tau, drawn(bits, options.density), out)
+        if options.rescale == "inverse":
+            out.div_(options.density)
+        elif options.rescale == "l1":
             out.copy_(rescaled(out, tau, options.density, "l1"))
     return sparse
 
