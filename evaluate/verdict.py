@@ -371,10 +371,11 @@ def _small(report: Report) -> list[str]:
         )
     small: list[Scope] = [s for s in report.scopes if s.small and s.kind in ("site", "group")]
     if small:
-        names = listed([scope.name for scope in small[:_MOST_SITES]])
-        more = f" and {len(small) - _MOST_SITES} more" if len(small) > _MOST_SITES else ""
+        names = [f"{s.column} {s.name}" if s.column else s.name for s in small]
+        if len(names) > _MOST_SITES:
+            names[_MOST_SITES:] = [f"{len(names) - _MOST_SITES} more"]
         sentences.append(
-            f"Too few cases for any figure ({report.minimum} are asked for): {names}{more}."
+            f"Too few cases for any figure ({report.minimum} are asked for): {listed(names)}."
         )
     return sentences
 

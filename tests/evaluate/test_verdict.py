@@ -136,6 +136,16 @@ def test_the_verdict_names_sites_with_too_few_cases() -> None:
     assert "Too few cases for any figure (5 are asked for): y." in said
 
 
+def test_of_many_small_groups_the_first_are_named_with_their_column() -> None:
+    ages = tuple(f"{age:02}" for age in range(6) for _ in range(2))
+    labelled = letters("ab" * 6, " " * 12, columns={"age": ages})
+    said = report_of(labelled, certain("ab" * 6)).verdict
+    text = (
+        "Too few cases for any figure (5 are asked for): age 00, age 01, age 02, age 03 and 2 more."
+    )
+    assert text in said
+
+
 def test_a_class_without_a_case_is_named() -> None:
     said = report_of(letters("aaaaaa", "x" * 6), certain("aaaaaa")).verdict
     assert any(sentence.startswith("No case is of the class b: figures are") for sentence in said)
