@@ -133,6 +133,9 @@ def generalised_cross_validation(moments: Moments, penalties: Sequence[float]) -
     (RSS / n) / (1 - df / n)^2 for each penalty, df = 1 + tr S (S + penalty I)^-1 (Golub, Heath and
     Wahba 1979, doi:10.1080/00401706.1979.10489751). Infinite where df reaches n. (K,) float64.
 
+    Near-duplicates among the images make penalties look good that nearly interpolate them: do not
+    choose among those with df near n.
+
     Raises
     ------
     VectorError
@@ -140,15 +143,19 @@ def generalised_cross_validation(moments: Moments, penalties: Sequence[float]) -
     """
     size, _, scatter, cross = _centred(moments)
     values, vectors = torch.linalg.eigh(scatter)
-    values = values.clamp(min=0)
-    energy = (cross @ vectors).square().sum(dim=0)
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    values = values[kept]
+    explained = (cross @ vectors[:, kept]).square().sum(dim=0) / values
     spread = float((moments.counts - moments.counts.square() / size).sum())
+    # What no penalty explains, and what is left free at any: with more features than images both
+    # are 0, and differences of large sums would be noise in their place.
+    rest, free = max(0.0, spread - float(explained.sum())), size - 1 - len(values)
     found = []
     for penalty in penalties:
-        shrunk = torch.where(values + penalty > 0, 1 / (values + penalty), 0.0)
-        explained = float((energy * (2 * shrunk - values * shrunk.square())).sum())
-        free = 1 - (1 + float((values * shrunk).sum())) / size
-        found.append((spread - explained) / size / free**2 if free > 0 else float("inf"))
+        lost = penalty / (values + penalty)
+        error = rest + float((explained * lost.square()).sum())
+        degrees = free + float(lost.sum())
+        found.append(error * size / degrees**2 if degrees > 0 else float("inf"))
     return torch.tensor(found, dtype=torch.float64)
 
 
