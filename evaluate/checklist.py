@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evaluate.document import ChecklistItem, Report
-from evaluate.wording import plural
+from evaluate.wording import percent, plural
 
 Guideline = Literal["CLAIM 2024", "TRIPOD+AI"]
 Shown = Callable[[Report], str]
@@ -89,7 +89,7 @@ def _metrics(report: Report) -> str:
 def _uncertainty(report: Report) -> str:
     drawn = report.resampling
     text = (
-        f"{100 * drawn.level:g} % intervals: bootstrap of {drawn.resamples:,} resamples by "
+        f"{percent(drawn.level)} intervals: bootstrap of {drawn.resamples:,} resamples by "
         f"{drawn.unit}, DeLong for AUROC where cases are independent, Wilson for shares of 0 or 1."
     )
     if report.comparisons:

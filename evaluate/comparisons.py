@@ -42,12 +42,16 @@ class Contest:
 
     def leaders(self, reference: str | None = None) -> list[str]:
         """Who is looked at most closely: best of all, best of each kind, and the reference."""
-        order = self.ranking("union")
-        first: dict[str, str] = {}
-        for name in order:
-            first.setdefault(self.roles[name].partition(":")[0], name)
-        chosen = [*order[:1], *([reference] if reference else []), *first.values()]
+        best = self.ranking("union")[:1]
+        chosen = [*best, *([reference] if reference else []), *self._first_of_kinds().values()]
         return list(dict.fromkeys(chosen))
+
+    def _first_of_kinds(self) -> dict[str, str]:
+        """The best model of each kind on all cases, the best kind first."""
+        first: dict[str, str] = {}
+        for name in self.ranking("union"):
+            first.setdefault(self.roles[name].partition(":")[0], name)
+        return first
 
     def against_best(self) -> Iterator[Comparison]:
         """The best model against every other, on all cases and on the mean over sites."""
@@ -58,10 +62,7 @@ class Contest:
 
     def against_kinds(self) -> Iterator[Comparison]:
         """The best merged model against the best of every other kind, on all cases."""
-        order = self.ranking("union")
-        first: dict[str, str] = {}
-        for name in order:
-            first.setdefault(self.roles[name].partition(":")[0], name)
+        first = self._first_of_kinds()
         if merged := first.pop("merged", None):
             for other in first.values():
                 yield self._compare("kinds", "union", self.main_score, merged, other)

@@ -8,6 +8,7 @@ from rich.table import Table
 from evaluate.document import Figure, Report
 from evaluate.scopes import MEAN
 from evaluate.verdict import SCORE_NAMES, main
+from evaluate.wording import percent
 
 
 def table(report: Report) -> Table:
@@ -16,7 +17,7 @@ def table(report: Report) -> Table:
     Narrow, so that 80 columns hold it: what belongs to a figure stands below it. Where it does not
     fit, text is folded and never cut.
     """
-    level = f"{100 * report.resampling.level:g} %"
+    level = percent(report.resampling.level)
     title = f"{SCORE_NAMES[report.main_score]} ({level} interval below)"
     shown = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0, leading=1

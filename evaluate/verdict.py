@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evaluate.document import CHANCE, Comparison, Figure, ModelReport, Report, Scope
-from evaluate.wording import listed, plural, signed
+from evaluate.wording import listed, number, percent, plural
 
 SCORE_NAMES = {
     "balanced_accuracy": "balanced accuracy",
@@ -181,8 +181,8 @@ def _baselines(report: Report) -> list[str]:
     ]
     if not against:
         return []
-    number = len(kinds["merged"])
-    chosen = f" of {number}, chosen by these very cases" if number > 1 else ""
+    several = len(kinds["merged"])
+    chosen = f" of {several}, chosen by these very cases" if several > 1 else ""
     return [
         f"On all cases the best merged model{chosen}, {_name(merged)} ({value:.3f}), is "
         f"{'; '.join(against)}."
@@ -267,9 +267,9 @@ def _size(entry: Comparison) -> str:
     found = entry.difference
     turned = _value(entry) < 0
     ends = [bound for bound in (found.low, found.high) if bound is not None]
-    span = " to ".join(signed(-end if turned else end) for end in (ends[::-1] if turned else ends))
+    span = " to ".join(number(-end if turned else end) for end in (ends[::-1] if turned else ends))
     about = "; ".join(part for part in (span, _chance(entry)) if part)
-    return f"{signed(abs(_value(entry)))}{f' ({about})' if about else ''}"
+    return f"{number(abs(_value(entry)))}{f' ({about})' if about else ''}"
 
 
 def _calibration(report: Report) -> list[str]:
@@ -387,7 +387,7 @@ def _name(model: str) -> str:
 def _interval(report: Report, figure: Figure) -> str:
     assert figure.value is not None
     if figure.low is None or figure.high is None:
-        return signed(figure.value)
-    level = f"{100 * report.resampling.level:g} %"
-    span = f"{signed(figure.low)} to {signed(figure.high)}"
-    return f"{signed(figure.value)} ({level} interval {span})"
+        return number(figure.value)
+    level = percent(report.resampling.level)
+    span = f"{number(figure.low)} to {number(figure.high)}"
+    return f"{number(figure.value)} ({level} interval {span})"

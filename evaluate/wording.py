@@ -10,9 +10,15 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def signed(value: float) -> str:
+def number(value: float) -> str:
     """Three decimals, with a true minus and no minus nought."""
-    return f"{value:.3f}".replace("-", "−") if round(value, 3) else "0.000"
+    text = f"{value:.3f}"
+    return "0.000" if text == "-0.000" else text.replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share such as a level: ``95 %``."""
+    return f"{100 * share:g} %"
 
 
 def listed(words: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from evaluate.document import ModelReport, ReliabilityBin
 from evaluate.page.geometry import Axis
-from evaluate.page.words import number
+from evaluate.wording import number
 
 # In the units of the viewBox: the diagram, below it the counts.
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 300.0, 46.0, 294.0, 8.0, 208.0

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from evaluate.document import Figure
-from evaluate.page.words import number, p_value, signed, span
+from evaluate.page.words import p_value, signed, span
+from evaluate.wording import number
 
 MOST_COLUMNS = 10
 """Figures beside each other that A4 paper has room for."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from evaluate.document import ClassCurves, Curve, ModelReport, Report
 from evaluate.page import reading
 from evaluate.page.geometry import Axis, band_path, curve_path, on_line, ticks
-from evaluate.page.words import number, said, shortened, span
+from evaluate.page.words import said, shortened, span
+from evaluate.wording import number
 
 # In the units of the viewBox.
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 250.0, 46.0, 244.0, 8.0, 178.0

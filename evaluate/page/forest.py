@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from evaluate.document import Comparison, Figure, ModelReport, Report, Scope
 from evaluate.page import reading
 from evaluate.page.geometry import Axis, ticks
-from evaluate.page.words import kind, number, p_value, plural, said, score_name, shortened, signed
+from evaluate.page.words import kind, p_value, plural, said, score_name, shortened, signed
+from evaluate.wording import number
 
 # In the units of the viewBox, which is about as wide as a telephone: names, axis, figures.
 WIDTH, TOP, ROW, FOOT = 350.0, 6.0, 20.0, 20.0

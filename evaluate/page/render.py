@@ -17,6 +17,7 @@ import jinja2
 
 from evaluate.document import ModelReport, Report
 from evaluate.page import calibration, curves, forest, reading, tables, vectors, words
+from evaluate.wording import number, percent
 from merge_kit.errors import DataError
 
 Mistake: TypeAlias = tuple[str, str]
@@ -39,9 +40,9 @@ def render(report: Report, mistakes: Sequence[Mistake] = (), of: str = "") -> st
     Raises:
         DataError: an image that is not a ``data:image/`` URI, which the page could not show.
     """
-    for number, (image, _) in enumerate(mistakes, start=1):
+    for place, (image, _) in enumerate(mistakes, start=1):
         if not image.startswith(_IMAGE):
-            raise DataError(f"Image {number} of the mistakes must be a {_IMAGE} URI.")
+            raise DataError(f"Image {place} of the mistakes must be a {_IMAGE} URI.")
     loader = jinja2.PackageLoader("evaluate", "templates/page")
     environment = jinja2.Environment(
         autoescape=True,
@@ -50,7 +51,7 @@ def render(report: Report, mistakes: Sequence[Mistake] = (), of: str = "") -> st
         lstrip_blocks=True,
         loader=loader,
     )
-    environment.filters.update(plural=words.plural, percent=words.percent, number=words.number)
+    environment.filters.update(plural=words.plural, percent=percent, number=number)
     script = _source("page.js")
     content = {
         "report": report,
@@ -156,7 +157,7 @@ def _parts(report: Report) -> dict[str, Any]:
         "methods": reading.methods(report),
         "bands": reading.banded(report, lambda curves: curves.roc),
         "benefit_bands": reading.banded(report, lambda curves: curves.net_benefit),
-        "level": words.percent(report.resampling.level),
+        "level": percent(report.resampling.level),
         "main": words.score_name(report.main_score),
     }
 

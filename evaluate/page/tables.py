@@ -19,14 +19,8 @@ from evaluate.page.cells import (
     p_cell,
     plain,
 )
-from evaluate.page.words import (
-    SURVEY,
-    in_order,
-    number,
-    plural,
-    role_name,
-    score_name,
-)
+from evaluate.page.words import SURVEY, in_order, plural, role_name, score_name
+from evaluate.wording import number
 
 # A name that runs right to left keeps what stands beside it in place.
 _FIRST_STRONG, _POP = "\N{FIRST STRONG ISOLATE}", "\N{POP DIRECTIONAL ISOLATE}"

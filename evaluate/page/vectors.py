@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from evaluate.document import Similarity
 from evaluate.page.geometry import Axis, curve_path, spread, ticks
-from evaluate.page.words import number, shortened
+from evaluate.page.words import shortened
+from evaluate.wording import number
 
 # In the units of the viewBox.
 WIDTH, LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 620.0, 46.0, 460.0, 10.0, 210.0, 252.0

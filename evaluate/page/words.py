@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evaluate.document import Figure
+from evaluate.wording import number
 
 SCORES = {
     "balanced_accuracy": "Balanced accuracy",
@@ -79,12 +80,6 @@ def in_order(keys: Sequence[str]) -> list[str]:
     return sorted(keys, key=place)
 
 
-def number(value: float) -> str:
-    """Write three decimals with a true minus."""
-    text = f"{value:.3f}"
-    return "0.000" if text == "-0.000" else text.replace("-", "−")
-
-
 def signed(value: float) -> str:
     """Write a difference with its sign."""
     text = number(value)
@@ -120,11 +115,6 @@ def p_value(p: float | None) -> str:
 def plural(count: int, noun: str) -> str:
     """Count a noun."""
     return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
-
-
-def percent(share: float) -> str:
-    """Write a share such as a level: ``95 %``."""
-    return f"{100 * share:g} %"
 
 
 def kind(role: str) -> str:

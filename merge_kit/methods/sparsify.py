@@ -41,10 +41,7 @@ def uniform_bits(
         _stream([seed, tensor, identity, index], min(_STRIDE, end - index * _STRIDE))
         for index in range(first, -(-end // _STRIDE))
     ]
-    if len(parts) == 1:
-        numbers = parts[0]
-    else:
-        numbers = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
+    numbers = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
     return numbers[begin - first * _STRIDE :]
 
 

@@ -70,6 +70,16 @@ def four_models(labelled: LabelledSet) -> list[Predictions]:
     return [predictions(labelled, name, roles[name], skill) for name, skill in skills.items()]
 
 
+def many_and_few() -> tuple[LabelledSet, list[Predictions]]:
+    """Two merged models: "many" is right at the large site x alone, "few" at y and often at x."""
+    large, small = "ab" * 40, "ab" * 5
+    models = [
+        certain(large + "ba" * 5, "many", "merged"),
+        certain("ba" * 12 + "ab" * 28 + small, "few", "merged"),
+    ]
+    return letters(large + small, "x" * 80 + "y" * 10), models
+
+
 def report(
     labelled: LabelledSet,
     models: Sequence[Predictions] | Predictions,

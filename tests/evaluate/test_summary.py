@@ -16,7 +16,16 @@ from evaluate.metrics import wilson_interval
 from evaluate.predictions import Predictions
 from finetune.scores import balanced_accuracy, bootstrap_intervals, macro_auroc
 from merge_kit.errors import DataError, UsageError
-from tests.evaluate.judged import CLASSES, SITES, cases, certain, four_models, letters, predictions
+from tests.evaluate.judged import (
+    CLASSES,
+    SITES,
+    cases,
+    certain,
+    four_models,
+    letters,
+    many_and_few,
+    predictions,
+)
 from tests.evaluate.judged import report as report_of
 
 
@@ -202,12 +211,7 @@ def test_external_sites_have_a_column_of_their_own() -> None:
 
 
 def test_the_best_merged_model_is_named_where_another_is_best_on_external_sites() -> None:
-    large, small = "ab" * 40, "ab" * 5
-    labelled = letters(large + small, "x" * 80 + "y" * 10)
-    models = [
-        certain(large + "ba" * 5, "many", "merged"),
-        certain("ba" * 12 + "ab" * 28 + small, "few", "merged"),
-    ]
+    labelled, models = many_and_few()
     said = report_of(labelled, models, external=("y",)).verdict
     text = next(s for s in said if s.startswith("On y, which no model was trained on"))
     assert (

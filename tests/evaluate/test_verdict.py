@@ -9,7 +9,7 @@ import pytest
 
 from evaluate.document import Figure, Report
 from evaluate.verdict import ranking, verdict
-from tests.evaluate.judged import cases, certain, four_models, letters, predictions
+from tests.evaluate.judged import cases, certain, four_models, letters, many_and_few, predictions
 from tests.evaluate.judged import report as report_of
 
 
@@ -238,13 +238,7 @@ def test_intervals_are_told_with_their_level() -> None:
 
 
 def test_the_best_merged_model_is_the_same_in_every_sentence() -> None:
-    # "many" is right at the large site only, "few" nearly everywhere at both.
-    large, small = "ab" * 40, "ab" * 5
-    labelled = letters(large + small, "x" * 80 + "y" * 10)
-    models = [
-        certain(large + "ba" * 5, "many", "merged"),
-        certain("ba" * 12 + "ab" * 28 + small, "few", "merged"),
-    ]
+    labelled, models = many_and_few()
     report = report_of(labelled, [*models, certain("a" * 90, "own", "site:x")])
     assert ranking(report, "union")[0] == "many"
     assert ranking(report, "mean_over_sites")[0] == "few"

@@ -12,7 +12,8 @@ import pytest
 from evaluate.document import Figure, Report
 from evaluate.page import reading, render, tables
 from evaluate.page.cells import cell
-from evaluate.page.words import number, p_value, signed
+from evaluate.page.words import p_value, signed
+from evaluate.wording import number
 from merge_kit.errors import DataError
 from tests.evaluate.judged import cases, predictions
 from tests.evaluate.judged import report as report_of

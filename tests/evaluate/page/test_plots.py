@@ -10,6 +10,7 @@ import pytest
 
 from evaluate.document import Figure
 from evaluate.page import calibration, curves, forest, reading, tables, vectors, words
+from evaluate.wording import number
 from tests.evaluate.reports import made_up
 from tests.evaluate.sentences import similarity
 
@@ -120,7 +121,7 @@ def test_scores_stand_in_one_order_with_unknown_ones_last() -> None:
 
 
 def test_numbers_are_written_as_in_print() -> None:
-    assert [words.number(v) for v in (0.12345, -0.5, -0.0001)] == ["0.123", "−0.500", "0.000"]
+    assert [number(v) for v in (0.12345, -0.5, -0.0001)] == ["0.123", "−0.500", "0.000"]
     assert [words.signed(v) for v in (0.1, -0.1, 0.0)] == ["+0.100", "−0.100", "0.000"]
     assert [words.p_value(p) for p in (None, 0.0004, 0.04, 1.0)] == [
         "–",
@@ -147,7 +148,7 @@ def test_roles_are_written_unless_the_name_says_them() -> None:
 def test_the_thresholds_of_a_model_stand_below_its_figures() -> None:
     table = tables.classes_table(REPORT, REPORT.models[0])
     (row,) = (row for row in table.rows if row.head.text == "Threshold for specificity 0.95")
-    expected = [words.number(entry.threshold or 0) for entry in REPORT.models[0].thresholds]
+    expected = [number(entry.threshold or 0) for entry in REPORT.models[0].thresholds]
     assert [cell.text for cell in row.cells] == expected
     assert row.head.sub == "from validation cases"
 
