@@ -79,6 +79,7 @@ def find_images(
         raise DataError(f"{run} is no finished run: run 'merge-kit finetune' first.")
     draft = read_draft(run / DRAFT)
     check_origin(site, run, draft)
+    assert draft.training is not None  # every vector's draft tells it
     files = _training_files(run)
     files = [files[i] for i in statistics.draw(len(files), examples, draft.training.seed)]
     found, skipped = decode(

@@ -20,7 +20,13 @@ from merge_kit.federation import BASE_WEIGHTS, Federation, check_base
 from merge_kit.hub import Hub
 from merge_kit.methods.base import Statistics
 from merge_kit.parameters import Role, roles_of, vector_specs
-from merge_kit.provenance import PROVENANCE, Ingredient, Provenance
+from merge_kit.provenance import (
+    PROVENANCE,
+    HeadRecord,
+    Ingredient,
+    MomentsIngredient,
+    Provenance,
+)
 from merge_kit.remembered import Checked
 from merge_kit.tensorfile import TensorFile
 from merge_kit.tensorheader import TensorSpec
@@ -58,7 +64,7 @@ def find_base(
 
 
 def find_contribution(
-    part: Ingredient,
+    part: Ingredient | MomentsIngredient,
     federation: Federation,
     hub: Hub,
     local: Mapping[tuple[str, str], Contribution],
@@ -130,7 +136,23 @@ def find_statistics(
             yield Check(subject, "ok", text), kind, replace(found, checked=checked)
 
 
-def _misstated(part: Ingredient, found: Contribution) -> str | None:
+def find_moments(
+    head: HeadRecord,
+    federation: Federation,
+    hub: Hub,
+    local: Mapping[tuple[str, str], Contribution],
+    base: FoundBase | None,
+) -> Iterator[tuple[Check, Contribution | None]]:
+    """The moments that the classifier was solved from, in the order of their ids."""
+    for part in sorted(head.moments, key=lambda part: part.id):
+        check, found = find_contribution(part, federation, hub, local, base)
+        if found and (found.kind, found.manifest.about) != ("moments", head.about):
+            text = f"is no moments of the backbone {head.about}."
+            check, found = Check(part.label, "differs", text), None
+        yield check, found
+
+
+def _misstated(part: Ingredient | MomentsIngredient, found: Contribution) -> str | None:
     """What the provenance says of a contribution that is not so."""
     if part.payload != found.manifest.payload.sha256:
         return (

@@ -27,7 +27,7 @@ def _check_time(text: str) -> str:
     return text
 
 
-Kind = Literal["vector", "fisher", "gram"]
+Kind = Literal["vector", "fisher", "gram", "moments"]
 LARGEST = 10**12  # numbers from outside stay within what floats and tensors can hold
 Number = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Number | Annotated[str, StringConstraints(pattern=r"^<[1-9][0-9]{0,8}$")]
@@ -91,37 +91,41 @@ class Privacy(Document):
 
 
 class Draft(Document):
-    """What `finetune` and `statistics` know; `publish` adds what the contribution replaces."""
+    """What a site's command knows of what it made; `publish` adds what that replaces."""
 
     format: Literal[1] = 1
     kind: Kind = "vector"
     about: Digest | None = None
-    """Of statistics: digest of the payload of the vector that they speak of. A vector lacks it."""
+    """Of statistics: digest of the payload of the vector that they speak of; of moments the
+    fingerprint of the backbone. A vector lacks it."""
     site: SiteName
     federation: Digest
     base: Digest
     payload: Payload
     class_counts: dict[str, Count]
-    training: Training
+    training: Training | None = None
+    """Moments lack it: nothing was trained."""
     preprocessing: Digest
-    validation: Validation
+    validation: Validation | None = None
+    """Moments lack it."""
     privacy: Privacy | None = None
     software: Software
     created_at: Timestamp
 
     @model_validator(mode="after")
-    def _statistics_speak_of_a_vector(self) -> Draft:
+    def _kind_fits(self) -> Draft:
         if (self.kind == "vector") != (self.about is None):
             raise ValueError("statistics name the vector that they are about, a vector names none")
+        if {self.training is None, self.validation is None} != {self.kind == "moments"}:
+            raise ValueError("'training' and 'validation' are of a vector, moments have neither")
         return self
 
     @model_serializer(mode="wrap")
     def _without_an_empty_field(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A vector's manifest must keep the bytes, and so the id, that it had before statistics.
         fields: dict[str, Any] = serialize(self)
-        if self.about is None:
-            del fields["about"]
-        return fields
+        absent = [k for k in ("about", "training", "validation") if fields[k] is None]
+        return {key: value for key, value in fields.items() if key not in absent}
 
 
 class Manifest(Draft):

@@ -116,11 +116,12 @@ def opened(
 
 
 def _source(contribution: Contribution, file: TensorFile, federation: Federation) -> Source:
-    counts = contribution.manifest.class_counts
+    counts, training = contribution.manifest.class_counts, contribution.manifest.training
+    assert training is not None  # every vector's manifest tells it
     return Source(
         id=contribution.id,
         site=contribution.site,
         file=file,
         class_counts=tuple(count_of(counts[name]) for name in federation.classes),
-        steps=contribution.manifest.training.steps,
+        steps=training.steps,
     )

@@ -25,6 +25,7 @@ from merge_kit.devices import CPU, Device
 from merge_kit.errors import ContributionError
 from merge_kit.federation import Federation
 from merge_kit.jobs import without_statistics
+from merge_kit.manifest import Kind
 from merge_kit.material import Beside, opened
 from merge_kit.methods.base import Statistics
 from merge_kit.provenance import PROVENANCE
@@ -59,11 +60,12 @@ def choose(
     skip_refused: bool,
     sites: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    kind: Kind = "vector",
 ) -> tuple[list[Contribution], list[Entry]]:
     """The contributions to merge, and the entries that were left out because of a problem.
 
-    Statistics are passed over: see `find_statistics`. Entries should have passed `check_payloads`:
-    what is unsound replaces nothing.
+    What is of another kind is passed over: see `find_statistics`. Entries should have passed
+    `check_payloads`: what is unsound replaces nothing.
 
     A contribution that is given twice counts once.
 
@@ -81,7 +83,7 @@ def choose(
     chosen, refused = [], []
     once = {(entry.site, entry.id): entry for entry in current(entries)}
     for entry in once.values():
-        if (sites and entry.site not in sites) or entry.site in exclude or entry.kind != "vector":
+        if (sites and entry.site not in sites) or entry.site in exclude or entry.kind != kind:
             continue
         problem = entry.problem or _distrust(entry, allow_unsigned)
         if problem and not skip_refused:

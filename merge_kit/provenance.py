@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from merge_kit.contributions import Trust
 from merge_kit.devices import CPU
@@ -50,6 +50,38 @@ class Ingredient(Document):
         return f"{self.site}/{self.id[:12]}"
 
 
+class MomentsIngredient(Document):
+    """Moments that a classifier was solved from."""
+
+    id: Id
+    site: SiteName
+    payload: Digest
+    trust: Trust
+    public_key: Key | None
+    signature: SignatureText | None
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"{self.site}/{self.id[:12]}"
+
+
+class HeadRecord(Document):
+    """How the classifier was solved."""
+
+    about: Digest
+    """Fingerprint of the backbone."""
+    options: dict[str, Any]
+    moments: tuple[MomentsIngredient, ...] = Field(min_length=1)
+
+    @field_validator("moments")
+    @classmethod
+    def _each_once(cls, found: tuple[MomentsIngredient, ...]) -> tuple[MomentsIngredient, ...]:
+        if len({part.id for part in found}) != len(found):
+            raise ValueError("moments are named twice")
+        return found
+
+
 class Refused(Document):
     """An entry of the hub that was left out; whoever put it there chose its names."""
 
@@ -73,10 +105,13 @@ class Provenance(Document):
     base: Digest
     merged: Digest
     """Fingerprint of the merged tensors."""
-    recipe: dict[str, Any]
-    contributions: tuple[Ingredient, ...] = Field(min_length=1)
+    recipe: dict[str, Any] | None
+    """None where the backbone is the base's."""
+    contributions: tuple[Ingredient, ...]
     refused: tuple[Refused, ...]
     software: Versions
+    head: HeadRecord | None = None
+    """Where the classifier was solved from moments."""
 
     @field_validator("contributions")
     @classmethod
@@ -84,6 +119,14 @@ class Provenance(Document):
         if len({part.id for part in found}) != len(found):
             raise ValueError("a contribution is named twice")
         return found
+
+    @model_validator(mode="after")
+    def _something_was_made(self) -> Provenance:
+        if bool(self.contributions) != (self.recipe is not None):
+            raise ValueError("a recipe goes with contributions")
+        if self.recipe is None and self.head is None:
+            raise ValueError("contributions are missing")
+        return self
 
     @property
     def ingredients(self) -> tuple[Ingredient, ...]:

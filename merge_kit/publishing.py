@@ -25,6 +25,14 @@ from merge_kit.site import Site, check_pinned, federation_on
 
 VECTOR = "vector.safetensors"
 DRAFT = "manifest.draft.json"
+_OWN: tuple[Kind, ...] = ("vector", "moments")
+"""What stands for itself; statistics go with a vector."""
+_COMMANDS: dict[Kind, str] = {
+    "vector": "finetune",
+    "moments": "calibrate",
+    "fisher": "statistics",
+    "gram": "statistics",
+}
 
 
 def payload_file(kind: Kind) -> str:
@@ -53,8 +61,13 @@ class Parcel:
 def prepare_all(
     site: Site, run: Path, hub: Hub, *, alongside: bool = False, statistics: bool = True
 ) -> list[Parcel]:
-    """The vector of a run, then with `statistics` those that have been made: see `prepare`."""
-    kinds: list[Kind] = ["vector", *(statistics_of(run) if statistics else ())]
+    """What a folder holds: a run's vector, then with `statistics` those that have been made of it;
+    or a calibration's moments. See `prepare`.
+    """
+    kinds: list[Kind] = [kind for kind in _OWN if (run / draft_file(kind)).is_file()]
+    kinds += statistics_of(run) if statistics else ()
+    if not kinds:  # an unfinished run, which `prepare` names
+        kinds = ["vector"]
     return [prepare(site, run, hub, kind, alongside=alongside) for kind in kinds]
 
 
@@ -70,7 +83,7 @@ def prepare(
 
     Once it has been published the manifest stays as it was: publishing again gives the same
     contribution. A vector replaces the site's latest one unless `alongside`; statistics replace
-    those of the same kind about the same vector.
+    those of the same kind about the same vector, moments those of the same backbone.
 
     Raises
     ------
@@ -78,17 +91,20 @@ def prepare(
         The run is unfinished, was changed, or is another site's; or the hub's contract is not the
         one that was joined.
     """
-    command = "finetune" if kind == "vector" else "statistics"
+    command = _COMMANDS[kind]
     draft = read_draft(run / draft_file(kind), command)
     payload = run / payload_file(kind)
     if not payload.is_file() or sha256_file(payload) != draft.payload.sha256:
-        what = "the vector that the run made" if kind == "vector" else f"the {kind} that was made"
+        verb = "were" if kind == "moments" else "was"
+        what = (
+            "the vector that the run made" if kind == "vector" else f"the {kind} that {verb} made"
+        )
         raise ContributionError(
             f"{payload} is not {what}: it is missing or was changed; "
             f"run 'merge-kit {command}' again."
         )
     check_origin(site, run, draft)
-    if kind != "vector" and draft.about != read_draft(run / DRAFT).payload.sha256:
+    if kind in get_args(Statistics) and draft.about != read_draft(run / DRAFT).payload.sha256:
         raise ContributionError(
             f"{payload} speaks of another vector than {run / VECTOR}: "
             f"run 'merge-kit statistics' again, or remove {run / draft_file(kind)}."

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -19,7 +20,8 @@ from merge_kit.material import Material
 from merge_kit.provenance import PROVENANCE, PlainProvenance, Provenance
 from merge_kit.recipe import Recipe
 from merge_kit.running import Sums
-from merge_kit.tensorfile import Fingerprint, TensorFile
+from merge_kit.tensorfile import Fingerprint, TensorFile, Tensors, read_all
+from merge_kit.tensorheader import TensorSpec
 
 LAST_DIGIT = 1e-5
 """A relative difference that may come from rounding."""
@@ -72,11 +74,17 @@ def rebuild(
     folder: Path,
     model: TensorFile | None,
     device: Device,
+    head: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> list[Check]:
     """Merge again and compare with the stated fingerprint, and with every tensor in the folder.
 
-    `model` is the folder's own, if it can be read.
+    `model` is the folder's own, if it can be read; `head` what stands in the place of the merged
+    classifier, by name.
     """
+    if head:
+        specs = engine.merged_specs(inputs.base.specs, recipe)
+        merged = engine.merge(inputs.base, inputs.sources, inputs.roles, recipe, device=device)
+        return [_compare_parts(record, _with_head(merged, head), specs, model)]
     if running.fits(recipe) and (folder / running.FOLDER).is_dir():
         try:
             sums = running.from_scratch(inputs.sources, recipe)
@@ -84,6 +92,42 @@ def rebuild(
         except InexactSumError:  # then no merge has kept it
             pass
     return _compare(record, inputs, recipe, folder, model, (), device)
+
+
+def rebuild_on_base(
+    record: Provenance, base: Tensors, model: TensorFile | None, head: Mapping[str, torch.Tensor]
+) -> Check:
+    """As `rebuild`, of a model that is the base but for its classifier."""
+    parts = (engine.Part(name, 0, tensor.reshape(-1)) for name, tensor in read_all(base))
+    return _compare_parts(record, _with_head(parts, head), base.specs, model)
+
+
+def _with_head(
+    parts: Iterable[engine.Part], head: Mapping[str, torch.Tensor]
+) -> Iterator[engine.Part]:
+    for part in parts:
+        if part.name not in head:
+            yield part
+            continue
+        end = part.begin + part.values.numel()
+        yield engine.Part(part.name, part.begin, head[part.name].reshape(-1)[part.begin : end])
+
+
+def _compare_parts(
+    record: Provenance | PlainProvenance,
+    parts: Iterable[engine.Part],
+    specs: Mapping[str, TensorSpec],
+    model: TensorFile | None,
+) -> Check:
+    gap = _Gap() if model and model.specs == specs else None
+    digest = Fingerprint()
+    for part in parts:
+        if part.begin == 0:
+            digest.begin(part.name, specs[part.name])
+        digest.values(part.values)
+        if gap and model:
+            gap.add(part, model)
+    return _rebuilt(str(digest), record.merged, gap)
 
 
 def _compare(

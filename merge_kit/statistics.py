@@ -1,4 +1,4 @@
-"""What sites may publish beside a vector: the diagonal Fisher information and Gram matrices.
+"""What sites may publish beside a vector, and of a model that is there: Fisher, Gram, moments.
 
 Checked as strictly as vectors: what names a tensor of the base must fit it, and its values must be
 such as the figures can have.
@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from merge_kit import vector
+from merge_kit import momentsfile, vector
 from merge_kit.errors import ContributionError, VectorError
 from merge_kit.manifest import Kind
 from merge_kit.parameters import Role
@@ -29,7 +29,7 @@ _MERGED = (Role.WEIGHT, Role.HEAD)
 class StatisticsHeader(VectorHeader):
     """What a file of statistics says of itself, in its one metadata key."""
 
-    kind: Literal["fisher", "gram"]
+    kind: Literal["fisher", "gram", "moments"]
     about: Digest
 
 
@@ -73,8 +73,9 @@ def check_header(file: TensorFile, kind: Kind, about: str | None, where: str) ->
             f"{where} is announced as {kind} and holds {header.kind}: it is refused."
         )
     if header.about != about:
+        of = "the backbone" if kind == "moments" else "the vector"
         raise ContributionError(
-            f"{where} is announced for the vector {about} and holds the {kind} of {header.about}: "
+            f"{where} is announced for {of} {about} and holds the {kind} of {header.about}: "
             "it is refused."
         )
     return header
@@ -106,16 +107,32 @@ def measure(file: TensorFile) -> Measured:
         if not square or not torch.equal(tensor, tensor.T) or bool((tensor.diagonal() < 0).any()):
             sound.discard("gram")
     norm = math.sqrt(total) if math.isfinite(total) else None
+    if _fault_of_moments(file) is None:
+        sound.add("moments")
     return Measured.model_validate(
         {"sha256": f"sha256:{digest.hexdigest()}", "norm": norm, "sound": sorted(sound)}
     )
+
+
+def _fault_of_moments(file: TensorFile) -> str | None:
+    sums = file.specs.get("sums")
+    if sums is None or len(sums.shape) != 2:
+        return "holds no moments"
+    classes, features = sums.shape
+    if momentsfile.specs(features, classes) != file.specs:
+        return "holds no moments"
+    return momentsfile.fault(momentsfile.read(file))
 
 
 def check_specs(
     file: TensorFile, kind: Kind, expected: Mapping[str, TensorSpec], roles: Mapping[str, Role]
 ) -> None:
     """Compare names, shapes and dtypes with what the base asks for; as in `check`."""
-    if kind == "fisher":
+    if kind == "moments":
+        heads = [n for n, r in roles.items() if r is Role.HEAD and n.endswith("weight")]
+        classes, features = expected[heads[0]].shape[:2]
+        momentsfile.check_specs(file.specs, features, classes, str(file.path))
+    elif kind == "fisher":
         vector.check_specs(file, fisher_specs(expected, roles))
     else:
         _check_gram_specs(file, gram_specs(expected, roles))
@@ -128,6 +145,7 @@ def check(
 
     A Fisher diagonal has every weight and head of the base, finite and not negative. Gram matrices
     may be there for some weights only; each is finite and symmetric, its diagonal not negative.
+    Moments are such as images can have given.
 
     Parameters
     ----------
@@ -140,12 +158,14 @@ def check(
         Names the tensor and what is wrong with it.
     """
     check_specs(file, kind, expected, roles)
+    if kind == "moments" and (fault := _fault_of_moments(file)):
+        raise VectorError(f"{file.path} {fault}: the site must calibrate again.")
     total = 0.0
     for name, tensor in vector.read_checked(file, REMEDY):
         if kind == "gram" and not torch.equal(tensor, tensor.T):
             raise VectorError(f"{file.path}: tensor '{name}' is not symmetric: {REMEDY}")
-        squares = tensor if kind == "fisher" else tensor.diagonal()
-        if bad := int((squares < 0).sum()):
+        squares = tensor.diagonal() if kind == "gram" else tensor
+        if kind != "moments" and (bad := int((squares < 0).sum())):
             where = "" if kind == "fisher" else " on its diagonal"
             raise VectorError(
                 f"{file.path}: tensor '{name}' holds {bad} value(s) below 0{where}, "

@@ -61,7 +61,8 @@ def _row(
             "created": "",
             "public_key": None,
         }
-    manifest = found.manifest
+    manifest, own = found.manifest, found.manifest.validation
+    assert own is not None  # every vector's manifest tells it
     created = datetime.strptime(manifest.created_at, "%Y-%m-%dT%H:%M:%SZ")
     if entry.id not in cosines:
         state = "replaced"
@@ -76,14 +77,39 @@ def _row(
         "created": manifest.created_at,
         "age_days": (now - created.replace(tzinfo=timezone.utc)).total_seconds() / 86400,
         "class_counts": manifest.class_counts,
-        "balanced_accuracy": manifest.validation.balanced_accuracy.model_dump(),
-        "macro_auroc": manifest.validation.macro_auroc.model_dump(),
+        "balanced_accuracy": own.balanced_accuracy.model_dump(),
+        "macro_auroc": own.macro_auroc.model_dump(),
         "bytes": manifest.payload.size,
         "norm": manifest.payload.norm,
         "cosine": cosines.get(entry.id),
         "statistics": sorted({s.kind for s in beside if speaks_of(s, found)}),
         "signature": found.trust.value,
         "public_key": found.key,
+    }
+
+
+def calibrations(hub: Hub, federation: Federation) -> dict[str, list[dict[str, Any]]]:
+    """Which sites have measured which backbone: rows by the backbone's fingerprint.
+
+    Every payload is read and checked; what is refused is among the rows of `survey`.
+    """
+    there = [entry for entry in list_entries(hub, federation) if entry.kind == "moments"]
+    checked = check_payloads(there, federation, hub.fetch(BASE_WEIGHTS))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for one in without_superseded([e.contribution for e in checked if e.contribution]):
+        row = {
+            "site": one.site,
+            "id": one.id,
+            "created": one.manifest.created_at,
+            "class_counts": one.manifest.class_counts,
+            "bytes": one.manifest.payload.size,
+            "signature": one.trust.value,
+            "public_key": one.key,
+        }
+        found.setdefault(str(one.manifest.about), []).append(row)
+    return {
+        about: sorted(rows, key=lambda row: (row["site"], row["created"], row["id"]))
+        for about, rows in sorted(found.items())
     }
 
 

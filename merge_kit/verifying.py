@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from merge_kit import engine
 from merge_kit.accounting import check_card, check_config, open_weights, report, same_version
@@ -13,22 +15,33 @@ from merge_kit.blocks import in_order, one_thread_each
 from merge_kit.checks import Check, Report
 from merge_kit.contributions import Contribution
 from merge_kit.devices import CPU, Device
-from merge_kit.errors import MergeKitError
+from merge_kit.errors import MergeKitError, ProvenanceError
 from merge_kit.federation import Federation, Policy
 from merge_kit.hub import Hub
-from merge_kit.ingredients import FoundBase, find_base, find_contribution, find_statistics
+from merge_kit.ingredients import (
+    FoundBase,
+    find_base,
+    find_contribution,
+    find_moments,
+    find_statistics,
+)
 from merge_kit.material import Beside, opened
 from merge_kit.merging import model_card
 from merge_kit.methods.base import Statistics
 from merge_kit.provenance import (
     PROVENANCE,
+    HeadRecord,
     Ingredient,
     Provenance,
 )
-from merge_kit.rebuilding import rebuild, shares
+from merge_kit.rebuilding import rebuild, rebuild_on_base, shares
 from merge_kit.recipe import Recipe, make_recipe
+from merge_kit.reheading import head_card
+from merge_kit.schema import parse
 from merge_kit.site import federation_on
+from merge_kit.solving import HeadOptions, backbone_of, head_tensors, solve_from
 from merge_kit.tensorfile import TensorFile
+from merge_kit.tensorheader import TensorSpec
 
 
 def verify(
@@ -67,12 +80,19 @@ def verify(
         checks.append(check)
         if statistic:
             beside.setdefault(kind, []).append(statistic)
+    moments: list[Contribution] = []
+    for check, told in (
+        find_moments(record.head, federation, hub, local, base) if record.head else ()
+    ):
+        checks.append(check)
+        moments += [told] if told else []
     whole = base is not None and all(check.state == "ok" for check in checks[3:])
     with ExitStack() as stack:
         model, check = open_weights(folder, record.merged, stack)
         checks.append(check)
         if base and whole:
-            again = _merge_again(folder, record, federation, base, there, beside, model, device)
+            found_all = Found(there, beside, moments)
+            again = _merge_again(folder, record, federation, base, found_all, model, device)
         else:
             text = "not done: it takes the base and every vector."
             again = [Check("rebuilt", "differs", text)]
@@ -91,30 +111,73 @@ def _contract(record: Provenance, federation: Federation) -> Check:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Every contribution that a model was made of."""
+
+    vectors: Sequence[Contribution]
+    beside: Beside
+    moments: Sequence[Contribution]
+
+
 def _merge_again(
     folder: Path,
     record: Provenance,
     federation: Federation,
     base: FoundBase,
-    contributions: Sequence[Contribution],
-    beside: Beside,
+    found: Found,
     model: TensorFile | None,
     device: Device,
 ) -> list[Check]:
     checks: list[Check] = []
+    recipe: Recipe | None = None
     try:
-        recipe = make_recipe(record.recipe, f"the recipe in {PROVENANCE}")
+        if record.recipe is not None:
+            recipe = make_recipe(record.recipe, f"the recipe in {PROVENANCE}")
         with opened(
-            federation, base.path, contributions, beside=beside, base_checked=base.checked
+            federation, base.path, found.vectors, beside=found.beside, base_checked=base.checked
         ) as inputs:
-            engine.check_sites(inputs.sources, recipe)
-            checks.append(shares(record, inputs, recipe))
-            checks += rebuild(record, inputs, recipe, folder, model, device)
+            specs = (
+                inputs.base.specs
+                if recipe is None
+                else engine.merged_specs(inputs.base.specs, recipe)
+            )
+            head = _head_again(record.head, found.moments, federation, specs) if record.head else {}
+            if recipe is None:
+                checks.append(rebuild_on_base(record, inputs.base, model, head))
+            else:
+                engine.check_sites(inputs.sources, recipe)
+                checks.append(shares(record, inputs, recipe))
+                checks += rebuild(record, inputs, recipe, folder, model, device, head)
             inputs.check_unchanged()
+        if record.head and model:
+            checks.append(_backbone(record.head, model, federation))
     except MergeKitError as error:
         return [*checks, Check("rebuilt", "differs", str(error))]
-    card = _card(record, federation, contributions, recipe)
+    if record.head:
+        card = head_card(federation, record.model_dump(mode="json"))
+    else:
+        assert recipe is not None  # or there would be a head
+        card = _card(record, federation, found.vectors, recipe)
     return [*checks, check_card(folder, card, same_version=same_version(record.software))]
+
+
+def _head_again(
+    head: HeadRecord,
+    moments: Sequence[Contribution],
+    federation: Federation,
+    specs: Mapping[str, TensorSpec],
+) -> dict[str, torch.Tensor]:
+    options = parse(HeadOptions, head.options, f"the head in {PROVENANCE}", ProvenanceError)
+    return head_tensors(solve_from(moments, options).head, federation, specs)
+
+
+def _backbone(head: HeadRecord, model: TensorFile, federation: Federation) -> Check:
+    found = backbone_of(model, federation.classifier).fingerprint
+    if found == head.about:
+        return Check("backbone", "ok", f"is the one that the moments are of, {found}")
+    text = f"has the fingerprint {found}, the moments are of {head.about}."
+    return Check("backbone", "differs", text)
 
 
 def _card(

@@ -13,7 +13,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from merge_kit import publishing, signing, site, statistics, vector
+from merge_kit import (
+    moments,
+    momentsfile,
+    publishing,
+    reheading,
+    signing,
+    site,
+    statistics,
+    vector,
+)
 from merge_kit.cli import main
 from merge_kit.creation import create
 from merge_kit.federation import FEDERATION_FILE, Federation, Policy, read_federation
@@ -30,6 +39,7 @@ from merge_kit.manifest import (
     suppress,
 )
 from merge_kit.methods.base import Statistics
+from merge_kit.moments import Moments
 from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.remembered import VARIABLE
 from merge_kit.tensorfile import TensorFile, read_all, write_tensors
@@ -238,3 +248,79 @@ def write_statistics(
     changes = {"kind": kind, "about": told.payload.sha256, "payload": payload}
     draft = Draft(**{**told.model_dump(), **changes, "created_at": created_at})
     (run / publishing.draft_file(kind)).write_text(draft.model_dump_json())
+
+
+def write_moments(
+    joined: site.Site,
+    folder: Path,
+    found: Moments,
+    about: str,
+    *,
+    alter: Callable[[dict[str, torch.Tensor]], object] = lambda tensors: None,
+    header: Mapping[str, str] | None = None,
+) -> None:
+    """What `calibrate` leaves for `publish`, of any features."""
+    federation = joined.federation
+    origin = {
+        "base": federation.base_fingerprint, "federation": federation.contract_hash,
+        "site": joined.name, "kind": "moments", "about": about,
+    }  # fmt: skip
+    told = statistics.StatisticsHeader.model_validate({**origin, **(header or {})}).model_dump()
+    path, tensors = folder / publishing.payload_file("moments"), momentsfile.to_tensors(found)
+    alter(tensors)
+    write_tensors(path, tensors, (vector.METADATA_KEY, canonical_json(told).decode()))
+    norm = math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+    counts = dict(zip(federation.classes, found.counts.long().tolist(), strict=True))
+    norm = norm if math.isfinite(norm) else 1.0
+    payload = Payload(sha256=sha256_file(path), size=path.stat().st_size, norm=norm)
+    draft = {
+        **origin, "payload": payload, "class_counts": counts,
+        "preprocessing": federation.preprocessing.hash, "created_at": "2026-11-23T14:00:00Z",
+        "software": {"merge_kit": "0.1.0", "python": "3.11.7", "torch": "2.15.0", "timm": "1.0.31"},
+    }  # fmt: skip
+    text = Draft.model_validate(draft).model_dump_json()
+    (folder / publishing.draft_file("moments")).write_text(text)
+
+
+Measure = Callable[..., publishing.Parcel]
+
+
+@pytest.fixture
+def measured(hub: FolderHub, tmp_path: Path) -> Measure:
+    """Join, draw features around each class's mean, and publish their moments."""
+
+    def make(
+        name: str,
+        *,
+        about: str | None = None,
+        seed: int = 0,
+        counts: Sequence[int] = (20, 20, 20),
+        admit: bool = True,
+        **changes: object,
+    ) -> publishing.Parcel:
+        joined = site.join(hub, name, tmp_path / name)
+        if admit:
+            federation = read_federation(hub.root).admit(name, signing.public_key(joined.key_file))
+            hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+        base = reheading.find_model(hub, read_federation(hub.root), None)
+        features, labels = drawn(counts, seed=seed)
+        folder = tmp_path / name / "calibrations" / f"seed{seed}"
+        found = moments.measure(features, labels, len(counts))
+        write_moments(joined, folder, found, about or base.backbone, **changes)  # type: ignore[arg-type]
+        (parcel,) = publishing.prepare_all(joined, folder, hub)
+        publishing.publish(joined, folder, hub, parcel)
+        return parcel
+
+    return make
+
+
+def drawn(
+    counts: Sequence[int], *, seed: int, features: int = 96
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of images of three classes, float32 (n, d), and their labels; as wide as the tests'
+    backbone has them. The classes have the same means whatever the seed.
+    """
+    means = torch.randn(len(counts), features, generator=torch.Generator().manual_seed(99)) * 2
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return means[labels] + torch.randn(len(labels), features, generator=generator), labels

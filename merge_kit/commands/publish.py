@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,9 +12,9 @@ from merge_kit import publishing, signing
 from merge_kit.commands.options import next_step, shown
 from merge_kit.contributions import folder_of
 from merge_kit.errors import UsageError
-from merge_kit.hub import open_hub
+from merge_kit.hub import Hub, open_hub
 from merge_kit.runs import latest_run
-from merge_kit.site import open_site
+from merge_kit.site import Site, open_site
 
 
 @click.command()
@@ -43,11 +44,27 @@ def publish(
     parcels = publishing.prepare_all(
         site, chosen, opened, alongside=alongside, statistics=not no_statistics
     )
+    held = publishing.statistics_of(chosen) if no_statistics else []
+    send(site, chosen, opened, parcels, held=held, dry_run=dry_run)
+    if not dry_run:
+        next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")
+
+
+def send(
+    site: Site,
+    run: Path,
+    hub: Hub,
+    parcels: Sequence[publishing.Parcel],
+    *,
+    held: Sequence[str] = (),
+    dry_run: bool = False,
+) -> None:
+    """Show all that leaves the site and, unless it is a dry run, publish it."""
     click.echo("What leaves the site:")
     for parcel in parcels:
         what, size = f"the {parcel.manifest.kind}", parcel.manifest.payload.size
         click.echo(f"  {what:<12} {parcel.payload} ({size / 2**20:.1f} MiB)")
-    if no_statistics and (held := publishing.statistics_of(chosen)):
+    if held:
         click.echo(f"  held back    {', '.join(held)}")
     click.echo(f"  signed with  {signing.public_key(site.key_file)}")
     for parcel in parcels:
@@ -57,12 +74,10 @@ def publish(
         if parcel.replaces:
             click.echo(f"It replaces the site's contribution {parcel.replaces.id[:12]}.")
     for parcel in parcels:
-        target = f"{opened.uri}/{folder_of(parcel.manifest)}"
+        target = f"{hub.uri}/{folder_of(parcel.manifest)}"
         if dry_run:
             click.echo(f"Dry run: nothing was sent to {target}.")
-        elif publishing.publish(site, chosen, opened, parcel):
+        elif publishing.publish(site, run, hub, parcel):
             click.echo(f"Published: {target}")
         else:
             click.echo(f"Already published: {target}")
-    if not dry_run:
-        next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,18 +15,30 @@ from rich.table import Table
 
 from merge_kit.commands.options import next_step, shown
 from merge_kit.hub import open_hub
+from merge_kit.reheading import find_model
 from merge_kit.site import federation_on
-from merge_kit.status import survey
+from merge_kit.status import calibrations, survey
 
 
 @click.command()
 @click.argument("hub")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A model merged from HUB: say who has calibrated it (repeatable).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a program.")
-def status(hub: str, as_json: bool) -> None:
+def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
     """Show what lies on HUB: who has contributed what, and whether it may be merged."""
     opened = open_hub(hub)
     federation = federation_on(opened)
     rows = survey(opened, federation)
+    measured = calibrations(opened, federation)
+    names = {find_model(opened, federation, None).backbone: "the base"}
+    for model in models:
+        names[find_model(opened, federation, model).backbone] = str(model)
     if as_json:
         clean = [{k: _finite(v) for k, v in row.items()} for row in rows]
         facts = {
@@ -34,11 +47,17 @@ def status(hub: str, as_json: bool) -> None:
             "base": federation.base_fingerprint,
             "admitted": [site.name for site in federation.sites],
             "contributions": clean,
+            "calibrations": [
+                {"backbone": about, "model": names.get(about), "sites": measured.get(about, [])}
+                for about in sorted({*measured, *names})
+            ],
         }
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     console = Console()
-    waiting = sorted({site.name for site in federation.sites} - {row["site"] for row in rows})
+    heard = {row["site"] for row in [*rows, *(r for those in measured.values() for r in those)]}
+    admitted = {site.name for site in federation.sites}
+    waiting = sorted(admitted - heard)
     console.print(_table(federation.name, rows))
     sound = [row for row in rows if not row["problem"]]
     if sound:
@@ -47,12 +66,22 @@ def status(hub: str, as_json: bool) -> None:
         if row["statistics"]:
             kinds = " and ".join(row["statistics"])
             click.echo(f"Statistics of {row['site']} {row['id'][:8]}: {kinds}")
+    for about in sorted({*measured, *names}, key=lambda about: (about not in names, about)):
+        sites = [row["site"] for row in measured.get(about, [])]
+        if sites or names.get(about) != "the base":
+            click.echo(_calibrated(names.get(about, f"backbone {about[7:19]}"), sites, admitted))
     for row in rows:
         if row["problem"]:
             click.echo(f"Refused: {row['problem']}")
     if waiting:
         click.echo(f"Admitted and not heard of yet: {', '.join(waiting)}")
     next_step(_next(hub, rows))
+
+
+def _calibrated(model: str, sites: Sequence[str], admitted: Collection[str]) -> str:
+    by = f"Calibrated {model}: {', '.join(dict.fromkeys(sites)) or 'nobody'}"
+    left = sorted(set(admitted) - set(sites))
+    return f"{by}; not yet: {', '.join(left)}" if left else by
 
 
 def _next(hub: str, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -140,9 +140,11 @@ def test_bytes_that_are_not_canonical_are_refused(data):
         ("site", "North", "'site': a name has 1 to 63 characters"),
         (
             "kind",
-            "moments",
-            "'kind': input should be 'vector', 'fisher' or 'gram' (got 'moments').",
+            "image",
+            "'kind': input should be 'vector', 'fisher', 'gram' or 'moments' (got 'image').",
         ),
+        ("kind", "moments", "'the document': statistics name the vector that they are about"),
+        ("training", None, "'the document': 'training' and 'validation' are of a vector"),
         ("payload.norm", -1.0, "'payload.norm': input should be greater than or equal to 0"),
         ("training.steps", -1, "'training.steps': input should be greater than or equal to 0"),
         ("training.steps", 10**400, "'training.steps': input should be less than or equal to"),

@@ -446,9 +446,9 @@ def test_a_provenance_that_cannot_be_read_is_said(hub, tmp_path, run_cli, conten
     [
         ({"format": 2}, "'format': input should be 1 (got 2)."),
         ({"odd": 1}, "unknown key 'odd'; known are format, federation, base, merged, recipe, "
-         "contributions, refused, software."),
-        ({"contributions": []}, "'contributions': tuple should have at least 1 item after "
-         "validation, not 0."),
+         "contributions, refused, software, head."),
+        ({"contributions": []}, "'the document': a recipe goes with contributions."),
+        ({"contributions": [], "recipe": None}, "'the document': contributions are missing."),
         ({"contributions": "twice"}, "'contributions': a contribution is named twice."),
         ({"id": "../../../../etc"}, "'contributions.0.id': string should match pattern "
          "'^[0-9a-f]{64}$' (got '../../../../etc')."),
@@ -459,7 +459,7 @@ def test_a_provenance_that_cannot_be_read_is_said(hub, tmp_path, run_cli, conten
         ({"trust": "\x1b[2J"}, "'contributions.0.trust': input should be 'admitted', 'not "
          "admitted' or 'unsigned' (got '\\x1b[2J')."),
     ],
-    ids=["format", "key", "none", "twice", "id", "site", "weight", "trust"],
+    ids=["format", "key", "none", "nothing", "twice", "id", "site", "weight", "trust"],
 )  # fmt: skip
 def test_a_provenance_that_breaks_the_format_is_refused(merged, changes, sentence):
     record = merged.record

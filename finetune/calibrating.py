@@ -1,0 +1,175 @@
+"""What a site measures of a model on its own images: moments, in a folder that can be published."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune import network
+from finetune.cases import Case, case_key
+from finetune.pixels import decode
+from finetune.run import alone, now, software
+from finetune.splits import split_of
+from merge_kit import moments, momentsfile
+from merge_kit.checkpoints import WEIGHTS
+from merge_kit.errors import DataError
+from merge_kit.federation import BASE_WEIGHTS
+from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
+from merge_kit.manifest import Draft, Payload
+from merge_kit.moments import Moments
+from merge_kit.provenance import Provenance, read_provenance
+from merge_kit.publishing import draft_file, payload_file
+from merge_kit.reheading import check_of
+from merge_kit.site import COPY, Site
+from merge_kit.solving import backbone_of
+from merge_kit.statistics import StatisticsHeader
+from merge_kit.tensorfile import TensorFile, write_tensors
+from merge_kit.vector import METADATA_KEY
+
+CALIBRATIONS = "calibrations"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Moments that have been written."""
+
+    folder: Path
+    size: int
+    """Bytes that would leave the site."""
+    counts: tuple[int, ...]
+    """Images of each class in them."""
+    held_back: tuple[tuple[str, int], ...]
+    """Classes with fewer images than the policy asks for, and how many."""
+    skipped: tuple[str, ...]
+    was_there: bool
+
+
+def backbone_at(site: Site, model: Path | None) -> str:
+    """The fingerprint of the backbone of a merged model, or of the base.
+
+    Raises
+    ------
+    BaseMismatchError
+        The model is of another federation.
+    """
+    if model is not None:
+        record = read_provenance(model)
+        if not isinstance(record, Provenance):
+            raise DataError(
+                f"{model} was merged without a federation: calibrate a model of the hub."
+            )
+        check_of(record, site.federation, str(model))
+    weights = site.root / COPY / BASE_WEIGHTS if model is None else model / WEIGHTS
+    with TensorFile(weights) as file:
+        return backbone_of(file, site.federation.classifier).fingerprint
+
+
+def calibrate(
+    site: Site,
+    cases: Sequence[Case],
+    model: Path | None,
+    device: torch.device,
+    *,
+    skip_unreadable: bool = False,
+    stage: Callable[[str, int, int], None] = lambda name, done, of: None,
+) -> Calibration:
+    """One pass forward over the site's training images, and the moments of their features.
+
+    A class of fewer images than the policy's `minimum_class_count` is held back: its sum would give
+    its images' features away. The folder's name is a hash of the model and the images: what has
+    been measured before is not measured again.
+
+    Raises
+    ------
+    DataError
+        No class has enough images, or the model is none of this federation.
+    """
+    cases = sorted(split_of(cases, "train"), key=lambda case: case.file)
+    about = backbone_at(site, model)
+    told: list[object] = [about, site.config.federation, _minimum(site)]
+    told += [[case.file, case.label, case_key(case)] for case in cases]
+    folder = site.root / CALIBRATIONS / sha256_bytes(canonical_json(told))[7:19]
+    with alone(folder):
+        path = folder / payload_file("moments")
+        was_there = (folder / draft_file("moments")).is_file() and path.is_file()
+        skipped: list[str] = []
+        if was_there:
+            with TensorFile(path) as file:
+                found = momentsfile.read(file)
+        else:
+            images, skipped = decode(
+                cases,
+                site.federation.preprocessing,
+                cache=site.root / "cache",
+                skip_unreadable=skip_unreadable,
+                progress=lambda done, of: stage("decoding", done, of),
+            )
+            opened = network.load(site.base_folder if model is None else model)
+            features = network.features(
+                opened.to(device),
+                images,
+                device,
+                progress=lambda done, of: stage("features", done, of),
+            )
+            labels, classes = images.labels(), len(site.federation.classes)
+            kept = torch.bincount(labels, minlength=classes)[labels] >= _minimum(site)
+            if not bool(kept.any()):
+                raise DataError(
+                    f"no class has {_minimum(site)} training images, as the federation's policy "
+                    "asks for: fewer would give their features away; add images."
+                )
+            found = moments.measure(features.flatten(1)[kept], labels[kept], classes)
+            _write(site, folder, about, found)
+        counts = [int(count) for count in found.counts]
+        return Calibration(
+            folder,
+            path.stat().st_size,
+            tuple(counts),
+            _held_back(site, cases, counts),
+            tuple(skipped),
+            was_there,
+        )
+
+
+def _minimum(site: Site) -> int:
+    return site.federation.policy.minimum_class_count
+
+
+def _held_back(
+    site: Site, cases: Sequence[Case], counts: Sequence[int]
+) -> tuple[tuple[str, int], ...]:
+    there = Counter(case.label for case in cases)
+    classes = enumerate(site.federation.classes)
+    return tuple((n, there[i]) for i, n in classes if there[i] and not counts[i])
+
+
+def _write(site: Site, folder: Path, about: str, found: Moments) -> None:
+    federation, path = site.federation, folder / payload_file("moments")
+    origin = {
+        "base": federation.base_fingerprint,
+        "federation": federation.contract_hash,
+        "site": site.name,
+        "kind": "moments",
+        "about": about,
+    }
+    header = StatisticsHeader.model_validate(origin)
+    tensors = momentsfile.to_tensors(found)
+    write_tensors(path, tensors, (METADATA_KEY, canonical_json(header.model_dump()).decode()))
+    norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+    counts = {n: int(c) for n, c in zip(federation.classes, found.counts, strict=True)}
+    draft = Draft.model_validate(
+        {
+            **origin,
+            "payload": Payload(sha256=sha256_file(path), size=path.stat().st_size, norm=norm),
+            "class_counts": counts,
+            "preprocessing": federation.preprocessing.hash,
+            "software": software(),
+            "created_at": now(),
+        }
+    )
+    write_atomic(folder / draft_file("moments"), draft.model_dump_json(indent=2))

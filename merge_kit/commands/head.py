@@ -1,0 +1,82 @@
+"""merge-kit head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from merge_kit import reheading
+from merge_kit.commands.merging_options import contribution_options
+from merge_kit.commands.options import next_step, shown, typed_pairs
+from merge_kit.errors import UsageError
+from merge_kit.hub import open_hub
+from merge_kit.schema import parse
+from merge_kit.site import federation_on
+from merge_kit.solving import HeadOptions
+from merge_kit.writing import check_target
+
+
+@click.command()
+@click.argument("hub")
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--option",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="solver=discriminant or ridge, shrinkage, priors=uniform or counts, penalty.",
+)
+@contribution_options
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the model.")
+@click.option("--replace", is_flag=True, help="Replace an existing model of merge-kit.")
+def head(
+    hub: str,
+    model: Path | None,
+    option: tuple[str, ...],
+    sites: tuple[str, ...],
+    exclude: tuple[str, ...],
+    skip_refused: bool,
+    allow_unsigned: bool,
+    out: Path,
+    replace: bool,
+) -> None:
+    """Solve the classifier of MODEL, a model merged from HUB, from what sites measured of it.
+
+    Without MODEL it is that of the federation's base. The sites that have measured it with
+    'merge-kit calibrate' make one classifier: that of all their images, whoever came first.
+
+    \b
+    merge-kit head hub --out first
+    merge-kit head hub merged --out merged-calibrated
+    """
+    check_target(out, replace=replace)
+    options = parse(HeadOptions, typed_pairs(option, "--option"), "--option", UsageError)
+    opened = open_hub(hub)
+    federation = federation_on(opened)
+    with Console(stderr=True).status("checking what has arrived"):
+        chosen = reheading.find_model(opened, federation, model)
+        found, refused = reheading.find_moments(
+            opened,
+            federation,
+            chosen.backbone,
+            allow_unsigned=allow_unsigned,
+            skip_refused=skip_refused,
+            sites=sites,
+            exclude=exclude,
+        )
+    for entry in refused:
+        click.echo(f"Left out: {entry.problem}", err=True)
+    with Console(stderr=True).status("solving"):
+        solved, merged = reheading.rehead(federation, chosen, found, options, out, replace=replace)
+    click.echo(
+        f"Model in {out}: classifier of {len(found)} site(s) on "
+        f"{'the base' if model is None else model}"
+    )
+    chosen_by = {k: v for k, v in solved.options.model_dump(exclude_none=True).items()}
+    wanted = ("shrinkage", "priors") if solved.options.solver == "discriminant" else ("penalty",)
+    click.echo(f"  {solved.options.solver}, " + ", ".join(f"{k} {chosen_by[k]}" for k in wanted))
+    for name, count in zip(federation.classes, solved.counts.tolist(), strict=True):
+        click.echo(f"  {name:<20} {count:>8.0f} images{'' if count else ': nobody knows it yet'}")
+    click.echo(f"  fingerprint {merged}")
+    next_step(f"evaluate it with\n  merge-kit evaluate {shown(out)} --data <labels.csv>")

@@ -1,0 +1,202 @@
+"""A model folder with the classifier that follows from the moments of its backbone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_kit.checkpoints import WEIGHTS
+from merge_kit.configuration import CONFIG
+from merge_kit.contributions import Contribution, Entry, check_payloads, list_entries
+from merge_kit.errors import BaseMismatchError, ProvenanceError
+from merge_kit.federation import BASE_WEIGHTS, Federation, check_base
+from merge_kit.files import new_folder, write_atomic
+from merge_kit.hub import Hub
+from merge_kit.merging import CARD, choose, render, software
+from merge_kit.provenance import PROVENANCE, HeadRecord, Provenance, read_provenance
+from merge_kit.remembered import look
+from merge_kit.solving import (
+    Backbone,
+    HeadOptions,
+    Solved,
+    backbone_of,
+    head_tensors,
+    solve_from,
+)
+from merge_kit.tensorfile import TensorFile, TensorWriter, fingerprint, read_all
+from merge_kit.writing import METADATA, check_target
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The base of a federation, or a model that was merged from its hub."""
+
+    weights: Path
+    backbone: str
+    """Fingerprint of all but the classifier: what moments are about."""
+    record: Provenance | None
+    """None for the base."""
+
+
+def find_model(hub: Hub, federation: Federation, folder: Path | None) -> Model:
+    """The merged model in a folder, or the base where there is none.
+
+    Raises
+    ------
+    ProvenanceError
+        The folder holds no model that was merged from a hub.
+    BaseMismatchError
+        It is a model of another federation, or was changed after the merge.
+    """
+    if folder is None:
+        weights = hub.fetch(BASE_WEIGHTS)
+        check_base(federation, weights, str(weights))
+        return Model(weights, _backbone(weights, federation), None)
+    record = read_provenance(folder)
+    if not isinstance(record, Provenance):
+        raise ProvenanceError(
+            f"{folder} was merged without a federation: moments are for models of a hub."
+        )
+    check_of(record, federation, str(folder))
+    with TensorFile(folder / WEIGHTS) as file:
+        if (found := fingerprint(read_all(file))) != record.merged:
+            raise BaseMismatchError(
+                f"{folder / WEIGHTS} has the fingerprint {found}, its {PROVENANCE} states "
+                f"{record.merged}: one of the two was changed; merge again."
+            )
+    return Model(folder / WEIGHTS, _backbone(folder / WEIGHTS, federation), record)
+
+
+def check_of(record: Provenance, federation: Federation, where: str) -> None:
+    """Refuse a model of another contract.
+
+    Raises
+    ------
+    BaseMismatchError
+        Names both contracts.
+    """
+    if record.federation.hash != federation.contract_hash:
+        raise BaseMismatchError(
+            f"{where} is of the contract {record.federation.hash}, this federation's is "
+            f"{federation.contract_hash}: give a model that was merged from this hub."
+        )
+
+
+def _backbone(weights: Path, federation: Federation) -> str:
+    with TensorFile(weights) as file:
+        return look(file, Backbone, lambda opened: backbone_of(opened, federation.classifier))[
+            0
+        ].fingerprint
+
+
+def find_moments(
+    hub: Hub,
+    federation: Federation,
+    backbone: str,
+    *,
+    allow_unsigned: bool = False,
+    skip_refused: bool = False,
+    sites: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[list[Contribution], list[Entry]]:
+    """The moments of a backbone on a hub, checked, and the entries that were left out.
+
+    Raises
+    ------
+    ContributionError
+        One of them may not be used and `skip_refused` is false.
+    """
+    there = [
+        entry
+        for entry in list_entries(hub, federation)
+        if entry.contribution
+        and (entry.kind, entry.contribution.manifest.about) == ("moments", backbone)
+    ]
+    if not there:
+        return [], []
+    checked = check_payloads(there, federation, hub.fetch(BASE_WEIGHTS))
+    return choose(
+        checked,
+        allow_unsigned=allow_unsigned,
+        skip_refused=skip_refused,
+        sites=sites,
+        exclude=exclude,
+        kind="moments",
+    )
+
+
+def rehead(
+    federation: Federation,
+    model: Model,
+    found: Sequence[Contribution],
+    options: HeadOptions,
+    out: Path,
+    *,
+    replace: bool = False,
+) -> tuple[Solved, str]:
+    """Write the model with its solved classifier to a new folder; gives its fingerprint too.
+
+    All but the classifier is the model's, byte by byte. The folder appears whole or not at all.
+
+    Raises
+    ------
+    MergeKitError
+        There are no moments, a file changed after it was checked, or `out` exists.
+    """
+    check_target(out, replace=replace)
+    solved = solve_from(found, options)
+    with ExitStack() as stack:
+        file = stack.enter_context(TensorFile(model.weights))
+        heads = head_tensors(solved.head, federation, file.specs)
+        folder = stack.enter_context(new_folder(out, replace=replace))
+        with TensorWriter(folder / WEIGHTS, file.specs, METADATA) as writer:
+            for name in file.specs:
+                writer.write(name, heads[name] if name in heads else file.read(name))
+        with TensorFile(folder / WEIGHTS) as written:
+            merged = fingerprint(read_all(written))
+        record = provenance(federation, model, solved, merged)
+        write_atomic(folder / CONFIG, federation.model_config_json)
+        write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
+        write_atomic(folder / CARD, head_card(federation, record))
+    return solved, merged
+
+
+def head_card(federation: Federation, record: dict[str, Any]) -> str:
+    """The README.md of a model whose classifier was solved."""
+    return render("head_card.md.j2", federation=federation, record=record)
+
+
+def provenance(federation: Federation, model: Model, solved: Solved, merged: str) -> dict[str, Any]:
+    """What the model was made of: how its backbone was merged, and whose moments made the head."""
+    head = HeadRecord.model_validate(
+        {
+            "about": model.backbone,
+            "options": solved.options.model_dump(mode="json"),
+            "moments": [
+                {
+                    "id": c.id,
+                    "site": c.site,
+                    "payload": c.manifest.payload.sha256,
+                    "trust": c.trust.value,
+                    "public_key": c.key,
+                    "signature": c.signature,
+                }
+                for c in solved.moments
+            ],
+        }
+    )
+    of_the_base = {
+        "format": 1,
+        "federation": {"name": federation.name, "hash": federation.contract_hash},
+        "base": federation.base_fingerprint,
+        "recipe": None,
+        "contributions": [],
+        "refused": [],
+        "software": software(),
+    }
+    told = of_the_base if model.record is None else model.record.model_dump(mode="json")
+    return {**told, "merged": merged, "head": head.model_dump(mode="json")}
