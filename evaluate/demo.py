@@ -163,6 +163,10 @@ def _run_all(
     for name, images in stage.sites.items():
         _call("join", hub, "--site", name, "--folder", folders[name])
         _call("admit", hub, name, signing.public_key(Path(folders[name]) / KEY_FILE))
+        _call("calibrate", folders[name], *images, "--publish")
+    first = str(out / "first")
+    _call("head", hub, "--out", first)
+    for name, images in stage.sites.items():
         _call("finetune", folders[name], *images, *_flags(chosen))
         _call("publish", folders[name])
     _call("status", hub)
@@ -170,15 +174,22 @@ def _run_all(
     for method in ("mean", "sum", "ties"):
         merged.append(str(out / f"merged-{method}"))
         _call("merge", hub, "--method", method, "--out", merged[-1])
+    click.echo("\nOn any later day each hospital looks at one merged model with its own images.")
+    for name, images in stage.sites.items():
+        model = str(out / "merged-sum")
+        _call("calibrate", folders[name], *images, "--model", model, "--publish")
+    merged.append(str(out / "merged-sum-calibrated"))
+    _call("head", hub, str(out / "merged-sum"), "--out", merged[-1])
     click.echo("\nThe yardstick: one model trained on all images, which no hospital could do,")
     click.echo("for as many steps as all hospitals together.")
     pooled = str(out / "sites" / POOLED)
     _call("join", hub, "--site", POOLED, "--folder", pooled)
     steps = int(training.get("steps", TrainingOptions().steps)) * len(stage.sites)
     budget = {} if "epochs" in training else {"steps": str(steps)}
-    _call("finetune", pooled, *stage.union, *_flags({**chosen, **budget}))
+    own = {"head": "own"}  # a yardstick owes nothing to the hospitals
+    _call("finetune", pooled, *stage.union, *_flags({**chosen, **own, **budget}))
     report = out / "report"
-    models = [hub, *folders.values(), *merged, f"{POOLED}={pooled}"]
+    models = [hub, first, *folders.values(), *merged, f"{POOLED}={pooled}"]
     _call("evaluate", *models, "--pooled", POOLED, *stage.union, "--out", str(report))
     return report / "report.html"
 

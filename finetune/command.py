@@ -33,6 +33,7 @@ def _training_options(command: Any) -> Any:
     """One command-line option for each field of TrainingOptions."""
     kinds: dict[str, Any] = {
         "norm": click.Choice(["frozen", "update"]),
+        "head": click.Choice(["auto", "federation", "own"]),
         "balance": click.Choice(["none", "weights", "sampling"]),
         "augment": click.Choice(["none", "light", "strong"]),
         "flip": click.Choice(["none", "horizontal", "both"]),

@@ -31,8 +31,12 @@ class TrainingOptions(Document):
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises; then it falls as a cosine."""
     clip_norm: float | None = Field(default=1.0, gt=0)
+    head: Literal["auto", "federation", "own"] = "auto"
+    """Classifier to start from: the federation's, solved from the moments on the hub and kept as it
+    is, so that classifiers of several sites do not conflict; or the site's own, trained on the
+    frozen backbone and then with it; auto takes the federation's where there is one."""
     head_steps: int = Field(default=300, ge=0)
-    """Steps of the head on the frozen backbone's features."""
+    """Steps of the site's own head on the frozen backbone's features."""
     head_learning_rate: float = Field(default=0.01, gt=0)
     head_decay: float = Field(default=0.02, ge=0)
     """Factor of the squared norm of the head's weights in its loss: large heads merge badly."""
@@ -44,8 +48,9 @@ class TrainingOptions(Document):
     """Decay of the moving average of the weights that is published; 0 for none."""
     augment: Literal["none", "light", "strong"] = "light"
     flip: Literal["none", "horizontal", "both"] = "horizontal"
-    select: Literal["balanced_accuracy", "macro_auroc", "last"] = "balanced_accuracy"
-    """Which weights are kept: the best on the site's validation images, or the last."""
+    select: Literal["balanced_accuracy", "macro_auroc", "last"] = "last"
+    """Which weights are kept: the last, or the best on the site's validation images. The best of a
+    site with few of them may be those before the first step, which add nothing to a merge."""
     patience: int = Field(default=3, ge=1)
     """Validations without a better figure before training stops."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -57,6 +57,8 @@ class Progress:
                 f"macro AUROC {_figure(event['macro_auroc'])}"
                 + (" (best so far)" if event["best_step"] == event["step"] else "")
             )
+        elif kind == "head":
+            self._say(f"starts from {event['text']}")
         elif kind == "resumed":
             self._say(f"going on after step {event['step']}")
 

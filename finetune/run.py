@@ -24,6 +24,7 @@ from finetune.cases import Case, case_key
 from finetune.options import TrainingOptions
 from finetune.pixels import Images, decode
 from finetune.splits import split_of
+from finetune.starting import HEAD, StartingHead, put, starting_head
 from merge_kit import vector
 from merge_kit.errors import TrainingError
 from merge_kit.federation import BASE_WEIGHTS, check_base
@@ -152,6 +153,11 @@ def finetune(
         write_atomic(folder / RECORD, json.dumps(record, indent=2))
         log = _Log(folder / METRICS, report)
         model = network.load(site.base_folder)
+        head = _starting_head(site, folder, options)
+        if isinstance(head, StartingHead):
+            put(head, model)
+            options = options.model_copy(update={"head_steps": 0})
+        report({"event": "head", "text": head if isinstance(head, str) else head.told})
         labels = material.train.labels()
         seen = losses.seen_classes(labels, len(site.federation.classes))
         task = training.Task(model, material.train, material.validation, seen, options, device)
@@ -171,7 +177,8 @@ def finetune(
             folder / MODEL / "config.json", (site.base_folder / "config.json").read_bytes()
         )
         norm = _write_vector(site, trained.state, folder / VECTOR)
-        draft = _draft(site, folder / VECTOR, norm, task, trained, figures)
+        digest = head.digest if isinstance(head, StartingHead) else None
+        draft = _draft(site, folder / VECTOR, norm, task, trained, figures, digest)
         write_atomic(folder / DRAFT, draft.model_dump_json(indent=2))
         write_atomic(folder / CASES, _case_table(material.cases, site.federation.classes))
         write_atomic(folder / CURVES, curves.draw(log.lines()))
@@ -179,6 +186,12 @@ def finetune(
         write_atomic(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False))
         (folder / CHECKPOINT).unlink(missing_ok=True)
         return Run(folder, summary, False)
+
+
+def _starting_head(site: Site, folder: Path, options: TrainingOptions) -> StartingHead | str:
+    if (folder / CHECKPOINT).is_file() and not (folder / HEAD).is_file():
+        return "the site's own classifier, as it was."
+    return starting_head(site, folder, options.head)
 
 
 @contextmanager
@@ -239,6 +252,7 @@ def _draft(
     task: training.Task,
     trained: training.Trained,
     figures: Mapping[str, scores.Interval],
+    head: str | None,
 ) -> Draft:
     federation = site.federation
     found = torch.bincount(task.train.labels(), minlength=len(federation.classes)).tolist()
@@ -255,6 +269,7 @@ def _draft(
             optimizer="adamw",
             learning_rate=task.options.learning_rate,
             seed=task.options.seed,
+            head=head,
         ),
         preprocessing=federation.preprocessing.hash,
         validation=Validation(

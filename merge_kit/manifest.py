@@ -57,6 +57,15 @@ class Training(Document):
     optimizer: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,40}$")]
     learning_rate: float = Field(gt=0)
     seed: int
+    head: Digest | None = None
+    """Of the federation's classifier that training started from and kept; None for the site's own.
+    """
+
+    @model_serializer(mode="wrap")
+    def _without_an_empty_field(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # As in `Draft`.
+        fields: dict[str, Any] = serialize(self)
+        return {key: value for key, value in fields.items() if key != "head" or value is not None}
 
 
 class Estimate(Document):

@@ -49,7 +49,7 @@ def test_the_day_of_each_role_runs_as_written(tmp_path):
     assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
     report = json.loads((tmp_path / "play" / "report" / "report.json").read_text())
     names = [entry["name"] for entry in report["models"]]
-    assert names == ["base", "north", "river", "merged", "merged-ties"]
+    assert names == ["base", "first", "north", "river", "merged", "merged-ties", "calibrated"]
     assert "<title>" in (tmp_path / "play" / "report" / "report.html").read_text()
 
 

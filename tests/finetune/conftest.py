@@ -7,6 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from merge_kit import signing
+from merge_kit import site as sites
+from merge_kit.federation import FEDERATION_FILE, read_federation
+from tests.finetune.pictures import write_table
+
+HOSPITALS = {
+    "north": {"round": 7, "lobed": 6, "granular": 0},
+    "south": {"round": 5, "lobed": 0, "granular": 9},
+}
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -15,3 +25,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def hospitals(hub, tmp_path):
+    """Two joined and admitted sites with images."""
+    tables = {}
+    for seed, (name, counts) in enumerate(HOSPITALS.items()):
+        joined = sites.join(hub, name, tmp_path / name)
+        federation = read_federation(hub.root).admit(name, signing.public_key(joined.key_file))
+        hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+        tables[name] = write_table(tmp_path / "images" / name, counts, seed=seed)
+    return tables
+
+
+@pytest.fixture
+def calibrate(hub, hospitals, run_cli, tmp_path):
+    """`merge-kit calibrate` and `publish`; gives the folder."""
+
+    def go(name, *arguments):
+        result = run_cli("calibrate", tmp_path / name, "--data", hospitals[name], *arguments)
+        assert result.exit_code == 0, result.output
+        folder = max((tmp_path / name / "calibrations").iterdir(), key=lambda p: p.stat().st_mtime)
+        result = run_cli("publish", tmp_path / name, "--run", folder)
+        assert result.exit_code == 0, result.output
+        return folder
+
+    return go

@@ -4,51 +4,20 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 
 from finetune import network
 from finetune.cases import load_cases
 from finetune.pixels import decode
-from merge_kit import moments, momentsfile, signing
+from merge_kit import moments, momentsfile
 from merge_kit import site as sites
 from merge_kit.federation import FEDERATION_FILE, Policy, read_federation
 from merge_kit.tensorfile import TensorFile
+from tests.finetune.conftest import HOSPITALS
 from tests.finetune.pictures import write_table
 from tests.merge_kit.helpers import load
 
-COUNTS = {
-    "north": {"round": 7, "lobed": 6, "granular": 0},
-    "south": {"round": 5, "lobed": 0, "granular": 9},
-}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def hospitals(hub, tmp_path):
-    """Two joined and admitted sites with images."""
-    tables = {}
-    for seed, (name, counts) in enumerate(COUNTS.items()):
-        joined = sites.join(hub, name, tmp_path / name)
-        federation = read_federation(hub.root).admit(name, signing.public_key(joined.key_file))
-        hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
-        tables[name] = write_table(tmp_path / "images" / name, counts, seed=seed)
-    return tables
-
-
-@pytest.fixture
-def calibrate(hub, hospitals, run_cli, tmp_path):
-    """`merge-kit calibrate` and `publish`; gives the folder."""
-
-    def go(name, *arguments):
-        result = run_cli("calibrate", tmp_path / name, "--data", hospitals[name], *arguments)
-        assert result.exit_code == 0, result.output
-        folder = max((tmp_path / name / "calibrations").iterdir(), key=lambda p: p.stat().st_mtime)
-        result = run_cli("publish", tmp_path / name, "--run", folder)
-        assert result.exit_code == 0, result.output
-        return folder
-
-    return go
 
 
 def pooled(hub, hospitals, model_folder):
@@ -98,7 +67,7 @@ def test_a_merged_model_is_calibrated_by_those_who_come(
 def test_what_leaves_the_site_names_no_training(calibrate, tmp_path):
     folder = calibrate("north")
     manifest = json.loads((folder / "moments.manifest.json").read_bytes())
-    assert manifest["class_counts"] == COUNTS["north"]
+    assert manifest["class_counts"] == HOSPITALS["north"]
     assert {"training", "validation", "supersedes"} & set(manifest) == {"supersedes"}
     with TensorFile(folder / "moments.safetensors") as file:
         assert set(file.specs) == momentsfile.NAMES
