@@ -29,10 +29,11 @@ from merge_kit.yamlfile import read_yaml
 _TRAINING = TrainingOptions()
 
 
-def _training_options(command: Any) -> Any:
+def training_options(command: Any) -> Any:
     """One command-line option for each field of TrainingOptions."""
     kinds: dict[str, Any] = {
-        "norm": click.Choice(["frozen", "update"]),
+        "norm": click.Choice(["frozen", "update", "fixed"]),
+        "optimizer": click.Choice(["adamw", "sgd"]),
         "head": click.Choice(["auto", "federation", "own"]),
         "balance": click.Choice(["none", "weights", "sampling"]),
         "augment": click.Choice(["none", "light", "strong"]),
@@ -61,7 +62,7 @@ def _training_options(command: Any) -> Any:
 @click.option("--test-fraction", default=0.25, show_default=True, help="If the table has no split.")
 @click.option("--split-seed", default=0, show_default=True, help="Seed of the split.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of training options.")
-@_training_options
+@training_options
 @click.pass_context
 def finetune(
     context: click.Context,
@@ -88,7 +89,7 @@ def finetune(
     if data.suffix == ".npz" and not mapping:
         places = ", ".join(f"{i}={name}" for i, name in enumerate(site.federation.classes))
         click.echo(f"The labels of {data.name} are taken as {places}; --map 0=<class> changes it.")
-    options = _options(context, config, training)
+    options = options_of(context, config, training)
     chosen = choose_device(device)
     cases = load_cases(
         data,
@@ -126,7 +127,16 @@ def finetune(
     )
 
 
-def _options(context: click.Context, config: Path | None, given: dict[str, Any]) -> TrainingOptions:
+def options_of(
+    context: click.Context, config: Path | None, given: Mapping[str, Any]
+) -> TrainingOptions:
+    """Training options of a command line, over those of a YAML file.
+
+    Raises
+    ------
+    UsageError
+        A key or value is wrong, or --steps and --epochs are given both.
+    """
     typed = {
         name: value
         for name, value in given.items()

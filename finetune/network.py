@@ -95,12 +95,12 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 
 
 def training_mode(model: nn.Module, norm: str) -> None:
-    """Training mode; with ``frozen`` every batch norm keeps and uses the base's statistics.
+    """Training mode; unless with ``update`` every batch norm keeps and uses the base's statistics.
 
     A site's batches are small and skewed: their statistics are noise that no merge can undo.
     """
     model.train()
-    if norm == "frozen":
+    if norm != "update":
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()

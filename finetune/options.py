@@ -40,8 +40,18 @@ class TrainingOptions(Document):
     head_learning_rate: float = Field(default=0.01, gt=0)
     head_decay: float = Field(default=0.02, ge=0)
     """Factor of the squared norm of the head's weights in its loss: large heads merge badly."""
-    norm: Literal["frozen", "update"] = "frozen"
-    """Running statistics of batch norm: the base's, or updated from the site's batches."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    blocks: float = Field(default=1.0, gt=0, le=1)
+    """Share of the backbone's blocks that are trained, counted from the last one."""
+    distance: float = Field(default=0.0, ge=0)
+    """Pull of the trained weights towards the base's (L2-SP, FedProx)."""
+    sharpness: float = Field(default=0.0, ge=0)
+    """Radius of sharpness-aware minimisation; 0 for none. Doubles the time of a step."""
+    average: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the last steps whose weights are averaged (SWA); 0 for none."""
+    norm: Literal["frozen", "update", "fixed"] = "frozen"
+    """Batch norm: running statistics of the base, or updated from the site's batches; or fixed, the
+    weights of all norm layers, too."""
     balance: Literal["none", "weights", "sampling"] = "sampling"
     """Against class imbalance: nothing, weights in the loss, or classes drawn alike."""
     ema: float = Field(default=0.0, ge=0, lt=1)

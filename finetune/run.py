@@ -25,6 +25,7 @@ from finetune.options import TrainingOptions
 from finetune.pixels import Images, decode
 from finetune.splits import split_of
 from finetune.starting import HEAD, StartingHead, put, starting_head
+from finetune.tasks import Report, Task
 from merge_kit import vector
 from merge_kit.errors import TrainingError
 from merge_kit.federation import BASE_WEIGHTS, check_base
@@ -128,7 +129,7 @@ def finetune(
     options: TrainingOptions,
     folder: Path,
     device: torch.device,
-    report: training.Report,
+    report: Report,
     *,
     data: Path | None = None,
     images: Path | None = None,
@@ -160,7 +161,7 @@ def finetune(
         report({"event": "head", "text": head if isinstance(head, str) else head.told})
         labels = material.train.labels()
         seen = losses.seen_classes(labels, len(site.federation.classes))
-        task = training.Task(model, material.train, material.validation, seen, options, device)
+        task = Task(model, material.train, material.validation, seen, options, device)
         trained = training.train(task, folder / CHECKPOINT, log)
         model.load_state_dict(trained.state)
         outputs = network.logits(model, material.validation, device)
@@ -249,7 +250,7 @@ def _draft(
     site: Site,
     path: Path,
     norm: float,
-    task: training.Task,
+    task: Task,
     trained: training.Trained,
     figures: Mapping[str, scores.Interval],
     head: str | None,
@@ -266,7 +267,7 @@ def _draft(
         training=Training(
             steps=trained.steps,
             epochs=trained.epochs,
-            optimizer="adamw",
+            optimizer=task.options.optimizer,
             learning_rate=task.options.learning_rate,
             seed=task.options.seed,
             head=head,
@@ -340,7 +341,7 @@ def _summary(
 class _Log:
     """metrics.jsonl: one line per step and validation, kept in step with the checkpoint."""
 
-    def __init__(self, path: Path, report: training.Report) -> None:
+    def __init__(self, path: Path, report: Report) -> None:
         self._path, self._report = path, report
         self._fresh = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
-from finetune import network, scores
+from finetune import levers, network, scores
 from finetune.feed import Feed, draw_seed
 from finetune.losses import class_weights, loss_on_seen
-from finetune.options import TrainingOptions
-from finetune.pixels import Images, augment
+from finetune.pixels import augment
+from finetune.tasks import Report, Task, restore_rows, stage, train_head
 from merge_kit.errors import TrainingError
 from merge_kit.files import canonical_json, sha256_bytes, write_atomic
 
@@ -45,61 +45,6 @@ class Trained:
     steps: int
     """Steps after which they were kept; 0 is the head alone."""
     epochs: int
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What is trained on what."""
-
-    model: nn.Module
-    train: Images
-    validation: Images
-    seen: Tensor
-    """(C,) bool: classes that the site has training images of."""
-    options: TrainingOptions
-    device: torch.device
-
-
-Report = Callable[[Mapping[str, Any]], None]
-
-
-def train_head(task: Task, report: Report) -> None:
-    """Fit the classifier on the frozen backbone's features, in place, with the whole set a step.
-
-    Features come from the centre view in evaluation mode and are computed once; the fit then costs
-    seconds. Rows of classes that the site has not seen stay as they are.
-    """
-    options, head = task.options, network.head_of(task.model)
-    if options.head_steps == 0:
-        return
-    inputs = network.features(
-        task.model, task.train, task.device, progress=_stage(report, "features")
-    ).to(task.device)
-    labels, seen = task.train.labels().to(task.device), task.seen.to(task.device)
-    weights = None if options.balance == "none" else class_weights(labels, seen)
-    start = {name: p.detach().clone() for name, p in head.named_parameters()}
-    optimizer = torch.optim.AdamW(
-        head.parameters(), lr=options.head_learning_rate, weight_decay=0.0
-    )
-    rows = next(p for n, p in head.named_parameters() if n == "weight")
-    with torch.enable_grad():
-        for step in range(options.head_steps):
-            rate = 0.5 * (1 + math.cos(math.pi * step / options.head_steps))
-            optimizer.param_groups[0]["lr"] = options.head_learning_rate * rate
-            optimizer.zero_grad()
-            loss = loss_on_seen(head(inputs).flatten(1), labels, seen, weights)
-            penalty = options.head_decay * rows[seen].square().sum()
-            torch.autograd.backward(loss + penalty)
-            optimizer.step()
-            _restore_rows(head, start, seen)
-    optimizer.zero_grad()  # else the first step of the whole network would add to these gradients
-
-
-def _restore_rows(head: nn.Module, start: Mapping[str, Tensor], seen: Tensor) -> None:
-    # The gradient of an unseen row is zero, but weight decay would still shrink it.
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            parameter[~seen] = start[name][~seen]
 
 
 def train(task: Task, checkpoint: Path, report: Report) -> Trained:
@@ -131,6 +76,9 @@ class _Loop:
         options = task.options
         self.task, self.report = task, report
         self.model = task.model.to(task.device)
+        levers.freeze(self.model, options)
+        self.anchor = levers.anchor_of(self.model) if options.distance else {}
+        self.average = levers.Average()
         self.model.to(memory_format=torch.channels_last)
         per_step = options.batch_size * options.accumulate
         self.updates = max(1, math.ceil(len(task.train) / per_step))
@@ -139,7 +87,7 @@ class _Loop:
         self.interval = max(1, math.ceil(self.total / options.validations))
         self.optimizer = create_optimizer_v2(
             self.model,
-            opt="adamw",
+            opt=options.optimizer,
             lr=options.learning_rate,
             weight_decay=options.weight_decay,
             layer_decay=options.layer_decay if options.layer_decay < 1 else None,
@@ -208,12 +156,49 @@ class _Loop:
         weights = None
         if options.balance == "weights":
             weights = class_weights(self.labels, self.task.seen).to(self.task.device)
-        total, mass = 0.0, sum(float(self.masses[indices].sum()) for indices, _ in batches)
-        for indices, pixels in batches:
-            pixels = pixels.to(self.task.device)
-            batch = augment(
-                pixels, self.task.train.preprocessing, options.augment, options.flip, generator
-            ).contiguous(memory_format=torch.channels_last)
+        mass = sum(float(self.masses[indices].sum()) for indices, _ in batches)
+        ready = [
+            (
+                augment(
+                    pixels.to(self.task.device),
+                    self.task.train.preprocessing,
+                    options.augment,
+                    options.flip,
+                    generator,
+                ).contiguous(memory_format=torch.channels_last),
+                indices,
+            )
+            for indices, pixels in batches
+        ]
+        total = self._gradients(ready, mass, seen, weights)
+        if options.sharpness:
+            descend = levers.climb(self.model, options.sharpness)
+            self._gradients(ready, mass, seen, weights)
+            descend()
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the loss is not finite at step {self.step + 1}: "
+                "lower --learning-rate, or use --precision float32."
+            )
+        if options.distance:
+            levers.pull(self.model, self.anchor, options.distance)
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        self._step()
+        self.loss_sum, self.loss_count = self.loss_sum + total, self.loss_count + 1
+        self.report(
+            {"event": "step", "step": self.step, "of": self.total, "loss": total, "lr": rate}
+        )
+
+    def _gradients(
+        self,
+        batches: Sequence[tuple[Tensor, list[int]]],
+        mass: float,
+        seen: Tensor,
+        weights: Tensor | None,
+    ) -> float:
+        """Add the gradients of a step's batches up; gives the mean loss."""
+        options, total = self.task.options, 0.0
+        for batch, indices in batches:
             labels = self.labels[indices].to(self.task.device)
             # One image alone has no batch statistics: torch refuses it where a map is one pixel.
             network.training_mode(self.model, options.norm if len(indices) > 1 else "frozen")
@@ -223,40 +208,34 @@ class _Loop:
             share = float(self.masses[indices].sum()) / mass  # as in the mean over the whole step
             torch.autograd.backward(loss * share)
             total += float(loss.detach()) * share
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"the loss is not finite at step {self.step + 1}: "
-                "lower --learning-rate, or use --precision float32."
-            )
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
-        self._step()
-        self.loss_sum, self.loss_count = self.loss_sum + total, self.loss_count + 1
-        self.report(
-            {"event": "step", "step": self.step, "of": self.total, "loss": total, "lr": rate}
-        )
+        return total
 
     def _step(self) -> None:
         if self.task.options.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.task.options.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        _restore_rows(
+        restore_rows(
             network.head_of(self.model), self.head_start, self.task.seen.to(self.task.device)
         )
         self.step += 1
         self.scheduler.step_update(self.step)
         if self.ema:
             self.ema.update(self.model)
+        if self.step > self.total * (1 - self.task.options.average):
+            self.average.add(self.model)
 
     def _validate(self) -> None:
         model = self.ema.module if self.ema else self.model
-        figures = validate(model, self.task, self.report)
-        if self._is_better(figures):
-            self.best, self.best_step = figures, self.step
-            self.best_state = {n: t.detach().cpu().clone() for n, t in model.state_dict().items()}
-            self.stale = 0
-        else:
-            self.stale += 1
+        with self.average.put(model):
+            figures = validate(model, self.task, self.report)
+            if self._is_better(figures):
+                self.best, self.best_step = figures, self.step
+                state = model.state_dict()
+                self.best_state = {n: t.detach().cpu().clone() for n, t in state.items()}
+                self.stale = 0
+            else:
+                self.stale += 1
         mean_loss = self.loss_sum / self.loss_count if self.loss_count else None
         self.loss_sum, self.loss_count = 0.0, 0
         self.report(
@@ -290,6 +269,7 @@ class _Loop:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "head_start": self.head_start,
+            "average": [self.average.sums, self.average.count],
             "step": self.step,
             "stale": self.stale,
             "loss": [self.loss_sum, self.loss_count],
@@ -330,6 +310,8 @@ class _Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.head_start = state["head_start"]
+        sums, self.average.count = state["average"]
+        self.average.sums = {n: t.cpu() for n, t in sums.items()}
         self.step, self.stale = state["step"], state["stale"]
         self.loss_sum, self.loss_count = state["loss"]
         self.best = Figures(*state["best"]) if state["best"] else None
@@ -350,7 +332,7 @@ def validate(model: nn.Module, task: Task, report: Report) -> Figures:
     Classes without training images are never predicted; the loss is over the images of the others.
     """
     outputs = network.logits(
-        model, task.validation, task.device, progress=_stage(report, "validation")
+        model, task.validation, task.device, progress=stage(report, "validation")
     )
     if not torch.isfinite(outputs).all():
         raise TrainingError(
@@ -367,10 +349,6 @@ def validate(model: nn.Module, task: Task, report: Report) -> Figures:
         scores.balanced_accuracy(labels.numpy(), probabilities),
         scores.macro_auroc(labels.numpy(), probabilities),
     )
-
-
-def _stage(report: Report, name: str) -> Callable[[int, int], None]:
-    return lambda done, of: report({"event": "stage", "name": name, "done": done, "of": of})
 
 
 def _or_none(value: float) -> float | None:

@@ -35,6 +35,14 @@ COMMANDS = {
     "select": ("evaluate.select_command:select", "Choose a merge on validation images."),
     "evaluate": ("evaluate.command:evaluate", "Evaluate models on labelled images."),
     "compare": ("evaluate.command:compare", "Compare models with one of them."),
+    "experiment": (
+        "evaluate.experiments.command:experiment",
+        "Run a whole federation from one file, with baselines.",
+    ),
+    "rounds": (
+        "evaluate.experiments.rounds_command:rounds",
+        "Train in synchronous rounds: the yardstick of experiments.",
+    ),
     "methods": ("merge_kit.commands.methods:methods", "List the merge methods."),
     "demo": ("evaluate.demo:demo", "Run the whole job on generated or your own images."),
     "doctor": ("merge_kit.commands.doctor:doctor", "Check this machine."),

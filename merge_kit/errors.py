@@ -99,3 +99,7 @@ class HubError(MergeKitError):
 
 class TrainingError(MergeKitError):
     """A fine-tuning run cannot go on."""
+
+
+class ExperimentError(MergeKitError):
+    """A command of an experiment failed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from merge_kit import site
@@ -17,8 +19,11 @@ from merge_kit.hub import open_hub
 def admit(hub: str, name: str, key: str) -> None:
     """Let SITE contribute to the federation on HUB with the public KEY that it printed at join.
 
-    Ask the site on another channel (a telephone) whether the key is theirs.
+    KEY may be the file that holds it. Ask the site on another channel (a telephone) whether the key
+    is theirs.
     """
+    if Path(key).is_file():
+        key = Path(key).read_text(encoding="utf-8").strip()
     opened = open_hub(hub)
     federation = site.federation_on(opened)
     extended = federation.admit(name, key)

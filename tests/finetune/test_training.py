@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from finetune import feed, losses, network, training
 from finetune.options import TrainingOptions
-from finetune.training import Task, Trained
+from finetune.tasks import Task, train_head
+from finetune.training import Trained
 from merge_kit.errors import TrainingError
 from tests.finetune.pictures import images
 
@@ -147,7 +148,7 @@ def test_no_two_streams_of_a_run_share_a_seed():
 def test_the_head_learns_on_frozen_features(make_task):
     task = make_task(head_steps=200)
     before = {n: t.clone() for n, t in task.model.state_dict().items()}
-    training.train_head(task, ignore)
+    train_head(task, ignore)
     changed = {n for n, t in task.model.state_dict().items() if not torch.equal(before[n], t)}
     right = network.logits(task.model, task.train, CPU).argmax(dim=1) == task.train.labels()
     assert changed == {"fc.weight", "fc.bias"}
@@ -157,14 +158,14 @@ def test_the_head_learns_on_frozen_features(make_task):
 def test_no_head_steps_leave_the_head_alone(make_task):
     task = make_task(head_steps=0)
     before = base_head(task)
-    training.train_head(task, ignore)
+    train_head(task, ignore)
     assert all(torch.equal(before[n], p) for n, p in base_head(task).items())
 
 
 def test_head_decay_keeps_the_head_small(make_task):
     free, held = make_task(head_decay=0.0), make_task(head_decay=1.0)
     for task in (free, held):
-        training.train_head(task, ignore)
+        train_head(task, ignore)
     assert base_head(held)["weight"].norm() < 0.8 * base_head(free)["weight"].norm()
 
 

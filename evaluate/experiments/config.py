@@ -1,0 +1,136 @@
+"""A whole federation in one YAML file, checked."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from finetune.options import TrainingOptions, make_options
+from merge_kit.errors import UsageError
+from merge_kit.schema import Document, Place, SiteName, parse
+from merge_kit.yamlfile import read_yaml
+
+Baseline = Literal["single", "pooled", "ensemble"]
+Strategy = Literal["fedavg", "fedavg-common", "fedprox", "fedsgd", "fedbn"]
+
+
+class Split(Document):
+    """Artificial sites, drawn by the seed from the cases of one table."""
+
+    kind: Literal["dirichlet", "missing", "quantity", "shift"]
+    """dirichlet: each class's cases are shared out by a draw from Dirichlet(alpha) (arXiv
+    1909.06335); missing: each site lacks `missing` classes; quantity: sites' sizes are a draw from
+    Dirichlet(alpha); shift: equal shares, each site with colours and sharpness of its own."""
+    sites: int = Field(ge=2, le=100)
+    alpha: float = Field(default=0.5, gt=0)
+    missing: int = Field(default=1, ge=1)
+
+
+class Backbone(Document):
+    """What all sites start from: options of `merge-kit init`."""
+
+    name: str
+    weights: str | None = None
+    """A file, from the same folder; null for the Hugging Face Hub."""
+    init: str = ""
+    """More options of `merge-kit init`, as on a command line."""
+
+
+class Merge(Document):
+    """One way to merge."""
+
+    options: str = ""
+    """Of `merge-kit merge`, as on a command line."""
+    calibrate: bool = False
+    """Whether the sites measure the merged model and its classifier is solved again."""
+    head: str = ""
+    """Options of `merge-kit head`, where it is."""
+
+
+class Arrivals(Document):
+    """Sites that come one by one, and leave one by one in the same order; of the first seed."""
+
+    merge: SiteName
+    orders: int = Field(default=3, ge=1, le=20)
+
+
+class Experiment(Document):
+    """What is run."""
+
+    format: Literal[1] = 1
+    name: SiteName
+    data: str
+    """A CSV with file,label and, for natural sites, site; from the folder of this file or --root."""
+    sites: Literal["natural"] | Split = "natural"
+    classes: tuple[str, ...] = ()
+    """In their order; empty for all labels of the table, sorted."""
+    backbone: Backbone
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Training options of every site that are not the defaults."""
+    merges: dict[SiteName, Merge] = Field(min_length=1)
+    baselines: tuple[Baseline, ...] = ("single", "pooled", "ensemble")
+    rounds: int = Field(default=10, ge=1)
+    """Of each strategy; all sites train as many steps as for one vector, in equal parts."""
+    strategies: tuple[Strategy, ...] = ("fedavg", "fedavg-common")
+    unseen: tuple[SiteName, ...] = ()
+    """Merges for which every site is left out once, from its first day on, and tested on; of the
+    first seed."""
+    arrivals: Arrivals | None = None
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+
+    @field_validator("seeds", "baselines", "strategies", "unseen")
+    @classmethod
+    def _each_once(cls, found: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(found)) != len(found):
+            raise ValueError("an entry is named twice")
+        return found
+
+    @model_validator(mode="after")
+    def _merges_are_there(self) -> Experiment:
+        named = [*self.unseen, *([self.arrivals.merge] if self.arrivals else [])]
+        if odd := [name for name in named if name not in self.merges]:
+            raise ValueError(f"'{odd[0]}' is none of the merges")
+        return self
+
+    @property
+    def options(self) -> TrainingOptions:
+        """How every site trains, without its seed."""
+        return make_options(self.training, "training")
+
+
+def read_experiment(path: Path, root: Path) -> Experiment:
+    """Read and check an experiment whose paths start from `root`.
+
+    Raises
+    ------
+    UsageError
+        A key or value is wrong, or a file that it names is not there.
+    """
+    file = read_yaml(path, UsageError)
+    found = parse(Experiment, file.data, file.place, UsageError)
+    make_options(found.training, file.place.inside(f"{file.place}, training", "training"))
+    for named, key in ((found.data, "data"), (found.backbone.weights, "weights")):
+        if named and not (root / named).exists():
+            raise UsageError(
+                f"{_at(file.place, key)}: {root / named} does not exist: paths start from {root}; "
+                "--root changes it."
+            )
+    for name, merge in found.merges.items():
+        for text in (merge.options, merge.head):
+            _split(text, f"{file.place.at('merges', name)}: '{name}'")
+    _split(found.backbone.init, f"{file.place.at('backbone', 'init')}: 'init'")
+    return found
+
+
+def _at(place: Place, key: str) -> str:
+    return place.at("backbone", key) if key == "weights" else place.at(key)
+
+
+def _split(text: str, where: str) -> None:
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{where} has a quotation mark without its pair: close it.") from error

@@ -1,0 +1,116 @@
+"""The evaluation of each federation of an experiment, by the command that everybody uses."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from evaluate.experiments import combined, running
+from evaluate.experiments.config import Experiment
+from evaluate.experiments.plan import POOLED, Fold
+from evaluate.experiments.tables import Union
+from merge_kit.files import write_atomic
+
+REPORT, ARRIVALS = "report", "arrivals"
+SHARED = "shared"
+"""Ends the name of a site's own part of the federation: trained from the common classifier."""
+
+
+def evaluate(
+    folds: list[Fold],
+    experiment: Experiment,
+    union: Callable[[Fold], Union],
+    jobs: int,
+    say: Callable[[str], None],
+    device: str | None,
+) -> None:
+    """Evaluate what has been made; then, from the probabilities, what is no one network."""
+    for fold in folds:
+        _first(fold, experiment, union(fold))
+    running.run(folds, jobs, say, device)
+    again = [fold for fold in folds if fold.left_out is None]
+    if _has_combined(experiment):
+        for fold in again:
+            _combined(fold, experiment, union(fold))
+        running.run(again, jobs, say, device)
+
+
+def members_of(fold: Fold, union: Union) -> dict[str, Path]:
+    """The models that the sites have published, by name."""
+    sites = [site for site in union.sites if site != fold.left_out]
+    return {f"{site}-{SHARED}": fold.root / "sites" / site for site in sites}
+
+
+def _has_combined(experiment: Experiment) -> bool:
+    return "ensemble" in experiment.baselines or "fedbn" in experiment.strategies
+
+
+def _models(fold: Fold, experiment: Experiment, union: Union) -> dict[str, Path]:
+    there = set(fold.arrivals.values()) - set(experiment.merges)
+    found = {name: path for name, path in fold.models.items() if name not in there}
+    if fold.left_out is None:
+        found |= members_of(fold, union)
+    if "fedbn" in found:
+        folder = found.pop("fedbn")
+        found |= {f"fedbn-{site}": folder / site for site in union.sites}
+    return found
+
+
+def _add(fold: Fold, union: Union, models: dict[str, Path], out: str, *more: object) -> None:
+    roles = [("--pooled", POOLED)] if POOLED in models else []
+    roles += [("--federated", n) for n in models if n.startswith("fed")]
+    fold.add(
+        "evaluate", fold.root / "hub", *[f"{name}={path}" for name, path in models.items()],
+        "--data", union.path, "--images", union.images, *[part for role in roles for part in role],
+        *more, "--replace", "--out", fold.root / out, after=list(fold.jobs),
+    )  # fmt: skip
+
+
+def _first(fold: Fold, experiment: Experiment, union: Union) -> None:
+    before = list(fold.jobs)
+    models = _models(fold, experiment, union)
+    if fold.left_out is not None:
+        only = ("--where", f"site={fold.left_out}", "--external", fold.left_out, "--split", "all")
+        _add(fold, union, models, REPORT, *only)
+        return
+    _add(fold, union, models, REPORT)
+    arrived = {name: fold.models[name] for name in fold.arrivals.values()}
+    if arrived:
+        fold.add(
+            "evaluate", *[f"{name}={path}" for name, path in sorted(arrived.items())],
+            "--data", union.path, "--images", union.images, "--replace",
+            "--out", fold.root / ARRIVALS, after=before,
+        )  # fmt: skip
+
+
+def _combined(fold: Fold, experiment: Experiment, union: Union) -> None:
+    """Write the combined predictions, and evaluate again with them: no network runs twice."""
+    outputs = combined.read_outputs(fold.root / REPORT / "predictions.csv")
+    folder, models = fold.root / "combined", _models(fold, experiment, union)
+    if "ensemble" in experiment.baselines:
+        members, sizes = members_of(fold, union), training_images(union)
+        for name, weigh in (("uniform", lambda n: 1.0), ("sqrt", math.sqrt)):
+            weights = [weigh(sizes[site]) for site in union.sites]
+            found = combined.ensemble(outputs, list(members), weights)
+            models[f"ensemble-{name}"] = folder / f"ensemble-{name}.csv"
+            combined.write_outputs(models[f"ensemble-{name}"], outputs, found)
+    if "fedbn" in experiment.strategies:
+        found = combined.by_site(outputs, {site: f"fedbn-{site}" for site in union.sites})
+        models["fedbn"] = folder / "fedbn.csv"
+        combined.write_outputs(models["fedbn"], outputs, found)
+    _add(fold, union, models, REPORT)
+
+
+def training_images(union: Union) -> dict[str, int]:
+    """Training images of each site."""
+    with union.path.open(encoding="utf-8", newline="") as file:
+        found = Counter(row["site"] for row in csv.DictReader(file) if row["split"] == "train")
+    return dict(found)
+
+
+def note(path: Path, text: str) -> None:
+    """Write a text of an experiment."""
+    write_atomic(path, text)

@@ -1,0 +1,282 @@
+"""The commands of an experiment, in their order: each is known by its content."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evaluate.experiments.config import Experiment
+from evaluate.experiments.tables import Union
+from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.site import PUBLIC_KEY_FILE
+
+FIRST = "first"
+POOLED = "pooled"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One command of merge-kit."""
+
+    argv: tuple[str, ...]
+    key: str
+    """A hash of the command and of all that it builds on: done once, it is not done again."""
+    after: tuple[str, ...]
+    """Keys of the jobs that come first."""
+    phase: int
+    """Jobs of one phase do not wait for each other."""
+
+    @property
+    def told(self) -> str:
+        """The command as it can be pasted into a shell."""
+        return f"merge-kit {shlex.join(self.argv)}"
+
+
+@dataclass(slots=True)
+class Fold:
+    """One federation of an experiment: a seed, and the site that has never been there, if any."""
+
+    root: Path
+    seed: int
+    left_out: str | None
+    jobs: list[Job] = field(default_factory=list)
+    models: dict[str, Path] = field(default_factory=dict)
+    """What is evaluated, by name."""
+    arrivals: dict[frozenset[str], str] = field(default_factory=dict)
+    """Names of the models of parts of the sites."""
+
+    def add(self, *argv: object, after: Sequence[Job] = ()) -> Job:
+        """One more command."""
+        texts = tuple(str(part) for part in argv)
+        # The folder's name is a hash of data, backbone and training: it stands for all of them.
+        told = [texts, self.root.name, sorted(job.key for job in after)]
+        key = sha256_bytes(canonical_json(told))[7:23]
+        phase = max((job.phase for job in after), default=0) + 1
+        job = Job(texts, key, tuple(job.key for job in after), phase)
+        self.jobs.append(job)
+        return job
+
+
+def fold_folder(
+    out: Path, experiment: Experiment, data: str, seed: int, without: str | None
+) -> Path:
+    """Where a federation lives: the name is a hash of all that its vectors depend on."""
+    told = [
+        data,
+        experiment.classes,
+        experiment.backbone.model_dump(mode="json"),
+        experiment.options.model_dump(mode="json"),
+        seed,
+        without,
+    ]
+    name = f"seed-{seed}" + (f"-without-{without}" if without else "")
+    return out / f"{name}-{sha256_bytes(canonical_json(told))[7:15]}"
+
+
+class Planner:
+    """Writes down the commands of one fold."""
+
+    def __init__(self, experiment: Experiment, here: Path, union: Union, fold: Fold) -> None:
+        self._told, self._union, self.fold = experiment, union, fold
+        self._hub = fold.root / "hub"
+        self._sites = [name for name in union.sites if name != fold.left_out]
+        self._here = here
+        self._ready: dict[str, Job] = {}
+        self._published: list[Job] = []
+
+    def plan(self) -> Fold:
+        """All commands but the evaluation."""
+        measured = self._start()
+        first = self._model(FIRST, {})
+        head = self.fold.add("head", self._hub, "--out", first, "--replace", after=measured)
+        last = [self._named(FIRST, first, head)]
+        for site in self._sites:
+            tuned = self.fold.add(
+                "finetune", self._site(site), *self._images(site), *self._training(), after=measured
+            )
+            self._published.append(self.fold.add("publish", self._site(site), after=[tuned]))
+        wanted = self._told.merges if self.fold.left_out is None else self._told.unseen
+        for name in wanted:
+            last.append(self._merge(name, name, self._sites))
+        if self.fold.left_out is None:
+            last += self._baselines(measured)
+            if self._told.arrivals and self.fold.seed == self._told.seeds[0]:
+                self._arrivals(self._told.arrivals.merge, self._told.arrivals.orders)
+        return self.fold
+
+    def _start(self) -> list[Job]:
+        """Hub and sites; gives the jobs after which the base has been calibrated by all."""
+        base = self._told.backbone
+        weights = ("--weights", self._here / base.weights) if base.weights else ()
+        created = self.fold.add(
+            "init",
+            self._hub,
+            "--backbone",
+            base.name,
+            *weights,
+            "--classes",
+            ",".join(self._union.classes),
+            *shlex.split(base.init),
+        )
+        entered, admitted = [], [created]
+        for site in self._sites:
+            joined = self.fold.add(
+                "join", self._hub, "--site", site, "--folder", self._site(site), after=[created]
+            )
+            entered.append(joined)
+            # One after the other: each writes the federation's file.
+            admitted.append(
+                self.fold.add(
+                    "admit",
+                    self._hub,
+                    site,
+                    self._site(site) / PUBLIC_KEY_FILE,
+                    after=[joined, admitted[-1]],
+                )
+            )
+        return [
+            self.fold.add(
+                "calibrate",
+                self._site(site),
+                *self._images(site),
+                "--publish",
+                after=[admitted[-1]],
+            )
+            for site in self._sites
+        ]
+
+    def _merge(self, name: str, choice: str, sites: Sequence[str], chosen: bool = False) -> Job:
+        """Merge the vectors of some sites and, if it is asked for, solve the classifier again."""
+        merge = self._told.merges[choice]
+        only = [part for site in sites for part in ("--site", site)] if chosen else []
+        told = merge.model_dump(mode="json")
+        plain = self._model(f"{name}-uncalibrated" if merge.calibrate else name, told)
+        done = self.fold.add(
+            "merge",
+            self._hub,
+            *shlex.split(merge.options),
+            *only,
+            "--out",
+            plain,
+            "--replace",
+            after=self._published,
+        )
+        if not merge.calibrate:
+            return self._named(name, plain, done)
+        if not chosen:
+            self._named(f"{name}-uncalibrated", plain, done)
+        measured = [
+            self.fold.add(
+                "calibrate",
+                self._site(site),
+                *self._images(site),
+                "--model",
+                plain,
+                "--publish",
+                after=[done],
+            )
+            for site in sites
+        ]
+        out = self._model(name, told)
+        return self._named(
+            name,
+            out,
+            self.fold.add(
+                "head",
+                self._hub,
+                plain,
+                *only,
+                *shlex.split(merge.head),
+                "--out",
+                out,
+                "--replace",
+                after=measured,
+            ),
+        )
+
+    def _named(self, name: str, model: Path, job: Job) -> Job:
+        self.fold.models[name], self._ready[name] = model, job
+        return job
+
+    def _baselines(self, measured: Sequence[Job]) -> list[Job]:
+        found = []
+        alone = self._training(head="own")
+        if "single" in self._told.baselines:
+            for site in self._sites:
+                found.append(self._alone(site, self._images(site), alone))
+        if "pooled" in self._told.baselines:
+            options = self._told.options
+            steps = {} if options.epochs else {"steps": options.steps * len(self._sites)}
+            found.append(self._alone(POOLED, self._images(), self._training(head="own", **steps)))
+        for strategy in self._told.strategies:
+            out = self._model(strategy, {"rounds": self._told.rounds})
+            job = self.fold.add(
+                "rounds",
+                *[self._site(site) for site in self._sites],
+                *self._images(),
+                "--strategy",
+                strategy,
+                "--rounds",
+                self._told.rounds,
+                *self._training(),
+                "--out",
+                out,
+                "--replace",
+                after=measured,
+            )
+            found.append(self._named(strategy, out, job))
+        return found
+
+    def _alone(self, name: str, images: Sequence[object], training: Sequence[object]) -> Job:
+        """A model that owes nothing to the federation: trained in a folder of its own."""
+        folder = self.fold.root / "alone" / name
+        joined = self.fold.add(
+            "join", self._hub, "--site", name, "--folder", folder, after=self.fold.jobs[:1]
+        )
+        job = self.fold.add("finetune", folder, *images, *training, after=[joined])
+        return self._named(name, folder, job)
+
+    def _arrivals(self, merge: str, orders: int) -> None:
+        """Models of the sites that are there after each arrival and each withdrawal."""
+        for order in arrival_orders(self._sites, orders):
+            for there in stages(order):
+                members = frozenset(there)
+                if members in self.fold.arrivals:
+                    continue
+                if members == frozenset(self._sites):
+                    self.fold.arrivals[members] = merge
+                    continue
+                name = "arrived-" + "-".join(str(self._sites.index(s) + 1) for s in sorted(there))
+                self._merge(name, merge, sorted(there), chosen=True)
+                self.fold.arrivals[members] = name
+
+    def _images(self, site: str | None = None) -> tuple[object, ...]:
+        only = ("--where", f"site={site}") if site else ()
+        return ("--data", self._union.path, "--images", self._union.images, *only)
+
+    def _training(self, **changes: object) -> tuple[object, ...]:
+        chosen = {**self._told.training, "seed": self.fold.seed, **changes}
+        return tuple(
+            part for k, v in sorted(chosen.items()) for part in (f"--{k.replace('_', '-')}", v)
+        )
+
+    def _site(self, name: str) -> Path:
+        return self.fold.root / "sites" / name
+
+    def _model(self, name: str, told: Mapping[str, object]) -> Path:
+        """A folder that no other choice under the same name has."""
+        return self.fold.root / "models" / f"{name}-{sha256_bytes(canonical_json(told))[7:15]}"
+
+
+def arrival_orders(sites: Sequence[str], count: int) -> list[tuple[str, ...]]:
+    """Orders of arrival: as the sites are sorted, turned by one each time."""
+    return [(*sites[turn:], *sites[:turn]) for turn in range(min(count, len(sites)))]
+
+
+def stages(order: Sequence[str]) -> list[tuple[str, ...]]:
+    """Who is there after each arrival, and then after each withdrawal but the last."""
+    arriving = [tuple(order[:size]) for size in range(1, len(order) + 1)]
+    leaving = [tuple(order[size:]) for size in range(1, len(order))]
+    return [*arriving, *leaving]

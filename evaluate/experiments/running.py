@@ -1,0 +1,158 @@
+"""Runs the commands of an experiment: what is done stays done, what failed is said."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from evaluate.experiments.plan import Fold, Job
+from merge_kit.errors import ExperimentError, UsageError
+from merge_kit.files import write_atomic
+
+DONE = "done"
+_LOG_LINES = 12
+
+
+def is_done(fold: Fold, job: Job) -> bool:
+    """Whether the job was finished before."""
+    return (fold.root / DONE / job.key).is_file()
+
+
+def run(
+    folds: Sequence[Fold], jobs: int, say: Callable[[str], None], device: str | None = None
+) -> None:
+    """Run every job that is not done, at most so many at once, each in a process of its own.
+
+    Stopped at any moment, it goes on where it was: the commands resume by themselves.
+
+    Raises
+    ------
+    ExperimentError
+        Names the first command that failed, with the end of what it said; those that run are
+        waited for.
+    """
+    todo = {(fold.root, job.key): (fold, job) for fold in folds for job in fold.jobs
+            if not is_done(fold, job)}  # fmt: skip
+    every, finished = len(todo), 0
+    running: dict[Future[float], tuple[Path, str]] = {}
+    failure: str | None = None
+    with _workers(jobs) as pool:
+        while running or (todo and failure is None):
+            for place, (fold, job) in list(todo.items()):
+                if failure is not None or len(running) == jobs:
+                    break
+                if any((fold.root, key) in todo or (fold.root, key) in running.values()
+                       for key in job.after):  # fmt: skip
+                    continue
+                del todo[place]
+                running[pool.submit(_run_one, fold.root, job, device)] = place
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                root, key = running.pop(future)
+                fold, job = next((f, j) for f in folds for j in f.jobs
+                                 if (f.root, j.key) == (root, key))  # fmt: skip
+                try:
+                    seconds = future.result()
+                except ExperimentError as error:
+                    failure = failure or str(error)
+                    continue
+                except BrokenProcessPool:
+                    failure = failure or f"{job.told} was killed: is there too little memory?"
+                    continue
+                finished += 1
+                say(f"{finished}/{every} {fold.root.name}: {_short(job)} ({seconds:.0f} s)")
+    if failure is not None:
+        raise ExperimentError(failure)
+
+
+def _run_one(root: Path, job: Job, device: str | None) -> float:
+    """In a worker: the command, all that it says in a file of its own."""
+    from merge_kit.cli import main
+
+    started, log = time.monotonic(), root / "log" / f"{job.key}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    on = ("--device", device) if device and job.argv[0] in _WITH_DEVICE else ()
+    with log.open("w", encoding="utf-8") as file, _speaking_to(file):
+        print(f"$ {job.told}", flush=True)
+        try:
+            main([*job.argv, *on])
+            code = 0
+        except SystemExit as end:
+            code = 1 if end.code else 0
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    if code:
+        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+        raise ExperimentError(
+            f"this command of {root.name} failed (all it said is in {log}):\n  {job.told}\n"
+            + "\n".join(f"    {line}" for line in last)
+        )
+    write_atomic(root / DONE / job.key, job.told + "\n")
+    return time.monotonic() - started
+
+
+@contextmanager
+def _speaking_to(file: TextIO) -> Iterator[None]:
+    """Both outputs of this process go to a file, those of libraries in C too."""
+    kept = [os.dup(number) for number in (1, 2)]
+    streams = sys.stdout, sys.stderr
+    try:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        sys.stdout = sys.stderr = file
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        file.flush()
+        for number, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, number)
+            os.close(old)
+
+
+_WITH_DEVICE = ("finetune", "calibrate", "rounds", "evaluate")
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that load torch once and share the cores out."""
+    variable = "OMP_NUM_THREADS"
+    before = os.environ.get(variable)
+    os.environ.setdefault(variable, str(max(1, (os.cpu_count() or 1) // jobs)))
+    try:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            yield pool
+    finally:
+        if before is None:
+            del os.environ[variable]
+
+
+def _short(job: Job) -> str:
+    names = [Path(part).name for part in job.argv[1:3] if not part.startswith("--")]
+    return " ".join([job.argv[0], *names[-1:]])
+
+
+def listed(folds: Sequence[Fold]) -> list[str]:
+    """Every command that is not done; those of one phase do not wait for each other."""
+    lines = []
+    for phase in sorted({job.phase for fold in folds for job in fold.jobs}):
+        left = [job for fold in folds for job in fold.jobs
+                if job.phase == phase and not is_done(fold, job)]  # fmt: skip
+        if left:
+            lines += [f"# phase {phase}", *[job.told for job in left]]
+    return lines
+
+
+def check_jobs(jobs: int) -> None:
+    """Refuse a number that no machine has use for."""
+    if not 1 <= jobs <= 256:
+        raise UsageError(f"--jobs {jobs}: give 1 to 256 processes.")

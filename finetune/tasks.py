@@ -1,0 +1,79 @@
+"""A site's training task, and its own classifier on the frozen backbone, which comes first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune import network
+from finetune.losses import class_weights, loss_on_seen
+from finetune.options import TrainingOptions
+from finetune.pixels import Images
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is trained on what."""
+
+    model: nn.Module
+    train: Images
+    validation: Images
+    seen: Tensor
+    """(C,) bool: classes that the site has training images of."""
+    options: TrainingOptions
+    device: torch.device
+
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+def train_head(task: Task, report: Report) -> None:
+    """Fit the classifier on the frozen backbone's features, in place, with the whole set a step.
+
+    Features come from the centre view in evaluation mode and are computed once; the fit then costs
+    seconds. Rows of classes that the site has not seen stay as they are.
+    """
+    options, head = task.options, network.head_of(task.model)
+    if options.head_steps == 0:
+        return
+    inputs = network.features(
+        task.model, task.train, task.device, progress=stage(report, "features")
+    ).to(task.device)
+    labels, seen = task.train.labels().to(task.device), task.seen.to(task.device)
+    weights = None if options.balance == "none" else class_weights(labels, seen)
+    start = {name: p.detach().clone() for name, p in head.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=options.head_learning_rate, weight_decay=0.0
+    )
+    rows = next(p for n, p in head.named_parameters() if n == "weight")
+    with torch.enable_grad():
+        for step in range(options.head_steps):
+            rate = 0.5 * (1 + math.cos(math.pi * step / options.head_steps))
+            optimizer.param_groups[0]["lr"] = options.head_learning_rate * rate
+            optimizer.zero_grad()
+            loss = loss_on_seen(head(inputs).flatten(1), labels, seen, weights)
+            penalty = options.head_decay * rows[seen].square().sum()
+            torch.autograd.backward(loss + penalty)
+            optimizer.step()
+            restore_rows(head, start, seen)
+    optimizer.zero_grad()  # else the first step of the whole network would add to these gradients
+
+
+def restore_rows(head: nn.Module, start: Mapping[str, Tensor], seen: Tensor) -> None:
+    """Give the rows of unseen classes their values of `start` back.
+
+    Their gradient is zero, but weight decay would still shrink them.
+    """
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter[~seen] = start[name][~seen]
+
+
+def stage(report: Report, name: str) -> Callable[[int, int], None]:
+    """Reports how far one stage of the work is."""
+    return lambda done, of: report({"event": "stage", "name": name, "done": done, "of": of})
