@@ -68,12 +68,10 @@ def climb(model: nn.Module, radius: float) -> Callable[[], None]:
 
     Sharpness-aware minimisation, arXiv 2010.01412, equation 2.
     """
-    moved = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.linalg.vector_norm(
-        torch.stack([p.grad.norm() for p in moved if p.grad is not None])
-    )
-    steps = [radius / (norm + 1e-12) * p.grad for p in moved if p.grad is not None]
-    for parameter, step in zip(moved, steps, strict=True):
+    moved = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([gradient.norm() for _, gradient in moved]))
+    steps = [(parameter, radius / (norm + 1e-12) * gradient) for parameter, gradient in moved]
+    for parameter, step in steps:
         parameter.add_(step)
         parameter.grad = None
 

@@ -63,7 +63,7 @@ class Experiment(Document):
     format: Literal[1] = 1
     name: SiteName
     data: str
-    """A CSV with file,label and, for natural sites, site; from the folder of this file or --root."""
+    """A CSV with file,label and, for natural sites, site; from this file's folder or --root."""
     sites: Literal["natural"] | Split = "natural"
     classes: tuple[str, ...] = ()
     """In their order; empty for all labels of the table, sorted."""

@@ -1,0 +1,216 @@
+"""Whole experiments on small real images: the real commands in real processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluate.experiments.running import DONE
+from finetune import network
+from merge_kit.cli import main
+from tests.finetune.pictures import draw, write_csv
+from tests.merge_kit.helpers import load
+
+CLASSES = ("round", "lobed", "granular")
+TEXT = """
+name: cells
+data: labels.csv
+classes: [round, lobed, granular]
+backbone:
+  name: test_resnet
+  init: --weights none --input-size 32 --crop-pct 1.0
+training: {steps: 2, batch_size: 8, head_steps: 5, validations: 1}
+merges:
+  mean: {}
+  sum: {options: --method sum, calibrate: true}
+rounds: 2
+strategies: [fedavg, fedavg-common, fedprox, fedsgd, fedbn]
+unseen: [sum]
+arrivals: {merge: sum, orders: 1}
+"""
+
+
+def run(*arguments):
+    """The program in this process; gives the exit code."""
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    """A folder with a table of two sites and an experiment on it."""
+    folder = tmp_path_factory.mktemp("cells")
+    rows = []
+    for site, seed in (("north", 0), ("south", 10)):
+        for label, name in enumerate(CLASSES):
+            for number, pixels in enumerate(draw([label] * 14, seed=seed + label)):
+                file = f"{site}-{name}{number}.png"
+                Image.fromarray(pixels).save(folder / file)
+                split = "train" if number < 7 else "val" if number < 9 else "test"
+                rows.append({"file": file, "label": name, "site": site, "split": split})
+    write_csv(folder / "labels.csv", rows)
+    (folder / "cells.yaml").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(cells, tmp_path_factory):
+    """The experiment, run."""
+    out = tmp_path_factory.mktemp("out")
+    assert run("experiment", cells / "cells.yaml", "--out", out, "--jobs", 2) == 0
+    return out
+
+
+def started(said):
+    """The commands that an experiment says to have run."""
+    return set(re.findall(r"^\d+/\d+ \S+: (\w+)", said, re.M))
+
+
+def table(out):
+    with (out / "table.csv").open(newline="") as file:
+        return {row["model"]: row for row in csv.DictReader(file)}
+
+
+def whole(out):
+    """The federation that no site is left out of."""
+    (folder,) = [path for path in out.glob("seed-*") if "without" not in path.name]
+    return folder
+
+
+def test_the_table_has_every_way_with_its_cost(done):
+    found = table(done)
+    assert set(found) == {
+        "north", "south", "best single site", "mean single site", "hub", "base", "first", "mean",
+        "sum", "sum-uncalibrated", "pooled", "fedavg", "fedavg-common", "fedprox", "fedsgd",
+        "fedbn", "ensemble-uniform", "ensemble-sqrt",
+    } - {"hub"}  # fmt: skip
+    assert all(0 <= float(row["union"]) <= 1 for row in found.values())
+    assert {name for name, row in found.items() if row["unseen"]} >= {"first", "sum"}
+    assert found["fedsgd"]["rounds"] == "2"  # as many as steps
+    assert float(found["sum"]["megabytes_per_site"]) > float(found["mean"]["megabytes_per_site"])
+    for name in ("table.md", "table.html", "arrivals.png"):
+        assert (done / name).stat().st_size > 100
+
+
+def test_the_figures_are_those_of_the_reports(done):
+    report = json.loads((whole(done) / "report" / "report.json").read_text())
+    found = table(done)
+    for model in report["models"]:
+        if model["name"] in found:
+            union = model["scopes"][0]["figures"]["balanced_accuracy"]["value"]
+            assert float(found[model["name"]]["union"]) == pytest.approx(union, abs=1e-6)
+
+
+def test_again_nothing_is_done_and_one_more_merge_trains_nothing(cells, done, capfd):
+    before = {path.name for path in (whole(done) / DONE).iterdir()}
+    assert run("experiment", cells / "cells.yaml", "--out", done) == 0
+    assert started(capfd.readouterr().out) == set()
+    assert {path.name for path in (whole(done) / DONE).iterdir()} == before
+    more = cells / "more.yaml"
+    more.write_text(TEXT.replace("  mean: {}\n", "  mean: {}\n  ties: {options: --method ties}\n"))
+    assert run("experiment", more, "--out", done) == 0
+    assert started(capfd.readouterr().out) == {"merge", "evaluate"}
+    assert "ties" in table(done)
+    assert run("experiment", cells / "cells.yaml", "--out", done) == 0
+
+
+def test_the_same_experiment_twice_gives_the_same_table(cells, done, tmp_path):
+    text = TEXT.replace("unseen: [sum]\n", "").replace("arrivals: {merge: sum, orders: 1}\n", "")
+    (cells / "short.yaml").write_text(text)
+    assert run("experiment", cells / "short.yaml", "--out", tmp_path / "out") == 0
+    first, again = table(done), table(tmp_path / "out")
+    assert set(first) == set(again)
+    for name, row in again.items():
+        assert {**row, "unseen": ""} == {**first[name], "unseen": ""}
+
+
+def test_rounds_from_the_common_classifier_keep_it(done):
+    folder = next((whole(done) / "models").glob("fedavg-common-*"))
+    head = {n: t for n, t in load(folder / "model.safetensors").items() if n.startswith("fc.")}
+    first = load(next((whole(done) / "models").glob("first-*")) / "model.safetensors")
+    for name, tensor in head.items():
+        torch.testing.assert_close(tensor, first[name])
+
+
+def test_fedbn_keeps_batch_norm_at_the_sites(done):
+    folder = next((whole(done) / "models").glob("fedbn-*"))
+    north, south = (load(folder / s / "model.safetensors") for s in ("north", "south"))
+    differing = {n for n in north if not torch.equal(north[n], south[n])}
+    model = network.load(folder / "north")
+    norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert differing
+    assert {name.rpartition(".")[0] for name in differing} <= set(norms)
+
+
+def test_the_list_of_jobs_is_empty_when_all_is_done(cells, done, capfd):
+    assert run("experiment", cells / "cells.yaml", "--out", done, "--list-jobs") == 0
+    assert capfd.readouterr().out.strip() == ""
+
+
+def test_the_list_of_jobs_can_be_run_by_hand(cells, tmp_path, capfd):
+    assert run("experiment", cells / "cells.yaml", "--out", tmp_path / "x", "--list-jobs") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "# phase 1"
+    assert lines[1].startswith("merge-kit init ")
+    assert sum(line.startswith("merge-kit finetune ") for line in lines) == 2 + 3 + 2
+
+
+def test_a_command_that_fails_is_named_and_the_rest_can_go_on(cells, tmp_path, capfd):
+    broken = cells / "broken.yaml"
+    broken.write_text(TEXT.replace("  mean: {}\n", "  mean: {options: --method nonsense}\n"))
+    out = tmp_path / "out"
+    assert run("experiment", broken, "--out", out) == 1
+    said = capfd.readouterr().err
+    assert "--method nonsense" in said
+    assert "unknown method 'nonsense'" in said
+    assert not (out / "table.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("unseen: [sum]", "unseen: [summ]", "'the document': 'summ' is none of the merges"),
+        ("data: labels.csv", "data: absent.csv", "absent.csv does not exist: paths start from"),
+        ("rounds: 2", "round: 2", "unknown key 'round'; did you mean 'rounds'?"),
+        ("{steps: 2,", "{stepps: 2,", "unknown key 'stepps'; did you mean 'steps'?"),
+        ("--method sum", "--method 'sum", "has a quotation mark without its pair: close it."),
+        ("fedbn]", "fedbn, fedbn]", "'strategies': an entry is named twice"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(cells, tmp_path, capfd, old, new, sentence):
+    path = cells / "wrong.yaml"
+    path.write_text(TEXT.replace(old, new))
+    assert run("experiment", path, "--out", tmp_path / "out") == 2
+    assert sentence in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_many_rounds_for_the_steps_are_refused(cells, done, run_cli):
+    site = whole(done) / "sites" / "north"
+    data = whole(done).parent / "tables"
+    (union,) = data.glob("*/all.csv")
+    result = run_cli(
+        "rounds", site, "--data", union, "--images", cells, "--steps", 3, "--rounds", 4,
+        "--out", done / "r",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "Error: 3 steps cannot be shared out over 4 rounds: give --steps, and at least as many as "
+        "rounds."
+    )
+
+
+def test_probabilities_of_an_ensemble_are_probabilities(done):
+    with (whole(done) / "combined" / "ensemble-sqrt.csv").open(newline="") as file:
+        rows = [[float(v) for k, v in row.items() if k.startswith("p_")]
+                for row in csv.DictReader(file)]  # fmt: skip
+    np.testing.assert_allclose(np.sum(rows, axis=1), 1, atol=1e-6)

@@ -1,0 +1,106 @@
+"""The commands of an experiment: their order, and when one is another."""
+
+from __future__ import annotations
+
+import pytest
+
+from evaluate.experiments.config import Experiment
+from evaluate.experiments.plan import Fold, Planner, arrival_orders, fold_folder, stages
+from evaluate.experiments.tables import Union
+
+SITES = ("a", "b", "c")
+TOLD = {
+    "name": "t", "data": "x.csv", "backbone": {"name": "test_resnet"},
+    "merges": {"mean": {}, "sum": {"options": "--method sum", "calibrate": True}},
+    "unseen": ["sum"], "arrivals": {"merge": "sum", "orders": 2}, "strategies": ["fedavg"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """The fold of an experiment with changes."""
+
+    def go(left_out=None, **changes):
+        told = Experiment.model_validate({**TOLD, **changes})
+        root = fold_folder(tmp_path, told, "sha256:0", 0, left_out)
+        union = Union(tmp_path / "all.csv", tmp_path, SITES, ("x", "y"))
+        return Planner(told, tmp_path, union, Fold(root, 0, left_out)).plan()
+
+    return go
+
+
+def commands(fold, name):
+    return [job for job in fold.jobs if job.argv[0] == name]
+
+
+def test_nothing_comes_before_what_it_builds_on(plan):
+    fold = plan()
+    seen = {}
+    for job in fold.jobs:
+        assert set(job.after) <= set(seen)
+        assert job.phase == max((seen[key] for key in job.after), default=0) + 1
+        seen[job.key] = job.phase
+    assert len(seen) == len(fold.jobs)
+
+
+def test_sites_train_from_the_common_classifier_and_yardsticks_do_not(plan):
+    fold = plan()
+    shared = {job.key for job in commands(fold, "calibrate") if "--model" not in job.argv}
+    for job in commands(fold, "finetune"):
+        if "/sites/" in job.argv[1]:
+            assert set(job.after) == shared
+            assert "own" not in job.argv
+        else:
+            assert ("--head", "own") == job.argv[job.argv.index("--head") :][:2]
+
+
+def test_the_pooled_model_has_the_steps_of_all_sites(plan):
+    (pooled,) = [job for job in commands(plan(), "finetune") if job.argv[1].endswith("pooled")]
+    assert pooled.argv[pooled.argv.index("--steps") + 1] == "120"
+
+
+def test_admissions_wait_for_each_other(plan):
+    first, second, third = commands(plan(), "admit")
+    assert first.key in second.after
+    assert second.key in third.after
+
+
+def test_one_more_merge_changes_no_other_command(plan):
+    before = {job.key for job in plan().jobs}
+    merges = {**TOLD["merges"], "ties": {"options": "--method ties"}}
+    more = plan(merges=merges)
+    new = [job for job in more.jobs if job.key not in before]
+    assert [job.argv[0] for job in new] == ["merge"]
+    assert before < {job.key for job in more.jobs}
+
+
+def test_other_training_is_another_federation(plan):
+    assert plan().root != plan(training={"steps": 3}).root
+    assert plan().root == plan(training={"steps": 40}).root  # the default, written out
+
+
+def test_other_options_of_a_merge_are_another_folder(plan):
+    other = {**TOLD["merges"], "sum": {"options": "--method sum --scale 2", "calibrate": True}}
+    assert plan().models["sum"] != plan(merges=other).models["sum"]
+
+
+def test_a_site_that_is_left_out_is_in_no_command(plan):
+    fold = plan(left_out="b")
+    assert not [job for job in fold.jobs if "b" in job.argv or "site=b" in job.argv]
+    assert set(fold.models) == {"first", "sum", "sum-uncalibrated"}
+
+
+def test_sites_come_and_go_in_order():
+    assert stages(("a", "b", "c")) == [
+        ("a",), ("a", "b"), ("a", "b", "c"), ("b", "c"), ("c",),
+    ]  # fmt: skip
+    assert arrival_orders(("a", "b", "c"), 2) == [("a", "b", "c"), ("b", "c", "a")]
+    assert len(arrival_orders(("a", "b"), 9)) == 2
+
+
+def test_only_those_who_are_there_calibrate_what_arrived(plan):
+    fold = plan()
+    name = fold.arrivals[frozenset("a")]
+    (job,) = [j for j in commands(fold, "head") if str(fold.models[name]) in j.argv]
+    assert job.argv[job.argv.index("--site") + 1] == "a"
+    assert len(job.after) == 1
