@@ -29,7 +29,7 @@ class Curve:
 
 def curves(fold: Fold, sites: Sequence[str], count: int) -> list[Curve]:
     """The figures of each stage, from the report on the models of each stage."""
-    report = json.loads((fold.root / ARRIVALS / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((fold.reports[ARRIVALS] / "report.json").read_text(encoding="utf-8"))
     found = {model["name"]: figures_of(model) for model in report["models"]}
     drawn = []
     for order in arrival_orders(sites, count):

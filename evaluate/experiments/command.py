@@ -134,7 +134,7 @@ def _write(
         seeds=len(told.seeds),
         arrivals=base64.b64encode(picture).decode() if picture else None,
         reports=[
-            (fold.root.name, os.path.relpath(fold.root / REPORT / "report.html", out))
+            (fold.root.name, os.path.relpath(fold.reports[REPORT] / "report.html", out))
             for fold in folds
         ],
         text=path.read_text(encoding="utf-8"),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from evaluate.experiments import combined, running
 from evaluate.experiments.config import Experiment
 from evaluate.experiments.plan import POOLED, Fold
 from evaluate.experiments.tables import Union
-from merge_kit.files import write_atomic
+from merge_kit.files import canonical_json, sha256_bytes
 
 REPORT, ARRIVALS = "report", "arrivals"
 SHARED = "shared"
@@ -59,37 +59,46 @@ def _models(fold: Fold, experiment: Experiment, union: Union) -> dict[str, Path]
     return found
 
 
-def _add(fold: Fold, union: Union, models: dict[str, Path], out: str, *more: object) -> None:
+def _folder(fold: Fold, kind: str, models: Mapping[str, Path]) -> Path:
+    """A report of other models lies elsewhere: what is found there is always what was asked for."""
+    told = {name: str(path) for name, path in models.items()}
+    fold.reports[kind] = fold.root / f"{kind}-{sha256_bytes(canonical_json(told))[7:15]}"
+    return fold.reports[kind]
+
+
+def _add(fold: Fold, union: Union, models: Mapping[str, Path], out: Path, *more: object) -> None:
     roles = [("--pooled", POOLED)] if POOLED in models else []
     roles += [("--federated", n) for n in models if n.startswith("fed")]
     fold.add(
         "evaluate", fold.root / "hub", *[f"{name}={path}" for name, path in models.items()],
         "--data", union.path, "--images", union.images, *[part for role in roles for part in role],
-        *more, "--replace", "--out", fold.root / out, after=list(fold.jobs),
+        *more, "--replace", "--out", out, after=list(fold.jobs),
     )  # fmt: skip
 
 
 def _first(fold: Fold, experiment: Experiment, union: Union) -> None:
     before = list(fold.jobs)
     models = _models(fold, experiment, union)
+    out = _folder(fold, REPORT, models)
     if fold.left_out is not None:
         only = ("--where", f"site={fold.left_out}", "--external", fold.left_out, "--split", "all")
-        _add(fold, union, models, REPORT, *only)
+        _add(fold, union, models, out, *only)
         return
-    _add(fold, union, models, REPORT)
-    arrived = {name: fold.models[name] for name in fold.arrivals.values()}
+    _add(fold, union, models, out)
+    arrived = {name: fold.models[name] for name in sorted(fold.arrivals.values())}
     if arrived:
         fold.add(
-            "evaluate", *[f"{name}={path}" for name, path in sorted(arrived.items())],
+            "evaluate", *[f"{name}={path}" for name, path in arrived.items()],
             "--data", union.path, "--images", union.images, "--replace",
-            "--out", fold.root / ARRIVALS, after=before,
+            "--out", _folder(fold, ARRIVALS, arrived), after=before,
         )  # fmt: skip
 
 
 def _combined(fold: Fold, experiment: Experiment, union: Union) -> None:
     """Write the combined predictions, and evaluate again with them: no network runs twice."""
-    outputs = combined.read_outputs(fold.root / REPORT / "predictions.csv")
-    folder, models = fold.root / "combined", _models(fold, experiment, union)
+    out, models = fold.reports[REPORT], _models(fold, experiment, union)
+    outputs = combined.read_outputs(out / "predictions.csv")
+    folder = fold.root / "combined"
     if "ensemble" in experiment.baselines:
         members, sizes = members_of(fold, union), training_images(union)
         for name, weigh in (("uniform", lambda n: 1.0), ("sqrt", math.sqrt)):
@@ -101,7 +110,7 @@ def _combined(fold: Fold, experiment: Experiment, union: Union) -> None:
         found = combined.by_site(outputs, {site: f"fedbn-{site}" for site in union.sites})
         models["fedbn"] = folder / "fedbn.csv"
         combined.write_outputs(models["fedbn"], outputs, found)
-    _add(fold, union, models, REPORT)
+    _add(fold, union, models, out)
 
 
 def training_images(union: Union) -> dict[str, int]:
@@ -109,8 +118,3 @@ def training_images(union: Union) -> dict[str, int]:
     with union.path.open(encoding="utf-8", newline="") as file:
         found = Counter(row["site"] for row in csv.DictReader(file) if row["split"] == "train")
     return dict(found)
-
-
-def note(path: Path, text: str) -> None:
-    """Write a text of an experiment."""
-    write_atomic(path, text)

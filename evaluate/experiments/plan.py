@@ -46,6 +46,8 @@ class Fold:
     """What is evaluated, by name."""
     arrivals: dict[frozenset[str], str] = field(default_factory=dict)
     """Names of the models of parts of the sites."""
+    reports: dict[str, Path] = field(default_factory=dict)
+    """Folders of the evaluations: of all, and of the arrivals."""
 
     def add(self, *argv: object, after: Sequence[Job] = ()) -> Job:
         """One more command."""

@@ -78,7 +78,7 @@ def _unseen(folds: Sequence[Fold], seed: int) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for fold in folds:
         if fold.seed == seed and fold.left_out is not None:
-            for model in _report(fold.root / REPORT)["models"]:
+            for model in _report(fold.reports[REPORT])["models"]:
                 value = figures_of(model)["union"]
                 if value is not None:
                     found.setdefault(model["name"], []).append(value)
@@ -90,7 +90,7 @@ def _rows(
 ) -> list[Row]:
     costs = _Costs(fold, experiment)
     found = {}
-    for model in _report(fold.root / REPORT)["models"]:
+    for model in _report(fold.reports[REPORT])["models"]:
         name = model["name"]
         if name.endswith(f"-{SHARED}") or name.startswith("fedbn-"):
             continue
