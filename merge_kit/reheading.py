@@ -12,7 +12,7 @@ from typing import Any
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution, Entry, check_payloads, list_entries
-from merge_kit.errors import BaseMismatchError, ProvenanceError
+from merge_kit.errors import BaseMismatchError, ContributionError, ProvenanceError
 from merge_kit.federation import BASE_WEIGHTS, Federation, check_base
 from merge_kit.files import new_folder, write_atomic
 from merge_kit.hub import Hub
@@ -25,7 +25,9 @@ from merge_kit.solving import (
     Solved,
     backbone_of,
     head_tensors,
+    read_parts,
     solve_from,
+    unseen_error,
 )
 from merge_kit.tensorfile import TensorFile, TensorWriter, fingerprint, read_all
 from merge_kit.writing import METADATA, check_target
@@ -127,6 +129,42 @@ def find_moments(
         exclude=exclude,
         kind="moments",
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model with the moments that sites have published of its backbone."""
+
+    folder: Path | None
+    model: Model
+    moments: tuple[Contribution, ...]
+    error: float | None
+    """`moments.unseen_error` over the sites that have measured every candidate; None of fewer than
+    two."""
+
+
+def compare(found: Sequence[tuple[Path | None, Model, Sequence[Contribution]]]) -> list[Candidate]:
+    """Candidates, the one that loses least at sites it has not been made of first.
+
+    Raises
+    ------
+    ContributionError
+        There are several, and fewer than two sites have measured them all.
+    """
+    parts = [read_parts(those) for _, _, those in found]
+    common = set.intersection(*[set(those) for those in parts]) if parts else set()
+    if len(found) > 1 and len(common) < 2:
+        raise ContributionError(
+            f"{len(common)} site(s) have calibrated all {len(found)} models: to choose among them "
+            "two sites or more must have measured each."
+        )
+    candidates = [
+        Candidate(
+            folder, model, tuple(those), unseen_error([told[site] for site in sorted(common)])
+        )
+        for (folder, model, those), told in zip(found, parts, strict=True)
+    ]
+    return sorted(candidates, key=lambda one: (one.error is None, one.error or 0.0))
 
 
 def rehead(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -121,6 +120,29 @@ def _folds(parts: Sequence[Moments]) -> list[Moments]:
     return [moments.add(group) for group in groups]
 
 
+def read_parts(found: Sequence[Contribution]) -> dict[str, Moments]:
+    """The moments of each site; of several contributions of one site their sum.
+
+    Raises
+    ------
+    TensorFileError
+        A file changed after it was checked.
+    """
+    parts: dict[str, list[Moments]] = {}
+    for contribution in sorted(found, key=lambda c: c.id):
+        with TensorFile(contribution.payload) as file:
+            parts.setdefault(contribution.site, []).append(momentsfile.read(file))
+            if contribution.checked:
+                check_unchanged(file, contribution.checked)
+    return {site: moments.add(those) for site, those in sorted(parts.items())}
+
+
+def unseen_error(parts: Sequence[Moments]) -> float | None:
+    """As `moments.unseen_error`, of more than five sites in groups; None of one site."""
+    folds = _folds([part for part in parts if part.size])
+    return moments.unseen_error(folds) if len(folds) > 1 else None
+
+
 def solve_from(found: Sequence[Contribution], options: HeadOptions) -> Solved:
     """As `solve`, from contributions that have been checked.
 
@@ -136,17 +158,10 @@ def solve_from(found: Sequence[Contribution], options: HeadOptions) -> Solved:
             "no site has published moments of this model: sites make them with "
             "'merge-kit calibrate' and 'merge-kit publish'."
         )
-    ordered = sorted(found, key=lambda c: c.id)
-    parts = []
-    with ExitStack() as stack:
-        for contribution in ordered:
-            file = stack.enter_context(TensorFile(contribution.payload))
-            parts.append(momentsfile.read(file))
-            if contribution.checked:
-                check_unchanged(file, contribution.checked)
+    parts = list(read_parts(found).values())
     head, chosen = solve(parts, options)
     counts = torch.stack([part.counts for part in parts]).sum(dim=0)
-    return Solved(head, chosen, tuple(ordered), counts)
+    return Solved(head, chosen, tuple(sorted(found, key=lambda c: c.id)), counts)
 
 
 def head_tensors(

@@ -296,6 +296,7 @@ def measured(hub: FolderHub, tmp_path: Path) -> Measure:
         seed: int = 0,
         counts: Sequence[int] = (20, 20, 20),
         admit: bool = True,
+        spread: float = 1.0,
         **changes: object,
     ) -> publishing.Parcel:
         joined = site.join(hub, name, tmp_path / name)
@@ -303,7 +304,7 @@ def measured(hub: FolderHub, tmp_path: Path) -> Measure:
             federation = read_federation(hub.root).admit(name, signing.public_key(joined.key_file))
             hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
         base = reheading.find_model(hub, read_federation(hub.root), None)
-        features, labels = drawn(counts, seed=seed)
+        features, labels = drawn(counts, seed=seed, spread=spread)
         folder = tmp_path / name / "calibrations" / f"seed{seed}"
         found = moments.measure(features, labels, len(counts))
         write_moments(joined, folder, found, about or base.backbone, **changes)  # type: ignore[arg-type]
@@ -315,12 +316,13 @@ def measured(hub: FolderHub, tmp_path: Path) -> Measure:
 
 
 def drawn(
-    counts: Sequence[int], *, seed: int, features: int = 96
+    counts: Sequence[int], *, seed: int, features: int = 96, spread: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of images of three classes, float32 (n, d), and their labels; as wide as the tests'
-    backbone has them. The classes have the same means whatever the seed.
+    backbone has them. The classes have the same means whatever the seed, `spread` apart.
     """
-    means = torch.randn(len(counts), features, generator=torch.Generator().manual_seed(99)) * 2
+    means = torch.randn(len(counts), features, generator=torch.Generator().manual_seed(99))
+    means *= 2 * spread
     generator = torch.Generator().manual_seed(seed)
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     return means[labels] + torch.randn(len(labels), features, generator=generator), labels

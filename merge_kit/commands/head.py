@@ -20,7 +20,7 @@ from merge_kit.writing import check_target
 
 @click.command()
 @click.argument("hub")
-@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--option",
     multiple=True,
@@ -32,7 +32,7 @@ from merge_kit.writing import check_target
 @click.option("--replace", is_flag=True, help="Replace an existing model of merge-kit.")
 def head(
     hub: str,
-    model: Path | None,
+    models: tuple[Path, ...],
     option: tuple[str, ...],
     sites: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -41,38 +41,46 @@ def head(
     out: Path,
     replace: bool,
 ) -> None:
-    """Solve the classifier of MODEL, a model merged from HUB, from what sites measured of it.
+    """Solve the classifier of a model merged from HUB, from what sites measured of it.
 
-    Without MODEL it is that of the federation's base. The sites that have measured it with
-    'merge-kit calibrate' make one classifier: that of all their images, whoever came first.
+    Without MODELS it is that of the federation's base. The sites that have measured it with
+    'merge-kit calibrate' make one classifier: that of all their images, whoever came first. Of
+    several MODELS the one is taken that loses least at sites which it has not been made of.
 
     \b
     merge-kit head hub --out first
-    merge-kit head hub merged --out merged-calibrated
+    merge-kit head hub merged --out calibrated
+    merge-kit head hub merged-mean merged-sum merged-ties --out calibrated
     """
     check_target(out, replace=replace)
     options = parse(HeadOptions, typed_pairs(option, "--option"), "--option", UsageError)
     opened = open_hub(hub)
     federation = federation_on(opened)
+    gathered = []
     with Console(stderr=True).status("checking what has arrived"):
-        chosen = reheading.find_model(opened, federation, model)
-        found, refused = reheading.find_moments(
-            opened,
-            federation,
-            chosen.backbone,
-            allow_unsigned=allow_unsigned,
-            skip_refused=skip_refused,
-            sites=sites,
-            exclude=exclude,
-        )
-    for entry in refused:
-        click.echo(f"Left out: {entry.problem}", err=True)
+        for folder in models or (None,):
+            model = reheading.find_model(opened, federation, folder)
+            found, refused = reheading.find_moments(
+                opened,
+                federation,
+                model.backbone,
+                allow_unsigned=allow_unsigned,
+                skip_refused=skip_refused,
+                sites=sites,
+                exclude=exclude,
+            )
+            gathered.append((folder, model, found))
+            for entry in refused:
+                click.echo(f"Left out: {entry.problem}", err=True)
     with Console(stderr=True).status("solving"):
-        solved, merged = reheading.rehead(federation, chosen, found, options, out, replace=replace)
-    click.echo(
-        f"Model in {out}: classifier of {len(found)} site(s) on "
-        f"{'the base' if model is None else model}"
-    )
+        best, *others = reheading.compare(gathered)
+        solved, merged = reheading.rehead(
+            federation, best.model, best.moments, options, out, replace=replace
+        )
+    click.echo(f"Model in {out}: classifier of {len(best.moments)} site(s) on {_name(best)}")
+    for candidate in (best, *others):
+        if candidate.error is not None:
+            click.echo(f"  error at an unseen site {candidate.error:.3f}  {_name(candidate)}")
     chosen_by = {k: v for k, v in solved.options.model_dump(exclude_none=True).items()}
     wanted = ("shrinkage", "priors") if solved.options.solver == "discriminant" else ("penalty",)
     click.echo(f"  {solved.options.solver}, " + ", ".join(f"{k} {chosen_by[k]}" for k in wanted))
@@ -80,3 +88,7 @@ def head(
         click.echo(f"  {name:<20} {count:>8.0f} images{'' if count else ': nobody knows it yet'}")
     click.echo(f"  fingerprint {merged}")
     next_step(f"evaluate it with\n  merge-kit evaluate {shown(out)} --data <labels.csv>")
+
+
+def _name(candidate: reheading.Candidate) -> str:
+    return "the base" if candidate.folder is None else str(candidate.folder)

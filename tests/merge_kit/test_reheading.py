@@ -238,3 +238,48 @@ def test_new_moments_of_a_backbone_replace_the_site_s_old_ones(measured, solve):
     torch.testing.assert_close(
         found["fc.weight"].double(), pooled((2, (20, 20, 20))).weight, rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.fixture
+def three(hub, contribute, run_cli, tmp_path):
+    """Three merged models and the fingerprints of their backbones."""
+    for seed, name in enumerate(("north", "south", "west")):
+        contribute(name, seed=seed + 1)
+    found = {}
+    for method in ("mean", "sum", "ties"):
+        folder = tmp_path / method
+        assert run_cli("merge", hub.root, "--method", method, "--out", folder).exit_code == 0
+        found[folder] = find_model(hub, read_federation(hub.root), folder).backbone
+    return found
+
+
+def test_of_several_models_the_one_that_loses_least_elsewhere_is_taken(
+    hub, three, measured, run_cli, tmp_path
+):
+    # The classes are ever further apart in the features of the three.
+    for spread, (folder, about) in zip((0.2, 3.0, 1.0), three.items(), strict=True):
+        for seed, name in enumerate(("north", "south", "west")):
+            measured(name, about=about, seed=seed + 10 * len(folder.name), spread=spread)
+    out = tmp_path / "chosen"
+    result = run_cli("head", hub.root, *three, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert f"classifier of 3 site(s) on {tmp_path / 'sum'}" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if "unseen site" in line]
+    names = [str(tmp_path / name) for name in ("sum", "ties", "mean")]
+    assert [line.split()[-1] for line in lines] == names
+    assert find_model(hub, read_federation(hub.root), out).backbone == three[tmp_path / "sum"]
+    assert run_cli("verify", out, "--hub", hub.root).exit_code == 0
+
+
+def test_models_are_compared_on_the_sites_that_measured_them_all(
+    hub, three, measured, run_cli, tmp_path
+):
+    first, second, _ = three.items()
+    for folder, about in (first, second):
+        measured("north", about=about, seed=len(folder.name))
+    result = run_cli("head", hub.root, first[0], second[0], "--out", tmp_path / "x")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, (
+        "Error: 1 site(s) have calibrated all 2 models: to choose among them two sites or more must "
+        "have measured each."
+    ))  # fmt: skip
+    assert not (tmp_path / "x").exists()

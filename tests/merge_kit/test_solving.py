@@ -139,3 +139,38 @@ def test_a_classifier_takes_the_shape_and_dtype_of_the_model(federation, shape, 
     found = head_tensors(head, federation, specs_of(there))
     assert specs_of(found) == specs_of(there)
     assert torch.equal(found["fc.weight"].double().reshape(3, 4), head.weight)
+
+
+def errors_by_image(sizes, penalty, width=6):
+    """The mean squared error at each site of a ridge classifier of the others, image by image."""
+    found = []
+    for left, counts in enumerate(sizes):
+        rest = moments.add([p for i, p in enumerate(parts(sizes, width)) if i != left])
+        mean = rest.sums.sum(dim=0) / rest.size
+        scatter = rest.gram - rest.size * torch.outer(mean, mean)
+        head = moments.ridge(rest, penalty * float(scatter.diagonal().mean()))
+        features, labels = drawn(counts, seed=left, features=width)
+        outputs = (features + 0.3 * left).double() @ head.weight.T + head.bias
+        wanted = torch.nn.functional.one_hot(labels, len(counts)).double()
+        found.append(float((wanted - outputs).square().sum(dim=1).mean()))
+    return sum(found) / len(found)
+
+
+def test_the_error_at_an_unseen_site_is_that_of_its_images():
+    sizes = [(4, 6, 5), (3, 9, 2), (7, 3, 3)]
+    expected = min(errors_by_image(sizes, p) for p in (0.1, 0.3, 1.0, 3.0, 10.0))
+    assert moments.unseen_error(parts(sizes)) == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.floats(0.01, 100))
+@quick
+def test_the_scale_of_the_features_does_not_matter(scale):
+    told = parts([(4, 6, 5), (3, 9, 2), (7, 3, 3)])
+    scaled = [moments.Moments(p.gram * scale**2, p.sums * scale, p.counts) for p in told]
+    assert moments.unseen_error(scaled) == pytest.approx(moments.unseen_error(told), rel=1e-6)
+
+
+def test_one_site_shows_nothing_of_unseen_ones():
+    assert solving.unseen_error(parts([(5, 5, 5)])) is None
+    with says(VectorError, "what is lost at an unseen site shows only with two sites or more."):
+        moments.unseen_error(parts([(5, 5, 5)]))
