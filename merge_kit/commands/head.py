@@ -81,9 +81,9 @@ def head(
     for candidate in (best, *others):
         if candidate.error is not None:
             click.echo(f"  error at an unseen site {candidate.error:.3f}  {_name(candidate)}")
-    chosen_by = {k: v for k, v in solved.options.model_dump(exclude_none=True).items()}
-    wanted = ("shrinkage", "priors") if solved.options.solver == "discriminant" else ("penalty",)
-    click.echo(f"  {solved.options.solver}, " + ", ".join(f"{k} {chosen_by[k]}" for k in wanted))
+    wanted = {"shrinkage", "priors"} if solved.options.solver == "discriminant" else {"penalty"}
+    told = solved.options.model_dump(include=wanted)
+    click.echo(f"  {solved.options.solver}, {', '.join(f'{k} {v}' for k, v in told.items())}")
     for name, count in zip(federation.classes, solved.counts.tolist(), strict=True):
         click.echo(f"  {name:<20} {count:>8.0f} images{'' if count else ': nobody knows it yet'}")
     click.echo(f"  fingerprint {merged}")
