@@ -199,8 +199,8 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 HEADINGS = (
-    "model", "union", "mean over sites", "worst site", "worst class", "unseen site", "ECE",
-    "MB per site", "visits", "way to pooled",
+    "model", "union", "way to pooled", "mean over sites", "worst site", "worst class",
+    "unseen site", "ECE", "MB per site", "visits",
 )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def cells(line: Line) -> list[str]:
     size = "" if line.megabytes is None else f"{line.megabytes:.1f}"
     visits = "" if line.rounds is None else str(line.rounds)
     way = "" if line.way is None else f"{line.way:.0%}"
-    return [line.model, *figures, size, visits, way]
+    return [line.model, figures[0], way, *figures[1:], size, visits]
 
 
 def _cell(mean: float | None, spread: float | None) -> str:
