@@ -16,7 +16,8 @@ MergeKitError
 ├── ProvenanceError       what a merged model says of itself cannot be read
 ├── RecipeError           a merge recipe or a method's options
 ├── HubError              the storage where contributions lie
-└── TrainingError         a fine-tuning run that cannot go on
+├── TrainingError         a fine-tuning run that cannot go on
+└── ExperimentError       a command of an experiment failed
 
 The message of each is one sentence for the person at the keyboard: what is wrong, where (file,
 tensor, line, site) and what to do about it.
