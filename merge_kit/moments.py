@@ -243,8 +243,8 @@ def held_out(parts: Sequence[Moments], shrinkages: Sequence[float]) -> Tensor:
 def unseen_error(parts: Sequence[Moments]) -> float:
     """How far a linear classifier is off at a site that it has not been made of.
 
-    Each part is left out in turn; the mean over its images of |y - W phi - b|^2, with `ridge` on the
-    others and y the one-hot label, follows from its moments; the mean over the parts, for the
+    Each part is left out in turn; the mean over its images of |y - W phi - b|^2, with `ridge` on
+    the others and y the one-hot label, follows from its moments; the mean over the parts, for the
     penalty of a grid that gives the least. 0 is perfect; of C classes alike, knowing nothing gives
     1 - 1 / C. It compares backbones, whatever the scale of their features, without an image.
 

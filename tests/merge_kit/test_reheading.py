@@ -279,7 +279,7 @@ def test_models_are_compared_on_the_sites_that_measured_them_all(
         measured("north", about=about, seed=len(folder.name))
     result = run_cli("head", hub.root, first[0], second[0], "--out", tmp_path / "x")
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, (
-        "Error: 1 site(s) have calibrated all 2 models: to choose among them two sites or more must "
-        "have measured each."
+        "Error: 1 site(s) have calibrated all 2 models: to choose among them two sites or more "
+        "must have measured each."
     ))  # fmt: skip
     assert not (tmp_path / "x").exists()
