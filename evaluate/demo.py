@@ -20,7 +20,7 @@ from finetune.splits import assign_splits
 from merge_kit import signing
 from merge_kit.cli import cli
 from merge_kit.commands.options import next_step, pairs
-from merge_kit.errors import LabelError, UsageError
+from merge_kit.errors import DataError, LabelError, UsageError
 from merge_kit.files import write_atomic
 from merge_kit.site import KEY_FILE
 
@@ -160,12 +160,10 @@ def _run_all(
     classes = ",".join(stage.classes)
     _call("init", hub, *stage.backbone, "--classes", classes, *init_options)
     folders = {name: str(out / "sites" / name) for name in stage.sites}
-    for name, images in stage.sites.items():
+    for name in stage.sites:
         _call("join", hub, "--site", name, "--folder", folders[name])
         _call("admit", hub, name, signing.public_key(Path(folders[name]) / KEY_FILE))
-        _call("calibrate", folders[name], *images, "--publish")
-    first = str(out / "first")
-    _call("head", hub, "--out", first)
+    first = _calibrated(stage, hub, folders, None, out / "first")
     for name, images in stage.sites.items():
         _call("finetune", folders[name], *images, *_flags(chosen))
         _call("publish", folders[name])
@@ -175,11 +173,8 @@ def _run_all(
         merged.append(str(out / f"merged-{method}"))
         _call("merge", hub, "--method", method, "--out", merged[-1])
     click.echo("\nOn any later day each hospital looks at one merged model with its own images.")
-    for name, images in stage.sites.items():
-        model = str(out / "merged-sum")
-        _call("calibrate", folders[name], *images, "--model", model, "--publish")
-    merged.append(str(out / "merged-sum-calibrated"))
-    _call("head", hub, str(out / "merged-sum"), "--out", merged[-1])
+    summed = str(out / "merged-sum")
+    merged += _calibrated(stage, hub, folders, summed, out / "merged-sum-calibrated")
     click.echo("\nThe yardstick: one model trained on all images, which no hospital could do,")
     click.echo("for as many steps as all hospitals together.")
     pooled = str(out / "sites" / POOLED)
@@ -189,9 +184,26 @@ def _run_all(
     own = {"head": "own"}  # a yardstick owes nothing to the hospitals
     _call("finetune", pooled, *stage.union, *_flags({**chosen, **own, **budget}))
     report = out / "report"
-    models = [hub, first, *folders.values(), *merged, f"{POOLED}={pooled}"]
+    models = [hub, *first, *folders.values(), *merged, f"{POOLED}={pooled}"]
     _call("evaluate", *models, "--pooled", POOLED, *stage.union, "--out", str(report))
     return report / "report.html"
+
+
+def _calibrated(
+    stage: Stage, hub: str, folders: Mapping[str, str], model: str | None, out: Path
+) -> list[str]:
+    """The model with the classifier of all sites that have enough images; nothing of none."""
+    measured, of = 0, ("--model", model) if model else ()
+    for name, images in stage.sites.items():
+        try:
+            _call("calibrate", folders[name], *images, *of, "--publish")
+            measured += 1
+        except DataError as error:
+            click.echo(f"{name} has no part in the common classifier: {error}")
+    if not measured:
+        return []
+    _call("head", hub, *of[1:], "--out", str(out))
+    return [str(out)]
 
 
 def _flags(options: Mapping[str, str]) -> list[str]:

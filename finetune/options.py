@@ -41,6 +41,7 @@ class TrainingOptions(Document):
     head_decay: float = Field(default=0.02, ge=0)
     """Factor of the squared norm of the head's weights in its loss: large heads merge badly."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd has momentum, and wants a larger learning rate."""
     blocks: float = Field(default=1.0, gt=0, le=1)
     """Share of the backbone's blocks that are trained, counted from the last one."""
     distance: float = Field(default=0.0, ge=0)

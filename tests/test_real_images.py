@@ -39,7 +39,8 @@ def test_demo_on_real_images_ends_with_an_evaluated_merge(
     init = "--model-arg pad_type=same --input-size 96 --mean .5 .5 .5 --std .5 .5 .5"
     result = run_cli(
         *("demo", "--data", few_images, "--out", tmp_path / "out", "--init", init),
-        *("--backbone", "mobilenetv2_100", "--weights", weights, "--set", "steps=0"),
+        *("--backbone", "mobilenetv2_100", "--weights", weights),
+        *("--set", "steps=0", "--set", "head=own"),
     )
     assert result.exit_code == 0, result.stderr
     found = Report.model_validate_json((tmp_path / "out" / "report" / "report.json").read_text())

@@ -21,7 +21,10 @@ WRONG = [
     ({"ema": 1}, "site.yaml: 'ema': input should be less than 1 (got 1)."),
     ({"warmup": 1}, "site.yaml: 'warmup': input should be less than 1 (got 1)."),
     ({"patience": 0}, "site.yaml: 'patience': input should be greater than or equal to 1 (got 0)."),
-    ({"norm": "thaw"}, "site.yaml: 'norm': input should be 'frozen' or 'update' (got 'thaw')."),
+    (
+        {"norm": "thaw"},
+        "site.yaml: 'norm': input should be 'frozen', 'update' or 'fixed' (got 'thaw').",
+    ),
     ({"augment": None}, "site.yaml: 'augment': input should be 'none', 'light' or 'strong'"),
     ({"seed": "now"}, "site.yaml: 'seed': input should be a valid integer"),
 ]
