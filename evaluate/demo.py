@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -13,15 +10,13 @@ from pathlib import Path
 
 import click
 
-from finetune.cases import load_cases
+from evaluate.experiments import tables
 from finetune.options import TrainingOptions
 from finetune.progress import Progress
-from finetune.splits import assign_splits
 from merge_kit import signing
 from merge_kit.cli import cli
 from merge_kit.commands.options import next_step, pairs
-from merge_kit.errors import DataError, LabelError, UsageError
-from merge_kit.files import write_atomic
+from merge_kit.errors import DataError, UsageError
 from merge_kit.site import KEY_FILE
 
 POOLED = "pooled"
@@ -114,42 +109,15 @@ def _own(data: Path, backbone: str | None, weights: str | None, out: Path, seed:
     if backbone is None:
         raise UsageError("--data needs --backbone, and --weights unless they come from the Hub.")
     path = data / "labels.csv" if data.is_dir() else data
-    classes = _classes(path)
-    cases = load_cases(path, classes=classes)
-    sites = sorted({case.columns.get("site", "") for case in cases})
-    if "" in sites:
-        raise LabelError(f"{path} lacks the column 'site', or a value in it: the demo needs it.")
-    names = {site: re.sub(r"[^a-z0-9]+", "-", site.lower()).strip("-") for site in sites}
-    if len(set(names.values())) != len(sites):
-        raise LabelError(f"{path}: two sites have nearly the same name: rename one.")
-    rows = []
-    for site in sites:
-        own = [case for case in cases if case.columns["site"] == site]
-        for case in assign_splits(own, seed=seed):
-            # A patient's or group's name holds within one site only.
-            patient, group = (f"{names[site]}:{u}" if u else "" for u in (case.patient, case.group))
-            rows.append([case.file, classes[case.label], names[site], patient, group, case.split])
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([["file", "label", "site", "patient", "group", "split"], *rows])
-    union = out / "all.csv"
-    write_atomic(union, text.getvalue())
-    images = ("--images", str(path.parent))
+    classes = tables.labels_of(path)
+    union = tables.natural(path, classes, out / "all.csv", seed)
+    table, images = str(union.path), ("--images", str(union.images))
     return Stage(
         classes,
-        {n: ("--data", str(union), *images, "--where", f"site={n}") for n in names.values()},
-        ("--data", str(union), *images),
+        {n: ("--data", table, *images, "--where", f"site={n}") for n in union.sites},
+        ("--data", table, *images),
         ("--backbone", backbone, *(("--weights", weights) if weights else ())),
     )
-
-
-def _classes(path: Path) -> tuple[str, ...]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            found = {(row.get("label") or "").strip() for row in csv.DictReader(file)}
-    except (OSError, UnicodeDecodeError) as error:
-        raise LabelError(f"{path} cannot be read as a UTF-8 table: check --data.") from error
-    return tuple(sorted(found - {""}))
 
 
 def _run_all(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from finetune import calibrating
-from finetune.cases import load_cases
-from finetune.image_options import image_options
+from finetune.image_options import image_options, split_cases, split_options
 from finetune.network import choose_device
 from finetune.progress import Progress
-from finetune.splits import assign_splits
-from merge_kit.commands.options import next_step, pairs, shown
+from merge_kit.commands.options import next_step, shown
 from merge_kit.commands.publish import send
 from merge_kit.hub import open_hub
 from merge_kit.publishing import prepare_all
@@ -27,9 +26,7 @@ from merge_kit.site import open_site
     type=click.Path(path_type=Path),
     help="A model that was merged from the hub [the federation's base].",
 )
-@click.option("--val-fraction", default=0.15, show_default=True, help="If the table has no split.")
-@click.option("--test-fraction", default=0.25, show_default=True, help="If the table has no split.")
-@click.option("--split-seed", default=0, show_default=True, help="Seed of the split.")
+@split_options
 @click.option("--publish", is_flag=True, help="Send it to the hub at once.")
 def calibrate(
     folder: Path,
@@ -39,11 +36,9 @@ def calibrate(
     where: tuple[str, ...],
     skip_unreadable: bool,
     model: Path | None,
-    val_fraction: float,
-    test_fraction: float,
-    split_seed: int,
     publish: bool,
     device: str,
+    **split: Any,
 ) -> None:
     """Measure the training images of the site in FOLDER for a classifier of all sites.
 
@@ -55,16 +50,7 @@ def calibrate(
     merge-kit calibrate north --data north.csv --model hub/models/merged --publish
     """
     site, chosen = open_site(folder), choose_device(device)
-    cases = load_cases(
-        data,
-        classes=site.federation.classes,
-        images=images,
-        label_map=pairs(mapping, "--map"),
-        where=pairs(where, "--where"),
-    )
-    cases = assign_splits(
-        cases, seed=split_seed, val_fraction=val_fraction, test_fraction=test_fraction
-    )
+    cases = split_cases(site.federation.classes, data, images, mapping, where, **split)
     with Progress() as progress:
         made = calibrating.calibrate(
             site, cases, model, chosen, skip_unreadable=skip_unreadable, stage=progress.stage

@@ -22,9 +22,8 @@ from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
 from merge_kit.manifest import Draft, Payload
 from merge_kit.moments import Moments
-from merge_kit.provenance import Provenance, read_provenance
 from merge_kit.publishing import draft_file, payload_file
-from merge_kit.reheading import check_of
+from merge_kit.reheading import record_of
 from merge_kit.site import COPY, Site
 from merge_kit.solving import backbone_of
 from merge_kit.statistics import StatisticsHeader
@@ -54,16 +53,11 @@ def backbone_at(site: Site, model: Path | None) -> str:
 
     Raises
     ------
-    BaseMismatchError
-        The model is of another federation.
+    ProvenanceError, BaseMismatchError
+        The model is of no federation, or of another one.
     """
     if model is not None:
-        record = read_provenance(model)
-        if not isinstance(record, Provenance):
-            raise DataError(
-                f"{model} was merged without a federation: calibrate a model of the hub."
-            )
-        check_of(record, site.federation, str(model))
+        record_of(model, site.federation)
     weights = site.root / COPY / BASE_WEIGHTS if model is None else model / WEIGHTS
     with TensorFile(weights) as file:
         return backbone_of(file, site.federation.classifier).fingerprint

@@ -12,13 +12,11 @@ from click.core import ParameterSource
 
 from finetune import run as runs
 from finetune import run_statistics
-from finetune.cases import load_cases
-from finetune.image_options import image_options
+from finetune.image_options import image_options, split_cases, split_options
 from finetune.network import choose_device
 from finetune.options import TrainingOptions, make_options
 from finetune.progress import Progress
-from finetune.splits import assign_splits
-from merge_kit.commands.options import next_step, pairs, shown
+from merge_kit.commands.options import next_step, shown
 from merge_kit.errors import UsageError
 from merge_kit.methods.base import Statistics
 from merge_kit.publishing import payload_file
@@ -58,9 +56,7 @@ def training_options(command: Any) -> Any:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @image_options
-@click.option("--val-fraction", default=0.15, show_default=True, help="If the table has no split.")
-@click.option("--test-fraction", default=0.25, show_default=True, help="If the table has no split.")
-@click.option("--split-seed", default=0, show_default=True, help="Seed of the split.")
+@split_options
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of training options.")
 @training_options
 @click.pass_context
@@ -91,15 +87,15 @@ def finetune(
         click.echo(f"The labels of {data.name} are taken as {places}; --map 0=<class> changes it.")
     options = options_of(context, config, training)
     chosen = choose_device(device)
-    cases = load_cases(
+    cases = split_cases(
+        site.federation.classes,
         data,
-        classes=site.federation.classes,
-        images=images,
-        label_map=pairs(mapping, "--map"),
-        where=pairs(where, "--where"),
-    )
-    cases = assign_splits(
-        cases, seed=split_seed, val_fraction=val_fraction, test_fraction=test_fraction
+        images,
+        mapping,
+        where,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        split_seed=split_seed,
     )
     target = runs.run_folder(site, cases, options, chosen)
     click.echo(f"Site '{site.name}': {len(cases)} images, on {chosen}; run {target}")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+from finetune.cases import Case, load_cases
+from finetune.splits import assign_splits
+from merge_kit.commands.options import pairs
 
 _DATA = "CSV with file,label[,site,patient,split]; folder of class folders; MedMNIST .npz"
 _OPTIONS = (
@@ -20,6 +25,16 @@ _OPTIONS = (
     click.option(
         "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
     ),
+)
+
+_SPLIT = (
+    click.option(
+        "--val-fraction", default=0.15, show_default=True, help="If the table has no split."
+    ),
+    click.option(
+        "--test-fraction", default=0.25, show_default=True, help="If the table has no split."
+    ),
+    click.option("--split-seed", default=0, show_default=True, help="Seed of the split."),
 )
 
 
@@ -40,3 +55,40 @@ def image_options(command: Any, *, several: bool = False) -> Any:
         )(command)
     kind = click.Path(path_type=Path)
     return click.option("--data", required=True, type=kind, help=f"{_DATA}.")(command)
+
+
+def split_options(command: Any) -> Any:
+    """Add --val-fraction, --test-fraction and --split-seed to a command."""
+    for option in reversed(_SPLIT):
+        command = option(command)
+    return command
+
+
+def split_cases(
+    classes: Sequence[str],
+    data: Path,
+    images: Path | None,
+    mapping: tuple[str, ...],
+    where: tuple[str, ...],
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    split_seed: int,
+) -> list[Case]:
+    """A site's cases with their splits, as these options describe them.
+
+    Raises
+    ------
+    MergeKitError
+        As `load_cases` and `assign_splits`.
+    """
+    cases = load_cases(
+        data,
+        classes=classes,
+        images=images,
+        label_map=pairs(mapping, "--map"),
+        where=pairs(where, "--where"),
+    )
+    return assign_splits(
+        cases, seed=split_seed, val_fraction=val_fraction, test_fraction=test_fraction
+    )

@@ -23,9 +23,8 @@ from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.provenance import (
     PROVENANCE,
     HeadRecord,
-    Ingredient,
-    MomentsIngredient,
     Provenance,
+    Stated,
 )
 from merge_kit.remembered import Checked
 from merge_kit.tensorfile import TensorFile
@@ -64,7 +63,7 @@ def find_base(
 
 
 def find_contribution(
-    part: Ingredient | MomentsIngredient,
+    part: Stated,
     federation: Federation,
     hub: Hub,
     local: Mapping[tuple[str, str], Contribution],
@@ -152,7 +151,7 @@ def find_moments(
         yield check, found
 
 
-def _misstated(part: Ingredient | MomentsIngredient, found: Contribution) -> str | None:
+def _misstated(part: Stated, found: Contribution) -> str | None:
     """What the provenance says of a contribution that is not so."""
     if part.payload != found.manifest.payload.sha256:
         return (

@@ -220,12 +220,7 @@ def provenance(
         "recipe": recipe.model_dump(mode="json"),
         "contributions": [
             {
-                "id": c.id,
-                "site": c.site,
-                "payload": c.manifest.payload.sha256,
-                "trust": c.trust.value,
-                "public_key": c.key,
-                "signature": c.signature,
+                **stated(c),
                 "weight": weight,
                 **_named(beside, index),
             }
@@ -233,6 +228,18 @@ def provenance(
         ],
         "refused": [{"site": entry.site, "id": entry.id} for entry in refused],
         "software": {**software(), "device": device.name},
+    }
+
+
+def stated(contribution: Contribution) -> dict[str, Any]:
+    """How a provenance names a contribution."""
+    return {
+        "id": contribution.id,
+        "site": contribution.site,
+        "payload": contribution.manifest.payload.sha256,
+        "trust": contribution.trust.value,
+        "public_key": contribution.key,
+        "signature": contribution.signature,
     }
 
 

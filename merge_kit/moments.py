@@ -11,7 +11,7 @@ fewer images than features spans them. What may be told is for the federation's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -194,7 +194,7 @@ def discriminant(moments: Moments, shrinkage: float, priors: Priors = "uniform")
 
 def _classes(moments: Moments) -> tuple[Tensor, Tensor]:
     """The mean of each class, or of all for one without images, (C, d); and S / n (d, d)."""
-    size, mean, _, _ = _centred(moments)
+    size, mean = _mean(moments)
     seen = moments.counts > 0
     own = moments.sums / moments.counts.where(seen, 1.0)[:, None]
     return torch.where(seen[:, None], own, mean), (moments.gram - own.T @ moments.sums) / size
@@ -202,12 +202,26 @@ def _classes(moments: Moments) -> tuple[Tensor, Tensor]:
 
 def _centred(moments: Moments) -> tuple[float, Tensor, Tensor, Tensor]:
     """n, the mean of phi (d,), and the sums about it of phi phi^T (d, d) and y phi^T (C, d)."""
+    size, mean = _mean(moments)
+    scatter = moments.gram - size * torch.outer(mean, mean)
+    return size, mean, scatter, moments.sums - torch.outer(moments.counts, mean)
+
+
+def _mean(moments: Moments) -> tuple[float, Tensor]:
+    """n and the mean of phi (d,)."""
     size = moments.size
     if not size:
         raise VectorError("there is no image to make a head of: take at least one site's moments.")
-    mean = moments.sums.sum(dim=0) / size
-    scatter = moments.gram - size * torch.outer(mean, mean)
-    return size, mean, scatter, moments.sums - torch.outer(moments.counts, mean)
+    return size, moments.sums.sum(dim=0) / size
+
+
+def _left_out(parts: Sequence[Moments], alone: str) -> Iterator[tuple[Moments, Moments]]:
+    """Each part with images and the sum of all others; `alone` is said where there is one."""
+    parts = [part for part in parts if part.size]
+    if len(parts) < 2:
+        raise VectorError(alone)
+    for index, left in enumerate(parts):
+        yield left, add([part for other, part in enumerate(parts) if other != index])
 
 
 def held_out(parts: Sequence[Moments], shrinkages: Sequence[float]) -> Tensor:
@@ -223,12 +237,9 @@ def held_out(parts: Sequence[Moments], shrinkages: Sequence[float]) -> Tensor:
     VectorError
         There are fewer than two parts with images.
     """
-    parts = [part for part in parts if part.size]
-    if len(parts) < 2:
-        raise VectorError("shrinkage cannot be chosen from one site: give it as a number.")
+    alone = "shrinkage cannot be chosen from one site: give it as a number."
     totals = torch.zeros(len(shrinkages), dtype=torch.float64)
-    for index, left in enumerate(parts):
-        rest = add([part for other, part in enumerate(parts) if other != index])
+    for left, rest in _left_out(parts, alone):
         means, within = _classes(rest)
         values, vectors = torch.linalg.eigh(within)
         cross = left.sums.T @ means
@@ -253,18 +264,14 @@ def unseen_error(parts: Sequence[Moments]) -> float:
     VectorError
         There are fewer than two parts with images.
     """
-    parts = [part for part in parts if part.size]
-    if len(parts) < 2:
-        raise VectorError("what is lost at an unseen site shows only with two sites or more.")
-    errors = torch.zeros(len(_PENALTIES), dtype=torch.float64)
-    for index, left in enumerate(parts):
-        rest = add([part for other, part in enumerate(parts) if other != index])
+    alone = "what is lost at an unseen site shows only with two sites or more."
+    found = []
+    for left, rest in _left_out(parts, alone):
         _, _, scatter, _ = _centred(rest)
         level = float(scatter.diagonal().mean())
-        for place, penalty in enumerate(_PENALTIES):
-            head = ridge(rest, penalty * level)
-            errors[place] += _squared_error(head, left) / left.size
-    return float(errors.min()) / len(parts)
+        heads = (ridge(rest, penalty * level) for penalty in _PENALTIES)
+        found.append([_squared_error(head, left) / left.size for head in heads])
+    return float(torch.tensor(found, dtype=torch.float64).mean(dim=0).min())
 
 
 def _squared_error(head: Head, found: Moments) -> float:

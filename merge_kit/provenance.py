@@ -31,8 +31,8 @@ class Contract(Document):
     hash: Digest
 
 
-class Ingredient(Document):
-    """A contribution that was merged."""
+class Stated(Document):
+    """A contribution, as a model's provenance names it; also moments that a classifier is of."""
 
     id: Id
     site: SiteName
@@ -40,30 +40,19 @@ class Ingredient(Document):
     trust: Trust
     public_key: Key | None
     signature: SignatureText | None
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"{self.site}/{self.id[:12]}"
+
+
+class Ingredient(Stated):
+    """A contribution that was merged."""
+
     weight: float
     statistics: dict[Statistics, Id] = Field(default_factory=dict)
     """Contributions that were used beside the vector, by kind."""
-
-    @property
-    def label(self) -> str:
-        """How messages name it."""
-        return f"{self.site}/{self.id[:12]}"
-
-
-class MomentsIngredient(Document):
-    """Moments that a classifier was solved from."""
-
-    id: Id
-    site: SiteName
-    payload: Digest
-    trust: Trust
-    public_key: Key | None
-    signature: SignatureText | None
-
-    @property
-    def label(self) -> str:
-        """How messages name it."""
-        return f"{self.site}/{self.id[:12]}"
 
 
 class HeadRecord(Document):
@@ -72,11 +61,11 @@ class HeadRecord(Document):
     about: Digest
     """Fingerprint of the backbone."""
     options: dict[str, Any]
-    moments: tuple[MomentsIngredient, ...] = Field(min_length=1)
+    moments: tuple[Stated, ...] = Field(min_length=1)
 
     @field_validator("moments")
     @classmethod
-    def _each_once(cls, found: tuple[MomentsIngredient, ...]) -> tuple[MomentsIngredient, ...]:
+    def _each_once(cls, found: tuple[Stated, ...]) -> tuple[Stated, ...]:
         if len({part.id for part in found}) != len(found):
             raise ValueError("moments are named twice")
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ def rebuild(
     if head:
         specs = engine.merged_specs(inputs.base.specs, recipe)
         merged = engine.merge(inputs.base, inputs.sources, inputs.roles, recipe, device=device)
-        return [_compare_parts(record, _with_head(merged, head), specs, model)]
+        return [_compare_parts(record, _with_head(merged, head), specs, model)[1]]
     if running.fits(recipe) and (folder / running.FOLDER).is_dir():
         try:
             sums = running.from_scratch(inputs.sources, recipe)
@@ -99,7 +99,7 @@ def rebuild_on_base(
 ) -> Check:
     """As `rebuild`, of a model that is the base but for its classifier."""
     parts = (engine.Part(name, 0, tensor.reshape(-1)) for name, tensor in read_all(base))
-    return _compare_parts(record, _with_head(parts, head), base.specs, model)
+    return _compare_parts(record, _with_head(parts, head), base.specs, model)[1]
 
 
 def _with_head(
@@ -118,7 +118,9 @@ def _compare_parts(
     parts: Iterable[engine.Part],
     specs: Mapping[str, TensorSpec],
     model: TensorFile | None,
-) -> Check:
+    beside: Sequence[Callable[[engine.Part], None]] = (),
+) -> tuple[str, Check]:
+    """The fingerprint of what comes, and the check of it; `beside` is shown every part, too."""
     gap = _Gap() if model and model.specs == specs else None
     digest = Fingerprint()
     for part in parts:
@@ -127,7 +129,9 @@ def _compare_parts(
         digest.values(part.values)
         if gap and model:
             gap.add(part, model)
-    return _rebuilt(str(digest), record.merged, gap)
+        for watch in beside:
+            watch(part)
+    return str(digest), _rebuilt(str(digest), record.merged, gap)
 
 
 def _compare(
@@ -141,8 +145,6 @@ def _compare(
 ) -> list[Check]:
     base = inputs.base.specs
     specs = engine.merged_specs(base, recipe)
-    gap = _Gap() if model and model.specs == specs else None
-    digest = Fingerprint()
     with ExitStack() as stack:
         masks = MaskFiles(folder, inputs.sources, specs, stack)
         groups = engine.groups_of(inputs.roles, recipe)
@@ -150,18 +152,9 @@ def _compare(
             SumFiles(folder, inputs.base_fingerprint, base, groups, sums, stack) if sums else None
         )
         parts = engine.merge(inputs.base, inputs.sources, inputs.roles, recipe, sums, device=device)
-        for part in parts:
-            if part.begin == 0:
-                digest.begin(part.name, specs[part.name])
-            digest.values(part.values)
-            if gap and model:
-                gap.add(part, model)
-            masks.add(part)
-            if kept:
-                kept.add(part)
-        found = str(digest)
-        beside = masks.checks(found) + (kept.checks() if kept else [])
-    return [_rebuilt(found, record.merged, gap), *beside]
+        beside = [masks.add, *([kept.add] if kept else [])]
+        found, check = _compare_parts(record, parts, specs, model, beside)
+        return [check, *masks.checks(found), *(kept.checks() if kept else [])]
 
 
 def _rebuilt(found: str, stated: str, gap: _Gap | None) -> Check:

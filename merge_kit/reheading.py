@@ -12,11 +12,12 @@ from typing import Any
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution, Entry, check_payloads, list_entries
+from merge_kit.engine import Part
 from merge_kit.errors import BaseMismatchError, ContributionError, ProvenanceError
 from merge_kit.federation import BASE_WEIGHTS, Federation, check_base
 from merge_kit.files import new_folder, write_atomic
 from merge_kit.hub import Hub
-from merge_kit.merging import CARD, choose, render, software
+from merge_kit.merging import CARD, choose, render, software, stated
 from merge_kit.provenance import PROVENANCE, HeadRecord, Provenance, read_provenance
 from merge_kit.remembered import look
 from merge_kit.solving import (
@@ -30,7 +31,7 @@ from merge_kit.solving import (
     unseen_error,
 )
 from merge_kit.tensorfile import TensorFile, TensorWriter, fingerprint, read_all
-from merge_kit.writing import METADATA, check_target
+from merge_kit.writing import METADATA, check_target, write_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,7 @@ def find_model(hub: Hub, federation: Federation, folder: Path | None) -> Model:
         weights = hub.fetch(BASE_WEIGHTS)
         check_base(federation, weights, str(weights))
         return Model(weights, _backbone(weights, federation), None)
-    record = read_provenance(folder)
-    if not isinstance(record, Provenance):
-        raise ProvenanceError(
-            f"{folder} was merged without a federation: moments are for models of a hub."
-        )
-    check_of(record, federation, str(folder))
+    record = record_of(folder, federation)
     with TensorFile(folder / WEIGHTS) as file:
         if (found := fingerprint(read_all(file))) != record.merged:
             raise BaseMismatchError(
@@ -73,19 +69,27 @@ def find_model(hub: Hub, federation: Federation, folder: Path | None) -> Model:
     return Model(folder / WEIGHTS, _backbone(folder / WEIGHTS, federation), record)
 
 
-def check_of(record: Provenance, federation: Federation, where: str) -> None:
-    """Refuse a model of another contract.
+def record_of(folder: Path, federation: Federation) -> Provenance:
+    """What a model that was merged from a federation's hub says of itself.
 
     Raises
     ------
+    ProvenanceError
+        The folder holds no model that was merged from a hub.
     BaseMismatchError
-        Names both contracts.
+        It is of another contract; names both.
     """
+    record = read_provenance(folder)
+    if not isinstance(record, Provenance):
+        raise ProvenanceError(
+            f"{folder} was merged without a federation: moments are for models of a hub."
+        )
     if record.federation.hash != federation.contract_hash:
         raise BaseMismatchError(
-            f"{where} is of the contract {record.federation.hash}, this federation's is "
+            f"{folder} is of the contract {record.federation.hash}, this federation's is "
             f"{federation.contract_hash}: give a model that was merged from this hub."
         )
+    return record
 
 
 def _backbone(weights: Path, federation: Federation) -> str:
@@ -192,10 +196,8 @@ def rehead(
         heads = head_tensors(solved.head, federation, file.specs)
         folder = stack.enter_context(new_folder(out, replace=replace))
         with TensorWriter(folder / WEIGHTS, file.specs, METADATA) as writer:
-            for name in file.specs:
-                writer.write(name, heads[name] if name in heads else file.read(name))
-        with TensorFile(folder / WEIGHTS) as written:
-            merged = fingerprint(read_all(written))
+            tensors = ((n, heads[n] if n in heads else file.read(n)) for n in file.specs)
+            merged = write_parts(writer, (Part(n, 0, t.reshape(-1)) for n, t in tensors))
         record = provenance(federation, model, solved, merged)
         write_atomic(folder / CONFIG, federation.model_config_json)
         write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
@@ -214,17 +216,7 @@ def provenance(federation: Federation, model: Model, solved: Solved, merged: str
         {
             "about": model.backbone,
             "options": solved.options.model_dump(mode="json"),
-            "moments": [
-                {
-                    "id": c.id,
-                    "site": c.site,
-                    "payload": c.manifest.payload.sha256,
-                    "trust": c.trust.value,
-                    "public_key": c.key,
-                    "signature": c.signature,
-                }
-                for c in solved.moments
-            ],
+            "moments": [stated(c) for c in solved.moments],
         }
     )
     of_the_base = {

@@ -25,17 +25,27 @@ from merge_kit.parameters import Role, roles_of
 from merge_kit.tensorfile import TensorFile
 
 
-def survey(hub: Hub, federation: Federation, now: datetime | None = None) -> list[dict[str, Any]]:
+def checked(hub: Hub, federation: Federation) -> list[Entry]:
+    """All that lies on a hub, every payload read and checked as `merge` would check it."""
+    return check_payloads(list_entries(hub, federation), federation, hub.fetch(BASE_WEIGHTS))
+
+
+def survey(
+    hub: Hub,
+    federation: Federation,
+    now: datetime | None = None,
+    entries: Sequence[Entry] | None = None,
+) -> list[dict[str, Any]]:
     """One row for each vector on the hub, whole ones first, then what is refused.
 
-    Every payload is read and checked as `merge` would check it. ``statistics`` names the kinds that
+    `entries` are those of `checked`, where they are known. ``statistics`` names the kinds that
     the site has published about this vector. ``cosine`` is the cosine between a
     vector's weights and the plain mean of the current ones: far below the others means that the
     site trained towards something else.
     """
     now = now or datetime.now(timezone.utc)
     weights = hub.fetch(BASE_WEIGHTS)
-    entries = check_payloads(list_entries(hub, federation), federation, weights)
+    entries = checked(hub, federation) if entries is None else entries
     with TensorFile(weights) as base:
         roles = roles_of(base.specs, federation.classifier)
     current = without_superseded([entry.contribution for entry in entries if entry.contribution])
@@ -88,15 +98,15 @@ def _row(
     }
 
 
-def calibrations(hub: Hub, federation: Federation) -> dict[str, list[dict[str, Any]]]:
+def calibrations(entries: Sequence[Entry]) -> dict[str, list[dict[str, Any]]]:
     """Which sites have measured which backbone: rows by the backbone's fingerprint.
 
-    Every payload is read and checked; what is refused is among the rows of `survey`.
+    Of entries that have been `checked`; what is refused is among the rows of `survey`.
     """
-    there = [entry for entry in list_entries(hub, federation) if entry.kind == "moments"]
-    checked = check_payloads(there, federation, hub.fetch(BASE_WEIGHTS))
     found: dict[str, list[dict[str, Any]]] = {}
-    for one in without_superseded([e.contribution for e in checked if e.contribution]):
+    for one in without_superseded([e.contribution for e in entries if e.contribution]):
+        if one.kind != "moments":
+            continue
         row = {
             "site": one.site,
             "id": one.id,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from merge_kit.files import write_atomic
@@ -60,8 +61,7 @@ def ensemble(
     """
     logs = np.stack([np.log(outputs.probabilities[m].clip(_LEAST)) for m in members])
     mean = np.tensordot(np.asarray(weights) / np.sum(weights), logs, axes=1)
-    powers = np.exp(mean - mean.max(axis=1, keepdims=True))
-    found: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+    found: NDArray[np.float64] = torch.from_numpy(mean).softmax(dim=1).numpy()
     return found
 
 

@@ -85,15 +85,14 @@ class Planner:
         self._hub = fold.root / "hub"
         self._sites = [name for name in union.sites if name != fold.left_out]
         self._here = here
-        self._ready: dict[str, Job] = {}
         self._published: list[Job] = []
 
     def plan(self) -> Fold:
         """All commands but the evaluation."""
         measured = self._start()
         first = self._model(FIRST, {})
-        head = self.fold.add("head", self._hub, "--out", first, "--replace", after=measured)
-        last = [self._named(FIRST, first, head)]
+        self.fold.add("head", self._hub, "--out", first, "--replace", after=measured)
+        self.fold.models[FIRST] = first
         for site in self._sites:
             tuned = self.fold.add(
                 "finetune", self._site(site), *self._images(site), *self._training(), after=measured
@@ -101,9 +100,9 @@ class Planner:
             self._published.append(self.fold.add("publish", self._site(site), after=[tuned]))
         wanted = self._told.merges if self.fold.left_out is None else self._told.unseen
         for name in wanted:
-            last.append(self._merge(name, name, self._sites))
+            self._merge(name, name, self._sites)
         if self.fold.left_out is None:
-            last += self._baselines(measured)
+            self._baselines(measured)
             if self._told.arrivals and self.fold.seed == self._told.seeds[0]:
                 self._arrivals(self._told.arrivals.merge, self._told.arrivals.orders)
         return self.fold
@@ -122,12 +121,11 @@ class Planner:
             ",".join(self._union.classes),
             *shlex.split(base.init),
         )
-        entered, admitted = [], [created]
+        admitted = [created]
         for site in self._sites:
             joined = self.fold.add(
                 "join", self._hub, "--site", site, "--folder", self._site(site), after=[created]
             )
-            entered.append(joined)
             # One after the other: each writes the federation's file.
             admitted.append(
                 self.fold.add(
@@ -149,7 +147,7 @@ class Planner:
             for site in self._sites
         ]
 
-    def _merge(self, name: str, choice: str, sites: Sequence[str], chosen: bool = False) -> Job:
+    def _merge(self, name: str, choice: str, sites: Sequence[str], chosen: bool = False) -> None:
         """Merge the vectors of some sites and, if it is asked for, solve the classifier again."""
         merge = self._told.merges[choice]
         only = [part for site in sites for part in ("--site", site)] if chosen else []
@@ -166,9 +164,10 @@ class Planner:
             after=self._published,
         )
         if not merge.calibrate:
-            return self._named(name, plain, done)
+            self.fold.models[name] = plain
+            return
         if not chosen:
-            self._named(f"{name}-uncalibrated", plain, done)
+            self.fold.models[f"{name}-uncalibrated"] = plain
         measured = [
             self.fold.add(
                 "calibrate",
@@ -182,39 +181,31 @@ class Planner:
             for site in sites
         ]
         out = self._model(name, told)
-        return self._named(
-            name,
+        self.fold.add(
+            "head",
+            self._hub,
+            plain,
+            *only,
+            *shlex.split(merge.head),
+            "--out",
             out,
-            self.fold.add(
-                "head",
-                self._hub,
-                plain,
-                *only,
-                *shlex.split(merge.head),
-                "--out",
-                out,
-                "--replace",
-                after=measured,
-            ),
+            "--replace",
+            after=measured,
         )
+        self.fold.models[name] = out
 
-    def _named(self, name: str, model: Path, job: Job) -> Job:
-        self.fold.models[name], self._ready[name] = model, job
-        return job
-
-    def _baselines(self, measured: Sequence[Job]) -> list[Job]:
-        found = []
+    def _baselines(self, measured: Sequence[Job]) -> None:
         alone = self._training(head="own")
         if "single" in self._told.baselines:
             for site in self._sites:
-                found.append(self._alone(site, self._images(site), alone))
+                self._alone(site, self._images(site), alone)
         if "pooled" in self._told.baselines:
             options = self._told.options
             steps = {} if options.epochs else {"steps": options.steps * len(self._sites)}
-            found.append(self._alone(POOLED, self._images(), self._training(head="own", **steps)))
+            self._alone(POOLED, self._images(), self._training(head="own", **steps))
         for strategy in self._told.strategies:
             out = self._model(strategy, {"rounds": self._told.rounds})
-            job = self.fold.add(
+            self.fold.add(
                 "rounds",
                 *[self._site(site) for site in self._sites],
                 *self._images(),
@@ -228,17 +219,16 @@ class Planner:
                 "--replace",
                 after=measured,
             )
-            found.append(self._named(strategy, out, job))
-        return found
+            self.fold.models[strategy] = out
 
-    def _alone(self, name: str, images: Sequence[object], training: Sequence[object]) -> Job:
+    def _alone(self, name: str, images: Sequence[object], training: Sequence[object]) -> None:
         """A model that owes nothing to the federation: trained in a folder of its own."""
         folder = self.fold.root / "alone" / name
         joined = self.fold.add(
             "join", self._hub, "--site", name, "--folder", folder, after=self.fold.jobs[:1]
         )
-        job = self.fold.add("finetune", folder, *images, *training, after=[joined])
-        return self._named(name, folder, job)
+        self.fold.add("finetune", folder, *images, *training, after=[joined])
+        self.fold.models[name] = folder
 
     def _arrivals(self, merge: str, orders: int) -> None:
         """Models of the sites that are there after each arrival and each withdrawal."""

@@ -40,26 +40,23 @@ def run(
         Names the first command that failed, with the end of what it said; those that run are
         waited for.
     """
-    todo = {(fold.root, job.key): (fold, job) for fold in folds for job in fold.jobs
+    todo = {(fold.root, job.key): job for fold in folds for job in fold.jobs
             if not is_done(fold, job)}  # fmt: skip
-    every, finished = len(todo), 0
-    running: dict[Future[float], tuple[Path, str]] = {}
+    every, finished, waited_for = len(todo), 0, set(todo)
+    running: dict[Future[float], tuple[Path, Job]] = {}
     failure: str | None = None
     with _workers(jobs) as pool:
         while running or (todo and failure is None):
-            for place, (fold, job) in list(todo.items()):
+            for (root, key), job in list(todo.items()):
                 if failure is not None or len(running) == jobs:
                     break
-                if any((fold.root, key) in todo or (fold.root, key) in running.values()
-                       for key in job.after):  # fmt: skip
+                if any((root, before) in waited_for for before in job.after):
                     continue
-                del todo[place]
-                running[pool.submit(_run_one, fold.root, job, device)] = place
+                del todo[root, key]
+                running[pool.submit(_run_one, root, job, device)] = root, job
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                root, key = running.pop(future)
-                fold, job = next((f, j) for f in folds for j in f.jobs
-                                 if (f.root, j.key) == (root, key))  # fmt: skip
+                root, job = running.pop(future)
                 try:
                     seconds = future.result()
                 except ExperimentError as error:
@@ -69,7 +66,8 @@ def run(
                     failure = failure or f"{job.told} was killed: is there too little memory?"
                     continue
                 finished += 1
-                say(f"{finished}/{every} {fold.root.name}: {_short(job)} ({seconds:.0f} s)")
+                waited_for.remove((root, job.key))
+                say(f"{finished}/{every} {root.name}: {_short(job)} ({seconds:.0f} s)")
     if failure is not None:
         raise ExperimentError(failure)
 
@@ -88,7 +86,7 @@ def _run_one(root: Path, job: Job, device: str | None) -> float:
             code = 0
         except SystemExit as end:
             code = 1 if end.code else 0
-        except Exception:
+        except Exception:  # a fault of ours: its traceback belongs in the log, not in the pool
             traceback.print_exc()
             code = 1
     if code:

@@ -17,7 +17,7 @@ from merge_kit.commands.options import next_step, shown
 from merge_kit.hub import open_hub
 from merge_kit.reheading import find_model
 from merge_kit.site import federation_on
-from merge_kit.status import calibrations, survey
+from merge_kit.status import calibrations, checked, survey
 
 
 @click.command()
@@ -34,8 +34,8 @@ def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
     """Show what lies on HUB: who has contributed what, and whether it may be merged."""
     opened = open_hub(hub)
     federation = federation_on(opened)
-    rows = survey(opened, federation)
-    measured = calibrations(opened, federation)
+    entries = checked(opened, federation)
+    rows, measured = survey(opened, federation, entries=entries), calibrations(entries)
     names = {find_model(opened, federation, None).backbone: "the base"}
     for model in models:
         names[find_model(opened, federation, model).backbone] = str(model)
