@@ -11,10 +11,9 @@ from typing import TypeAlias
 from evaluate.predictions import read_classes
 from merge_kit.configuration import CONFIG, read_config
 from merge_kit.errors import DataError, UsageError, VectorError
-from merge_kit.federation import FEDERATION_FILE, Preprocessing
+from merge_kit.federation import FEDERATION_FILE, Preprocessing, preprocessing_of
 from merge_kit.provenance import PROVENANCE
 from merge_kit.runs import SUMMARY, latest_run
-from merge_kit.schema import parse
 from merge_kit.site import SITE_FILE, open_site
 
 
@@ -184,11 +183,7 @@ def _read(name: str, role: str, folder: Path, classes: Sequence[str]) -> Model:
     path, config = folder / CONFIG, read_config(folder)
     if config is None:
         raise VectorError(f"{path} is not there: copy the whole folder again.")
-    try:
-        seen = dict(config.data["pretrained_cfg"])
-        own = dict(config.data.get("merge_kit", {}))
-    except (ValueError, KeyError, TypeError) as error:
-        raise VectorError(f"{path} is no timm configuration ({error}).") from error
+    preprocessing = preprocessing_of(config)
     names = config.label_names or tuple(classes)
     if not names:
         raise VectorError(f"{path} names no classes: give them in their order with --classes.")
@@ -199,7 +194,4 @@ def _read(name: str, role: str, folder: Path, classes: Sequence[str]) -> Model:
             f"{path} is of a model with {config.num_classes} classes and {len(names)} names: "
             "correct --classes."
         )
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
-    values = {**own, **{key: seen[key] for key in keys if key in seen}}
-    preprocessing = parse(Preprocessing, values, str(path), VectorError)
     return Model(name, role, folder, names, preprocessing)

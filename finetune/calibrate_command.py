@@ -27,6 +27,11 @@ from merge_kit.site import open_site
     help="A model that was merged from the hub [the federation's base].",
 )
 @split_options
+@click.option(
+    "--norms",
+    is_flag=True,
+    help="Measure its batch norm statistics instead, for 'merge-kit restore'.",
+)
 @click.option("--publish", is_flag=True, help="Send it to the hub at once.")
 def calibrate(
     folder: Path,
@@ -36,6 +41,7 @@ def calibrate(
     where: tuple[str, ...],
     skip_unreadable: bool,
     model: Path | None,
+    norms: bool,
     publish: bool,
     device: str,
     **split: Any,
@@ -53,7 +59,13 @@ def calibrate(
     cases = split_cases(site.federation.classes, data, images, mapping, where, **split)
     with Progress() as progress:
         made = calibrating.calibrate(
-            site, cases, model, chosen, skip_unreadable=skip_unreadable, stage=progress.stage
+            site,
+            cases,
+            model,
+            chosen,
+            "norms" if norms else "moments",
+            skip_unreadable=skip_unreadable,
+            stage=progress.stage,
         )
     for sentence in made.skipped:
         click.echo(f"Left out: {sentence}", err=True)
@@ -68,7 +80,8 @@ def calibrate(
             f"Held back: '{name}' has {count} image(s), the federation's policy asks for "
             f"{site.federation.policy.minimum_class_count}: the sum of fewer would give them away."
         )
-    click.echo(f"  moments              {made.size / 2**20:.1f} MiB in {made.folder}")
+    what = "norm statistics" if norms else "moments"
+    click.echo(f"  {what:<20} {made.size / 2**20:.1f} MiB in {made.folder}")
     if publish:
         hub = open_hub(site.config.hub)
         send(site, made.folder, hub, prepare_all(site, made.folder, hub))

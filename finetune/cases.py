@@ -12,7 +12,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,16 @@ from merge_kit.files import sha256_file
 
 _ONE_READER = threading.Lock()
 
-__all__ = ["ArrayItem", "Case", "case_key", "cases_of", "content_key", "load_cases", "read_case"]
+__all__ = [
+    "ArrayItem",
+    "Case",
+    "case_key",
+    "cases_of",
+    "content_key",
+    "load_cases",
+    "load_unlabelled",
+    "read_case",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +110,19 @@ def load_cases(
         require_labels=require_labels,
         multi_label=multi_label,
     )
+
+
+def load_unlabelled(
+    data: Path, *, images: Path | None = None, where: Mapping[str, str] | None = None
+) -> list[Case]:
+    """The images of `data`, whatever their labels are; also of a folder without class folders.
+
+    Raises DataError and LabelError as `load_cases`.
+    """
+    table = read_table(data, images)
+    rows = [replace(row, fields={**row.fields, "label": ""}) for row in table.rows]
+    plain = Table(table.name, table.columns, rows)
+    return cases_of(plain, classes=(), where=where, require_labels=False)
 
 
 def cases_of(

@@ -13,7 +13,7 @@ from finetune import network
 from merge_kit.errors import MergeKitError, UsageError
 from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.hub import open_hub
-from merge_kit.reheading import find_model, find_moments
+from merge_kit.reheading import find_measured, find_model
 from merge_kit.site import COPY, Site, check_pinned, federation_on
 from merge_kit.solving import HeadOptions, head_tensors, solve_from
 from merge_kit.tensorfile import TensorFile, fingerprint, read_all, write_tensors
@@ -78,7 +78,7 @@ def _solved(site: Site) -> tuple[dict[str, Tensor], int]:
     federation = federation_on(hub)
     check_pinned(site.config, federation, hub.uri)
     base = find_model(hub, federation, None)
-    found, _ = find_moments(hub, federation, base.backbone, skip_refused=True)
+    found, _ = find_measured(hub, federation, base.backbone, skip_refused=True)
     if not found:
         return {}, 0
     with TensorFile(site.root / COPY / BASE_WEIGHTS) as file:

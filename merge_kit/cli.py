@@ -29,6 +29,10 @@ COMMANDS = {
     "publish": ("merge_kit.commands.publish:publish", "Sign a vector and put it on the hub."),
     "status": ("merge_kit.commands.status:status", "Show what lies on a hub."),
     "merge": ("merge_kit.commands.merge:merge", "Merge contributions into one model."),
+    "restore": (
+        "finetune.restore_command:restore",
+        "Measure a merged model's norm statistics again, on its own weights.",
+    ),
     "head": ("merge_kit.commands.head:head", "Solve a model's classifier from all sites' moments."),
     "verify": ("merge_kit.commands.verify:verify", "Make a merged model again and compare."),
     "unmask": ("merge_kit.commands.unmask:unmask", "Give back a model close to a site's own."),

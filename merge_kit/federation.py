@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from merge_kit import signing
-from merge_kit.errors import BaseMismatchError, FederationError
+from merge_kit.configuration import ModelConfig
+from merge_kit.errors import BaseMismatchError, FederationError, VectorError
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.remembered import Checked, look
 from merge_kit.schema import Digest, Document, Place, SiteName, parse
@@ -72,6 +73,24 @@ class AdmittedSite(Document):
         except FederationError as fault:
             raise ValueError(str(fault).rstrip(".")) from fault
         return text
+
+
+def preprocessing_of(config: ModelConfig) -> Preprocessing:
+    """What a model's config.json says of how images become its input.
+
+    Raises
+    ------
+    VectorError
+        It is no configuration of timm's, or a value is out of its range.
+    """
+    try:
+        seen = dict(config.data["pretrained_cfg"])
+        own = dict(config.data.get("merge_kit", {}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise VectorError(f"{config.path} is no timm configuration ({error}).") from error
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    values = {**own, **{key: seen[key] for key in keys if key in seen}}
+    return parse(Preprocessing, values, str(config.path), VectorError)
 
 
 _FIXED = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from merge_kit.contributions import (
 from merge_kit.errors import MergeKitError
 from merge_kit.federation import BASE_WEIGHTS, Federation, check_base
 from merge_kit.hub import Hub
+from merge_kit.manifest import Kind
 from merge_kit.methods.base import Statistics
 from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.provenance import (
     PROVENANCE,
-    HeadRecord,
     Provenance,
     Stated,
 )
@@ -135,18 +135,20 @@ def find_statistics(
             yield Check(subject, "ok", text), kind, replace(found, checked=checked)
 
 
-def find_moments(
-    head: HeadRecord,
+def find_measured(
+    parts: Sequence[Stated],
+    kind: Kind,
+    about: str,
     federation: Federation,
     hub: Hub,
     local: Mapping[tuple[str, str], Contribution],
     base: FoundBase | None,
 ) -> Iterator[tuple[Check, Contribution | None]]:
-    """The moments that the classifier was solved from, in the order of their ids."""
-    for part in sorted(head.moments, key=lambda part: part.id):
+    """What sites measured of a backbone, in the order of the ids."""
+    for part in sorted(parts, key=lambda part: part.id):
         check, found = find_contribution(part, federation, hub, local, base)
-        if found and (found.kind, found.manifest.about) != ("moments", head.about):
-            text = f"is no moments of the backbone {head.about}."
+        if found and (found.kind, found.manifest.about) != (kind, about):
+            text = f"is no {kind} of the backbone {about}."
             check, found = Check(part.label, "differs", text), None
         yield check, found
 

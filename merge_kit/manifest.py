@@ -27,7 +27,9 @@ def _check_time(text: str) -> str:
     return text
 
 
-Kind = Literal["vector", "fisher", "gram", "moments"]
+Kind = Literal["vector", "fisher", "gram", "moments", "norms"]
+OF_A_MODEL: tuple[Kind, ...] = ("moments", "norms")
+"""What a site measures of a model that is there: nothing was trained."""
 LARGEST = 10**12  # numbers from outside stay within what floats and tensors can hold
 Number = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Number | Annotated[str, StringConstraints(pattern=r"^<[1-9][0-9]{0,8}$")]
@@ -105,18 +107,18 @@ class Draft(Document):
     format: Literal[1] = 1
     kind: Kind = "vector"
     about: Digest | None = None
-    """Of statistics: digest of the payload of the vector that they speak of; of moments the
-    fingerprint of the backbone. A vector lacks it."""
+    """Of statistics: digest of the payload of the vector that they speak of; of moments and norm
+    statistics the fingerprint of the backbone. A vector lacks it."""
     site: SiteName
     federation: Digest
     base: Digest
     payload: Payload
     class_counts: dict[str, Count]
     training: Training | None = None
-    """Moments lack it: nothing was trained."""
+    """What is `OF_A_MODEL` lacks it."""
     preprocessing: Digest
     validation: Validation | None = None
-    """Moments lack it."""
+    """What is `OF_A_MODEL` lacks it."""
     privacy: Privacy | None = None
     software: Software
     created_at: Timestamp
@@ -125,8 +127,10 @@ class Draft(Document):
     def _kind_fits(self) -> Draft:
         if (self.kind == "vector") != (self.about is None):
             raise ValueError("statistics name the vector that they are about, a vector names none")
-        if {self.training is None, self.validation is None} != {self.kind == "moments"}:
-            raise ValueError("'training' and 'validation' are of a vector, moments have neither")
+        if {self.training is None, self.validation is None} != {self.kind in OF_A_MODEL}:
+            raise ValueError(
+                "'training' and 'validation' are of a vector, moments and norm statistics have none"
+            )
         return self
 
     @model_serializer(mode="wrap")

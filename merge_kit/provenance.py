@@ -71,6 +71,31 @@ class HeadRecord(Document):
         return found
 
 
+class NormImages(Document):
+    """Images at the merger: how many, and a digest of the sorted digests of their contents."""
+
+    count: int = Field(ge=2)
+    sha256: Digest
+
+
+class NormRecord(Document):
+    """Where norm statistics were measured again, on the merged weights."""
+
+    about: Digest
+    """Fingerprint of what was measured: of the backbone by sites, of the model by the merger."""
+    sums: tuple[Stated, ...] = ()
+    """What sites published."""
+    images: NormImages | None = None
+
+    @model_validator(mode="after")
+    def _comes_from_somewhere(self) -> NormRecord:
+        if bool(self.sums) == (self.images is not None):
+            raise ValueError("norm statistics come from sites, or from images")
+        if len({part.id for part in self.sums}) != len(self.sums):
+            raise ValueError("norm statistics are named twice")
+        return self
+
+
 class Refused(Document):
     """An entry of the hub that was left out; whoever put it there chose its names."""
 
@@ -101,6 +126,8 @@ class Provenance(Document):
     software: Versions
     head: HeadRecord | None = None
     """Where the classifier was solved from moments."""
+    norms: NormRecord | None = None
+    """Where norm statistics were measured again, before that."""
 
     @field_validator("contributions")
     @classmethod
@@ -113,7 +140,7 @@ class Provenance(Document):
     def _something_was_made(self) -> Provenance:
         if bool(self.contributions) != (self.recipe is not None):
             raise ValueError("a recipe goes with contributions")
-        if self.recipe is None and self.head is None:
+        if self.recipe is None and (self.head is None or self.norms):
             raise ValueError("contributions are missing")
         return self
 
@@ -153,6 +180,8 @@ class PlainProvenance(Document):
     recipe: dict[str, Any]
     inputs: tuple[PlainInput, ...] = Field(min_length=1)
     software: Versions
+    norms: NormRecord | None = None
+    """Where norm statistics were measured again."""
 
     @field_validator("inputs")
     @classmethod

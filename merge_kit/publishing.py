@@ -19,17 +19,26 @@ from merge_kit.contributions import (
 from merge_kit.errors import ContributionError, VectorError
 from merge_kit.files import sha256_file, write_atomic
 from merge_kit.hub import Hub
-from merge_kit.manifest import Draft, Kind, Manifest, parse_manifest, read_draft, suppress
+from merge_kit.manifest import (
+    OF_A_MODEL,
+    Draft,
+    Kind,
+    Manifest,
+    parse_manifest,
+    read_draft,
+    suppress,
+)
 from merge_kit.methods.base import Statistics
 from merge_kit.site import Site, check_pinned, federation_on
 
 VECTOR = "vector.safetensors"
 DRAFT = "manifest.draft.json"
-_OWN: tuple[Kind, ...] = ("vector", "moments")
+_OWN: tuple[Kind, ...] = ("vector", *OF_A_MODEL)
 """What stands for itself; statistics go with a vector."""
 _COMMANDS: dict[Kind, str] = {
     "vector": "finetune",
     "moments": "calibrate",
+    "norms": "calibrate --norms",
     "fisher": "statistics",
     "gram": "statistics",
 }
@@ -83,7 +92,8 @@ def prepare(
 
     Once it has been published the manifest stays as it was: publishing again gives the same
     contribution. A vector replaces the site's latest one unless `alongside`; statistics replace
-    those of the same kind about the same vector, moments those of the same backbone.
+    those of the same kind about the same vector, moments and norm statistics those of the same
+    backbone.
 
     Raises
     ------
@@ -95,7 +105,7 @@ def prepare(
     draft = read_draft(run / draft_file(kind), command)
     payload = run / payload_file(kind)
     if not payload.is_file() or sha256_file(payload) != draft.payload.sha256:
-        verb = "were" if kind == "moments" else "was"
+        verb = "were" if kind in OF_A_MODEL else "was"
         what = (
             "the vector that the run made" if kind == "vector" else f"the {kind} that {verb} made"
         )

@@ -10,13 +10,15 @@ from types import MappingProxyType
 
 import torch
 
-from merge_kit import engine, running
+from merge_kit import engine, normstats, restoring, running
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.checks import Check
 from merge_kit.comparing import MaskFiles, SumFiles
+from merge_kit.contributions import Contribution
 from merge_kit.devices import Device
 from merge_kit.exact import InexactSumError
 from merge_kit.material import Material
+from merge_kit.parameters import Role
 from merge_kit.provenance import PROVENANCE, PlainProvenance, Provenance
 from merge_kit.recipe import Recipe
 from merge_kit.running import Sums
@@ -74,17 +76,20 @@ def rebuild(
     folder: Path,
     model: TensorFile | None,
     device: Device,
-    head: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    instead: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    watch: Watch | None = None,
 ) -> list[Check]:
     """Merge again and compare with the stated fingerprint, and with every tensor in the folder.
 
-    `model` is the folder's own, if it can be read; `head` what stands in the place of the merged
-    classifier, by name.
+    `model` is the folder's own, if it can be read; `instead` what stands in the place of merged
+    tensors, by name: the classifier, norm statistics. `watch` sees all as it was merged.
     """
-    if head:
+    if instead:
         specs = engine.merged_specs(inputs.base.specs, recipe)
         merged = engine.merge(inputs.base, inputs.sources, inputs.roles, recipe, device=device)
-        return [_compare_parts(record, _with_head(merged, head), specs, model)[1]]
+        seen = merged if watch is None else watch.see(merged, specs)
+        check = _compare_parts(record, _with_others(seen, instead), specs, model)[1]
+        return [check, *(watch.checks() if watch else ())]
     if running.fits(recipe) and (folder / running.FOLDER).is_dir():
         try:
             sums = running.from_scratch(inputs.sources, recipe)
@@ -99,18 +104,75 @@ def rebuild_on_base(
 ) -> Check:
     """As `rebuild`, of a model that is the base but for its classifier."""
     parts = (engine.Part(name, 0, tensor.reshape(-1)) for name, tensor in read_all(base))
-    return _compare_parts(record, _with_head(parts, head), base.specs, model)[1]
+    return _compare_parts(record, _with_others(parts, head), base.specs, model)[1]
 
 
-def _with_head(
-    parts: Iterable[engine.Part], head: Mapping[str, torch.Tensor]
+def norms_again(
+    record: Provenance | PlainProvenance,
+    found: Sequence[Contribution],
+    specs: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
+    model: TensorFile | None,
+) -> tuple[dict[str, torch.Tensor], list[Check]]:
+    """Norm statistics that were measured again: from the sites' sums, or as the model has them
+    where the images lie with the merger.
+
+    Raises
+    ------
+    MergeKitError
+        A file changed after it was checked.
+    """
+    if record.norms is None:
+        return {}, []
+    if record.norms.images is None:
+        return normstats.running_statistics(restoring.sums_of(found), specs), []
+    of = (Role.NORM_MEAN, Role.NORM_VARIANCE)
+    own = {n: model.read(n) for n, r in roles.items() if r in of} if model else {}
+    text = (
+        f"were measured on {record.norms.images.count} images that lie with the merger: taken as "
+        "they are; all else was merged again"
+    )
+    return own, [Check("norm statistics", "unknown", text)]
+
+
+class Watch:
+    """The fingerprint of a merged backbone, before anything was put in the place of its tensors."""
+
+    def __init__(self, classifier: Sequence[str], stated: str | None) -> None:
+        self._heads = {f"{module}.{leaf}" for module in classifier for leaf in ("weight", "bias")}
+        self._stated, self._found = stated, Fingerprint()
+
+    def see(
+        self, parts: Iterable[engine.Part], specs: Mapping[str, TensorSpec]
+    ) -> Iterator[engine.Part]:
+        """The parts as they come."""
+        for part in parts:
+            if part.name not in self._heads:
+                if part.begin == 0:
+                    self._found.begin(part.name, specs[part.name])
+                self._found.values(part.values)
+            yield part
+
+    def checks(self) -> list[Check]:
+        """Whether it is the one that the norm statistics are of."""
+        if self._stated is None:
+            return []
+        if str(self._found) == self._stated:
+            text = f"are of the merged backbone, {self._stated}"
+            return [Check("norm statistics", "ok", text)]
+        text = f"are of the backbone {self._stated}, merging again gives {self._found}."
+        return [Check("norm statistics", "differs", text)]
+
+
+def _with_others(
+    parts: Iterable[engine.Part], instead: Mapping[str, torch.Tensor]
 ) -> Iterator[engine.Part]:
     for part in parts:
-        if part.name not in head:
+        if part.name not in instead:
             yield part
             continue
         end = part.begin + part.values.numel()
-        yield engine.Part(part.name, part.begin, head[part.name].reshape(-1)[part.begin : end])
+        yield engine.Part(part.name, part.begin, instead[part.name].reshape(-1)[part.begin : end])
 
 
 def _compare_parts(

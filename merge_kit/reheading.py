@@ -17,9 +17,11 @@ from merge_kit.errors import BaseMismatchError, ContributionError, ProvenanceErr
 from merge_kit.federation import BASE_WEIGHTS, Federation, check_base
 from merge_kit.files import new_folder, write_atomic
 from merge_kit.hub import Hub
+from merge_kit.manifest import Kind
 from merge_kit.merging import CARD, choose, render, software, stated
 from merge_kit.provenance import PROVENANCE, HeadRecord, Provenance, read_provenance
 from merge_kit.remembered import look
+from merge_kit.restoring import with_norms
 from merge_kit.solving import (
     Backbone,
     HeadOptions,
@@ -99,17 +101,18 @@ def _backbone(weights: Path, federation: Federation) -> str:
         ].fingerprint
 
 
-def find_moments(
+def find_measured(
     hub: Hub,
     federation: Federation,
     backbone: str,
+    kind: Kind = "moments",
     *,
     allow_unsigned: bool = False,
     skip_refused: bool = False,
     sites: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> tuple[list[Contribution], list[Entry]]:
-    """The moments of a backbone on a hub, checked, and the entries that were left out.
+    """What sites measured of a backbone, checked, and the entries that were left out.
 
     Raises
     ------
@@ -120,7 +123,7 @@ def find_moments(
         entry
         for entry in list_entries(hub, federation)
         if entry.contribution
-        and (entry.kind, entry.contribution.manifest.about) == ("moments", backbone)
+        and (entry.kind, entry.contribution.manifest.about) == (kind, backbone)
     ]
     if not there:
         return [], []
@@ -131,7 +134,7 @@ def find_moments(
         skip_refused=skip_refused,
         sites=sites,
         exclude=exclude,
-        kind="moments",
+        kind=kind,
     )
 
 
@@ -207,7 +210,7 @@ def rehead(
 
 def head_card(federation: Federation, record: dict[str, Any]) -> str:
     """The README.md of a model whose classifier was solved."""
-    return render("head_card.md.j2", federation=federation, record=record)
+    return with_norms(render("head_card.md.j2", federation=federation, record=record), record)
 
 
 def provenance(federation: Federation, model: Model, solved: Solved, merged: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What sites may publish beside a vector, and of a model that is there: Fisher, Gram, moments.
+"""What sites may publish beside a vector (Fisher, Gram), and of a model that is there (moments,
+norm statistics).
 
 Checked as strictly as vectors: what names a tensor of the base must fit it, and its values must be
 such as the figures can have.
@@ -13,9 +14,9 @@ from typing import Literal
 
 import torch
 
-from merge_kit import momentsfile, vector
+from merge_kit import momentsfile, normstats, vector
 from merge_kit.errors import ContributionError, VectorError
-from merge_kit.manifest import Kind
+from merge_kit.manifest import OF_A_MODEL, Kind
 from merge_kit.parameters import Role
 from merge_kit.schema import Digest, Document
 from merge_kit.tensorfile import TensorFile
@@ -29,7 +30,7 @@ _MERGED = (Role.WEIGHT, Role.HEAD)
 class StatisticsHeader(VectorHeader):
     """What a file of statistics says of itself, in its one metadata key."""
 
-    kind: Literal["fisher", "gram", "moments"]
+    kind: Literal["fisher", "gram", "moments", "norms"]
     about: Digest
 
 
@@ -73,7 +74,7 @@ def check_header(file: TensorFile, kind: Kind, about: str | None, where: str) ->
             f"{where} is announced as {kind} and holds {header.kind}: it is refused."
         )
     if header.about != about:
-        of = "the backbone" if kind == "moments" else "the vector"
+        of = "the backbone" if kind in OF_A_MODEL else "the vector"
         raise ContributionError(
             f"{where} is announced for {of} {about} and holds the {kind} of {header.about}: "
             "it is refused."
@@ -109,6 +110,8 @@ def measure(file: TensorFile) -> Measured:
     norm = math.sqrt(total) if math.isfinite(total) else None
     if _fault_of_moments(file) is None:
         sound.add("moments")
+    if _fault_of_norms(file) is None:
+        sound.add("norms")
     return Measured.model_validate(
         {"sha256": f"sha256:{digest.hexdigest()}", "norm": norm, "sound": sorted(sound)}
     )
@@ -124,6 +127,12 @@ def _fault_of_moments(file: TensorFile) -> str | None:
     return momentsfile.fault(momentsfile.read(file))
 
 
+def _fault_of_norms(file: TensorFile) -> str | None:
+    if not normstats.looks_so(file):
+        return "holds no norm statistics"
+    return normstats.fault(normstats.read(file))
+
+
 def check_specs(
     file: TensorFile, kind: Kind, expected: Mapping[str, TensorSpec], roles: Mapping[str, Role]
 ) -> None:
@@ -132,6 +141,8 @@ def check_specs(
         heads = [n for n, r in roles.items() if r is Role.HEAD and n.endswith("weight")]
         classes, features = expected[heads[0]].shape[:2]
         momentsfile.check_specs(file.specs, features, classes, str(file.path))
+    elif kind == "norms":
+        normstats.check_specs(file.specs, expected, roles, str(file.path))
     elif kind == "fisher":
         vector.check_specs(file, fisher_specs(expected, roles))
     else:
@@ -145,7 +156,7 @@ def check(
 
     A Fisher diagonal has every weight and head of the base, finite and not negative. Gram matrices
     may be there for some weights only; each is finite and symmetric, its diagonal not negative.
-    Moments are such as images can have given.
+    Moments and norm statistics are such as images can have given.
 
     Parameters
     ----------
@@ -158,14 +169,15 @@ def check(
         Names the tensor and what is wrong with it.
     """
     check_specs(file, kind, expected, roles)
-    if kind == "moments" and (fault := _fault_of_moments(file)):
+    faults = {"moments": _fault_of_moments, "norms": _fault_of_norms}
+    if kind in faults and (fault := faults[kind](file)):
         raise VectorError(f"{file.path} {fault}: the site must calibrate again.")
     total = 0.0
     for name, tensor in vector.read_checked(file, REMEDY):
         if kind == "gram" and not torch.equal(tensor, tensor.T):
             raise VectorError(f"{file.path}: tensor '{name}' is not symmetric: {REMEDY}")
         squares = tensor.diagonal() if kind == "gram" else tensor
-        if kind != "moments" and (bad := int((squares < 0).sum())):
+        if kind not in faults and (bad := int((squares < 0).sum())):
             where = "" if kind == "fisher" else " on its diagonal"
             raise VectorError(
                 f"{file.path}: tensor '{name}' holds {bad} value(s) below 0{where}, "

@@ -21,6 +21,7 @@ from merge_kit.contributions import (
 )
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.hub import Hub
+from merge_kit.manifest import Kind
 from merge_kit.parameters import Role, roles_of
 from merge_kit.tensorfile import TensorFile
 
@@ -98,14 +99,16 @@ def _row(
     }
 
 
-def calibrations(entries: Sequence[Entry]) -> dict[str, list[dict[str, Any]]]:
+def calibrations(
+    entries: Sequence[Entry], kind: Kind = "moments"
+) -> dict[str, list[dict[str, Any]]]:
     """Which sites have measured which backbone: rows by the backbone's fingerprint.
 
     Of entries that have been `checked`; what is refused is among the rows of `survey`.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for one in without_superseded([e.contribution for e in entries if e.contribution]):
-        if one.kind != "moments":
+        if one.kind != kind:
             continue
         row = {
             "site": one.site,

@@ -22,9 +22,10 @@ from merge_kit.ingredients import (
     FoundBase,
     find_base,
     find_contribution,
-    find_moments,
+    find_measured,
     find_statistics,
 )
+from merge_kit.manifest import Kind
 from merge_kit.material import Beside, opened
 from merge_kit.merging import model_card
 from merge_kit.methods.base import Statistics
@@ -33,10 +34,12 @@ from merge_kit.provenance import (
     HeadRecord,
     Ingredient,
     Provenance,
+    Stated,
 )
-from merge_kit.rebuilding import rebuild, rebuild_on_base, shares
+from merge_kit.rebuilding import Watch, norms_again, rebuild, rebuild_on_base, shares
 from merge_kit.recipe import Recipe, make_recipe
 from merge_kit.reheading import head_card
+from merge_kit.restoring import with_norms
 from merge_kit.schema import parse
 from merge_kit.site import federation_on
 from merge_kit.solving import HeadOptions, backbone_of, head_tensors, solve_from
@@ -80,18 +83,22 @@ def verify(
         checks.append(check)
         if statistic:
             beside.setdefault(kind, []).append(statistic)
-    moments: list[Contribution] = []
-    for check, told in (
-        find_moments(record.head, federation, hub, local, base) if record.head else ()
-    ):
-        checks.append(check)
-        moments += [told] if told else []
+    measured: dict[Kind, list[Contribution]] = {"moments": [], "norms": []}
+    stated: dict[Kind, tuple[Sequence[Stated], str]] = {}
+    if record.head:
+        stated["moments"] = record.head.moments, record.head.about
+    if record.norms:
+        stated["norms"] = record.norms.sums, record.norms.about
+    for of, (parts, about) in stated.items():
+        for check, one in find_measured(parts, of, about, federation, hub, local, base):
+            checks.append(check)
+            measured[of] += [one] if one else []
     whole = base is not None and all(check.state == "ok" for check in checks[3:])
     with ExitStack() as stack:
         model, check = open_weights(folder, record.merged, stack)
         checks.append(check)
         if base and whole:
-            found_all = Found(there, beside, moments)
+            found_all = Found(there, beside, measured["moments"], measured["norms"])
             again = _merge_again(folder, record, federation, base, found_all, model, device)
         else:
             text = "not done: it takes the base and every vector."
@@ -118,6 +125,7 @@ class Found:
     vectors: Sequence[Contribution]
     beside: Beside
     moments: Sequence[Contribution]
+    norms: Sequence[Contribution]
 
 
 def _merge_again(
@@ -148,17 +156,24 @@ def _merge_again(
             else:
                 engine.check_sites(inputs.sources, recipe)
                 checks.append(shares(record, inputs, recipe))
-                checks += rebuild(record, inputs, recipe, folder, model, device, head)
+                norms, told = norms_again(record, found.norms, specs, inputs.roles, model)
+                checks += told
+                about = record.norms.about if found.norms and record.norms else None
+                watch = Watch(federation.classifier, about)
+                checks += rebuild(
+                    record, inputs, recipe, folder, model, device, {**head, **norms}, watch
+                )
             inputs.check_unchanged()
         if record.head and model:
             checks.append(_backbone(record.head, model, federation))
     except MergeKitError as error:
         return [*checks, Check("rebuilt", "differs", str(error))]
+    told_of = record.model_dump(mode="json")
     if record.head:
-        card = head_card(federation, record.model_dump(mode="json"))
+        card = head_card(federation, told_of)
     else:
         assert recipe is not None  # or there would be a head
-        card = _card(record, federation, found.vectors, recipe)
+        card = with_norms(_card(record, federation, found.vectors, recipe), told_of)
     return [*checks, check_card(folder, card, same_version=same_version(record.software))]
 
 

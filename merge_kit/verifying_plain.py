@@ -7,15 +7,16 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from merge_kit import plain
+from merge_kit import engine, plain
 from merge_kit.accounting import check_card, check_config, open_weights, report, same_version
 from merge_kit.checks import Check, Report
 from merge_kit.devices import CPU, Device
 from merge_kit.errors import MergeKitError
 from merge_kit.plain import Job
 from merge_kit.provenance import PROVENANCE, PlainInput, PlainProvenance
-from merge_kit.rebuilding import rebuild, shares
+from merge_kit.rebuilding import norms_again, rebuild, shares
 from merge_kit.recipe import make_recipe
+from merge_kit.restoring import with_norms
 from merge_kit.tensorfile import TensorFile
 
 
@@ -101,7 +102,9 @@ def _merge_again(
     try:
         inputs = plain.material(job)
         checks.append(shares(record, inputs, job.recipe))
-        checks += rebuild(record, inputs, job.recipe, folder, model, device)
+        specs = engine.merged_specs(inputs.base.specs, job.recipe)
+        norms, told = norms_again(record, (), specs, inputs.roles, model)
+        checks += [*told, *rebuild(record, inputs, job.recipe, folder, model, device, norms)]
         inputs.check_unchanged()
     except MergeKitError as error:
         return [*checks, Check("rebuilt", "differs", str(error))]
@@ -111,5 +114,5 @@ def _merge_again(
         "recipe": job.recipe.model_dump(mode="json"),
         "inputs": [part.model_dump(mode="json") for part in ordered],
     }
-    card = plain.model_card(stated, job.config)
+    card = with_norms(plain.model_card(stated, job.config), stated)
     return [*checks, check_card(folder, card, same_version=same_version(record.software))]

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import click
 import jinja2
+import torch
 
 from evaluate.experiments import arrivals, results, running, tables
 from evaluate.experiments.config import Experiment, Split, read_experiment
 from evaluate.experiments.evaluating import REPORT, evaluate
 from evaluate.experiments.plan import Fold, Planner, fold_folder
 from evaluate.experiments.tables import Union
-from finetune.cases import case_key, load_cases
+from evaluate.processes import joined
+from finetune.cases import content_key, load_cases
 from merge_kit.commands.options import next_step, shown
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
 
@@ -48,50 +50,76 @@ def experiment(
     """Run the federation that FILE describes, with its baselines, and write one table.
 
     Every step is one of merge-kit's commands. What was done is not done again: stopped at any
-    moment, the same command goes on, and a file with one more merge trains nothing. The commands of
-    a phase of --list-jobs may run on several machines that share the folder.
+    moment, the same command goes on, and a file with one more merge trains nothing. Several
+    machines that share the folder work together when 'torchrun' starts the command on each of
+    them; or run the commands of --list-jobs, phase by phase.
+
+    \b
+    torchrun --nproc-per-node 4 -m merge_kit experiment FILE --device cuda
     """
     running.check_jobs(jobs)
-    here = (root or path.parent).absolute()
+    here = Path(os.path.abspath(root or path.parent))
     told = read_experiment(path, here)
     target = out or Path("experiments") / told.name
     unions: dict[Path, Union] = {}
-    folds = _folds(told, here, target, unions)
-    if isinstance(told.sites, Split):
-        click.echo(f"The sites are artificial: {told.sites.kind}, {told.sites.sites} of them.")
     if list_jobs:
-        click.echo("\n".join(running.listed(folds)))
+        folds = _folds(told, here, target, unions)
+        click.echo("\n".join([*_warning(told), *running.listed(folds)]))
         return
-    running.run(folds, jobs, click.echo, device)
-    evaluate(folds, told, lambda fold: unions[fold.root], jobs, click.echo, device)
-    table = _write(told, path, target, folds, unions)
+    with joined() as group:
+        with group.together():
+            folds = _folds(told, here, target, unions) if group.first else []
+        if not group.first:  # what it builds on lies there now
+            folds = _folds(told, here, target, unions)
+        for line in _warning(told) if group.first else ():
+            click.echo(line)
+        # A name is tried by the commands; 'cuda' alone is every process's own GPU.
+        on = str(group.device(torch.device(device))) if device == "cuda" else device
+        running.run(folds, jobs, click.echo, on, group)
+        evaluate(folds, told, lambda fold: unions[fold.root], jobs, click.echo, on, group)
+        if not group.first:
+            return
+        table = _write(told, path, target, folds, unions)
     click.echo(f"\n{table}")
     next_step(f"open {shown(target / TABLE)}.html; every seed's figures are in {TABLE}.csv")
+
+
+def _warning(told: Experiment) -> list[str]:
+    if not isinstance(told.sites, Split):
+        return []
+    return [f"# The sites are artificial: {told.sites.kind}, {told.sites.sites} of them."]
 
 
 def _folds(told: Experiment, here: Path, out: Path, unions: dict[Path, Union]) -> list[Fold]:
     data = here / told.data
     classes = told.classes or tables.labels_of(data)
-    content = _content(data, classes, told)
+    content = _content(data, classes, told, here)
     found = []
     for seed in told.seeds:
         first = _union(told, data, classes, out, seed, content)
         # Leaving sites out costs as much again for each site: one seed has to do.
         all_out = told.unseen and seed == told.seeds[0]
-        left_out: list[str | None] = [None, *(first.sites if all_out else ())]
-        for without in left_out:
-            root = fold_folder(out.absolute(), told, content, seed, without)
+        apart: list[tuple[str | None, str | None]] = [(None, None)]
+        apart += [(site, None) for site in first.sites] if all_out else []
+        apart += [(None, variant) for variant in told.variants]
+        for without, variant in apart:
+            root = fold_folder(
+                out.absolute(), told, content, seed, without=without, variant=variant
+            )
             unions[root] = first
-            fold = Fold(root, seed, without)
+            fold = Fold(root, seed, without, variant, here)
             found.append(Planner(told, here, first, fold).plan())
     return found
 
 
-def _content(data: Path, classes: Sequence[str], told: Experiment) -> str:
-    """A digest that changes when the table or one of its images does."""
-    keys = sorted(case_key(case) for case in load_cases(data, classes=classes))
+def _content(data: Path, classes: Sequence[str], told: Experiment, here: Path) -> str:
+    """A digest that changes when the table, one of its images or the weights do, not when they
+    move.
+    """
+    keys = sorted(content_key(case) for case in load_cases(data, classes=classes))
     split = told.sites.model_dump() if isinstance(told.sites, Split) else told.sites
-    return sha256_bytes(canonical_json([sha256_file(data), list(classes), split, keys]))
+    weights = sha256_file(here / told.backbone.weights) if told.backbone.weights else None
+    return sha256_bytes(canonical_json([sha256_file(data), list(classes), split, keys, weights]))
 
 
 def _union(
@@ -113,7 +141,7 @@ def _write(
     """The table in three forms, and the picture; gives the Markdown."""
     rows = results.collect(folds, told, unions)
     lines = results.lines_of(rows)
-    whole = [fold for fold in folds if fold.left_out is None]
+    whole = [fold for fold in folds if fold.left_out is None and fold.variant is None]
     picture = None
     if told.arrivals:
         drawn = arrivals.curves(whole[0], unions[whole[0].root].sites, told.arrivals.orders)
@@ -130,7 +158,7 @@ def _write(
         about=_about(told, unions[whole[0].root]),
         headings=results.HEADINGS,
         rows=[results.cells(line) for line in lines],
-        ours=set(told.merges),
+        ours={line.model for line in lines if results.merge_of(line.model) in told.merges},
         seeds=len(told.seeds),
         arrivals=base64.b64encode(picture).decode() if picture else None,
         reports=[

@@ -48,6 +48,10 @@ class Merge(Document):
     """Whether the sites measure the merged model and its classifier is solved again."""
     head: str = ""
     """Options of `merge-kit head`, where it is."""
+    restore: str = ""
+    """Whose images the norm statistics of the merged model are measured on again, before its
+    classifier is solved: ``sites`` for what each site measures, or a choice of rows of the table,
+    such as ``site=north``, for training images that lie at the merger."""
 
 
 class Arrivals(Document):
@@ -70,6 +74,8 @@ class Experiment(Document):
     backbone: Backbone
     training: dict[str, Any] = Field(default_factory=dict)
     """Training options of every site that are not the defaults."""
+    variants: dict[SiteName, dict[str, Any]] = Field(default_factory=dict)
+    """Other training options to compare, by name: every merge of vectors that were trained so."""
     merges: dict[SiteName, Merge] = Field(min_length=1)
     baselines: tuple[Baseline, ...] = ("single", "pooled", "ensemble")
     rounds: int = Field(default=10, ge=1)
@@ -95,10 +101,13 @@ class Experiment(Document):
             raise ValueError(f"'{odd[0]}' is none of the merges")
         return self
 
-    @property
-    def options(self) -> TrainingOptions:
+    def training_of(self, variant: str | None) -> dict[str, Any]:
+        """The training options that are not the defaults, without the seed."""
+        return {**self.training, **(self.variants[variant] if variant else {})}
+
+    def options(self, variant: str | None = None) -> TrainingOptions:
         """How every site trains, without its seed."""
-        return make_options(self.training, "training")
+        return make_options(self.training_of(variant), "training")
 
 
 def read_experiment(path: Path, root: Path) -> Experiment:
@@ -112,6 +121,9 @@ def read_experiment(path: Path, root: Path) -> Experiment:
     file = read_yaml(path, UsageError)
     found = parse(Experiment, file.data, file.place, UsageError)
     make_options(found.training, file.place.inside(f"{file.place}, training", "training"))
+    for name, changes in found.variants.items():
+        inside = file.place.inside(f"{file.place}, variant {name}", "variants", name)
+        make_options({**found.training, **changes}, inside)
     for named, key in ((found.data, "data"), (found.backbone.weights, "weights")):
         if named and not (root / named).exists():
             raise UsageError(

@@ -8,10 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from evaluate.experiments import combined, running
 from evaluate.experiments.config import Experiment
 from evaluate.experiments.plan import POOLED, Fold
 from evaluate.experiments.tables import Union
+from evaluate.processes import Group
 from merge_kit.files import canonical_json, sha256_bytes
 
 REPORT, ARRIVALS = "report", "arrivals"
@@ -26,16 +30,17 @@ def evaluate(
     jobs: int,
     say: Callable[[str], None],
     device: str | None,
+    group: Group,
 ) -> None:
     """Evaluate what has been made; then, from the probabilities, what is no one network."""
     for fold in folds:
         _first(fold, experiment, union(fold))
-    running.run(folds, jobs, say, device)
-    again = [fold for fold in folds if fold.left_out is None]
+    running.run(folds, jobs, say, device, group)
+    again = [fold for fold in folds if fold.left_out is None and fold.variant is None]
     if _has_combined(experiment):
         for fold in again:
-            _combined(fold, experiment, union(fold))
-        running.run(again, jobs, say, device)
+            _combined(fold, experiment, union(fold), group)
+        running.run(again, jobs, say, device, group)
 
 
 def members_of(fold: Fold, union: Union) -> dict[str, Path]:
@@ -51,7 +56,7 @@ def _has_combined(experiment: Experiment) -> bool:
 def _models(fold: Fold, experiment: Experiment, union: Union) -> dict[str, Path]:
     there = set(fold.arrivals.values()) - set(experiment.merges)
     found = {name: path for name, path in fold.models.items() if name not in there}
-    if fold.left_out is None:
+    if fold.left_out is None and fold.variant is None:
         found |= members_of(fold, union)
     if "fedbn" in found:
         folder = found.pop("fedbn")
@@ -94,23 +99,25 @@ def _first(fold: Fold, experiment: Experiment, union: Union) -> None:
         )  # fmt: skip
 
 
-def _combined(fold: Fold, experiment: Experiment, union: Union) -> None:
+def _combined(fold: Fold, experiment: Experiment, union: Union, group: Group) -> None:
     """Write the combined predictions, and evaluate again with them: no network runs twice."""
-    out, models = fold.reports[REPORT], _models(fold, experiment, union)
-    outputs = combined.read_outputs(out / "predictions.csv")
-    folder = fold.root / "combined"
+    models = _models(fold, experiment, union)
+    outputs = combined.read_outputs(fold.reports[REPORT] / "predictions.csv")
+    found: dict[str, NDArray[np.float64]] = {}
     if "ensemble" in experiment.baselines:
         members, sizes = members_of(fold, union), training_images(union)
         for name, weigh in (("uniform", lambda n: 1.0), ("sqrt", math.sqrt)):
             weights = [weigh(sizes[site]) for site in union.sites]
-            found = combined.ensemble(outputs, list(members), weights)
-            models[f"ensemble-{name}"] = folder / f"ensemble-{name}.csv"
-            combined.write_outputs(models[f"ensemble-{name}"], outputs, found)
+            found[f"ensemble-{name}"] = combined.ensemble(outputs, list(members), weights)
     if "fedbn" in experiment.strategies:
-        found = combined.by_site(outputs, {site: f"fedbn-{site}" for site in union.sites})
-        models["fedbn"] = folder / "fedbn.csv"
-        combined.write_outputs(models["fedbn"], outputs, found)
-    _add(fold, union, models, out)
+        own = {site: f"fedbn-{site}" for site in union.sites}
+        found["fedbn"] = combined.by_site(outputs, own)
+    with group.together():
+        for name, probabilities in found.items():
+            models[name] = fold.root / "combined" / f"{name}.csv"
+            if group.first:
+                combined.write_outputs(models[name], outputs, probabilities)
+    _add(fold, union, models, fold.reports[REPORT])
 
 
 def training_images(union: Union) -> dict[str, int]:

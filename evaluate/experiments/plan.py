@@ -13,6 +13,9 @@ from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.site import PUBLIC_KEY_FILE
 
 FIRST = "first"
+UNCALIBRATED = "-uncalibrated"
+SITES = "sites"
+"""Where norm statistics are measured again: by the sites."""
 POOLED = "pooled"
 
 
@@ -36,11 +39,15 @@ class Job:
 
 @dataclass(slots=True)
 class Fold:
-    """One federation of an experiment: a seed, and the site that has never been there, if any."""
+    """One federation of an experiment: a seed, and what sets it apart from the other ones."""
 
     root: Path
     seed: int
     left_out: str | None
+    variant: str | None = None
+    """Name of the training options, where they are not those of all else."""
+    source: Path | None = None
+    """What the experiment's own paths start from; its content is part of the root's name."""
     jobs: list[Job] = field(default_factory=list)
     models: dict[str, Path] = field(default_factory=dict)
     """What is evaluated, by name."""
@@ -52,28 +59,48 @@ class Fold:
     def add(self, *argv: object, after: Sequence[Job] = ()) -> Job:
         """One more command."""
         texts = tuple(str(part) for part in argv)
-        # The folder's name is a hash of data, backbone and training: it stands for all of them.
-        told = [texts, self.root.name, sorted(job.key for job in after)]
+        # The folder's name is a hash of data, backbone and training: it stands for all of them,
+        # wherever they lie.
+        moved = [self._inside(text) for text in texts]
+        told = [moved, self.root.name, sorted(job.key for job in after)]
         key = sha256_bytes(canonical_json(told))[7:23]
         phase = max((job.phase for job in after), default=0) + 1
         job = Job(texts, key, tuple(job.key for job in after), phase)
         self.jobs.append(job)
         return job
 
+    def _inside(self, text: str) -> str:
+        """A path of the experiment's own files without what it starts from."""
+        path = Path(text)
+        ours = path.is_absolute() and not path.is_relative_to(self.root.parent)
+        if ours and self.source and path.is_relative_to(self.source):
+            return str(path.relative_to(self.source))
+        return text
+
 
 def fold_folder(
-    out: Path, experiment: Experiment, data: str, seed: int, without: str | None
+    out: Path,
+    experiment: Experiment,
+    content: str,
+    seed: int,
+    *,
+    without: str | None = None,
+    variant: str | None = None,
 ) -> Path:
-    """Where a federation lives: the name is a hash of all that its vectors depend on."""
+    """Where a federation lives: the name is a hash of all that its vectors depend on.
+
+    `content` stands for the images, their labels, and the backbone's weights.
+    """
     told = [
-        data,
+        content,
         experiment.classes,
         experiment.backbone.model_dump(mode="json"),
-        experiment.options.model_dump(mode="json"),
+        experiment.options(variant).model_dump(mode="json"),
         seed,
         without,
     ]
     name = f"seed-{seed}" + (f"-without-{without}" if without else "")
+    name += f"-{variant}" if variant else ""
     return out / f"{name}-{sha256_bytes(canonical_json(told))[7:15]}"
 
 
@@ -90,9 +117,10 @@ class Planner:
     def plan(self) -> Fold:
         """All commands but the evaluation."""
         measured = self._start()
-        first = self._model(FIRST, {})
-        self.fold.add("head", self._hub, "--out", first, "--replace", after=measured)
-        self.fold.models[FIRST] = first
+        if self.fold.variant is None:
+            first = self._model(FIRST, {})
+            self.fold.add("head", self._hub, "--out", first, "--replace", after=measured)
+            self.fold.models[FIRST] = first
         for site in self._sites:
             tuned = self.fold.add(
                 "finetune", self._site(site), *self._images(site), *self._training(), after=measured
@@ -101,7 +129,7 @@ class Planner:
         wanted = self._told.merges if self.fold.left_out is None else self._told.unseen
         for name in wanted:
             self._merge(name, name, self._sites)
-        if self.fold.left_out is None:
+        if self.fold.left_out is None and self.fold.variant is None:
             self._baselines(measured)
             if self._told.arrivals and self.fold.seed == self._told.seeds[0]:
                 self._arrivals(self._told.arrivals.merge, self._told.arrivals.orders)
@@ -148,38 +176,29 @@ class Planner:
         ]
 
     def _merge(self, name: str, choice: str, sites: Sequence[str], chosen: bool = False) -> None:
-        """Merge the vectors of some sites and, if it is asked for, solve the classifier again."""
+        """Merge the vectors of some sites and, if it is asked for, repair what merging breaks."""
         merge = self._told.merges[choice]
         only = [part for site in sites for part in ("--site", site)] if chosen else []
-        told = merge.model_dump(mode="json")
-        plain = self._model(f"{name}-uncalibrated" if merge.calibrate else name, told)
+        told = merge.model_dump(mode="json", exclude_defaults=True)
+        plain = self._model(f"{name}{UNCALIBRATED}" if merge.calibrate else name, told)
+        model = self._model(f"{name}-merged", told) if merge.restore else plain
         done = self.fold.add(
             "merge",
             self._hub,
             *shlex.split(merge.options),
             *only,
             "--out",
-            plain,
+            model,
             "--replace",
             after=self._published,
         )
+        if merge.restore:
+            done = self._restore(merge.restore, model, plain, sites, only, done)
         if not merge.calibrate:
             self.fold.models[name] = plain
             return
         if not chosen:
-            self.fold.models[f"{name}-uncalibrated"] = plain
-        measured = [
-            self.fold.add(
-                "calibrate",
-                self._site(site),
-                *self._images(site),
-                "--model",
-                plain,
-                "--publish",
-                after=[done],
-            )
-            for site in sites
-        ]
+            self.fold.models[f"{name}{UNCALIBRATED}"] = plain
         out = self._model(name, told)
         self.fold.add(
             "head",
@@ -190,9 +209,45 @@ class Planner:
             "--out",
             out,
             "--replace",
-            after=measured,
+            after=self._visits(sites, plain, [done]),
         )
         self.fold.models[name] = out
+
+    def _visits(
+        self, sites: Sequence[str], model: Path, after: Sequence[Job], *more: str
+    ) -> list[Job]:
+        """Every site measures a merged model."""
+        return [
+            self.fold.add(
+                "calibrate",
+                self._site(site),
+                *self._images(site),
+                "--model",
+                model,
+                *more,
+                "--publish",
+                after=after,
+            )
+            for site in sites
+        ]
+
+    def _restore(
+        self,
+        whose: str,
+        model: Path,
+        out: Path,
+        sites: Sequence[str],
+        only: Sequence[str],
+        done: Job,
+    ) -> Job:
+        """The merged model with norm statistics that are measured again."""
+        if whose == SITES:
+            measured = self._visits(sites, model, [done], "--norms")
+            how: tuple[object, ...] = ("--hub", self._hub, *only)
+        else:
+            measured = [done]
+            how = (*self._images(), "--where", whose, "--split", "train")
+        return self.fold.add("restore", model, *how, "--out", out, "--replace", after=measured)
 
     def _baselines(self, measured: Sequence[Job]) -> None:
         alone = self._training(head="own")
@@ -200,7 +255,7 @@ class Planner:
             for site in self._sites:
                 self._alone(site, self._images(site), alone)
         if "pooled" in self._told.baselines:
-            options = self._told.options
+            options = self._told.options()
             steps = {} if options.epochs else {"steps": options.steps * len(self._sites)}
             self._alone(POOLED, self._images(), self._training(head="own", **steps))
         for strategy in self._told.strategies:
@@ -249,7 +304,8 @@ class Planner:
         return ("--data", self._union.path, "--images", self._union.images, *only)
 
     def _training(self, **changes: object) -> tuple[object, ...]:
-        chosen = {**self._told.training, "seed": self.fold.seed, **changes}
+        told = self._told.training_of(self.fold.variant)
+        chosen = {**told, "seed": self.fold.seed, **changes}
         return tuple(
             part for k, v in sorted(chosen.items()) for part in (f"--{k.replace('_', '-')}", v)
         )

@@ -7,13 +7,13 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evaluate.experiments.config import Experiment
 from evaluate.experiments.evaluating import REPORT, SHARED
-from evaluate.experiments.plan import FIRST, POOLED, Fold
+from evaluate.experiments.plan import FIRST, POOLED, SITES, UNCALIBRATED, Fold
 from evaluate.experiments.rounds import RECORD
 from evaluate.experiments.tables import Union
 from merge_kit.contributions import list_entries
@@ -22,6 +22,8 @@ from merge_kit.hub import FolderHub
 
 FIGURES = ("union", "mean", "worst_site", "worst_class", "unseen", "ece")
 BEST, AVERAGE = "best single site", "mean single site"
+BASE = "base"
+_OF = ", "
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,19 @@ def collect(
     """All rows of all seeds; sites' own models first, their best and mean after them."""
     rows = []
     for fold in folds:
-        if fold.left_out is None:
+        if fold.variant is not None:
+            found = _rows(fold, experiment, unions[fold.root], {})
+            ours = [row for row in found if row.model != BASE]
+            rows += [replace(row, model=f"{row.model}{_OF}{fold.variant}") for row in ours]
+        elif fold.left_out is None:
             unseen = _unseen(folds, fold.seed)
             rows += _rows(fold, experiment, unions[fold.root], unseen)
     return rows
+
+
+def merge_of(model: str) -> str:
+    """The merge that a row is of, whatever its vectors' training."""
+    return model.partition(_OF)[0]
 
 
 def _report(folder: Path) -> dict[str, Any]:
@@ -116,7 +127,7 @@ class _Costs:
     def __init__(self, fold: Fold, experiment: Experiment) -> None:
         self._fold, self._told = fold, experiment
         hub = FolderHub(fold.root / "hub")
-        sizes: dict[str, list[int]] = {"vector": [], "moments": []}
+        sizes: dict[str, list[int]] = {"vector": [], "moments": [], "norms": []}
         for entry in list_entries(hub, read_federation(hub.root)):
             if entry.contribution:
                 sizes[entry.kind].append(entry.contribution.manifest.payload.size)
@@ -125,7 +136,7 @@ class _Costs:
     def of(self, name: str, sites: Sequence[str]) -> tuple[float | None, int | None]:
         """Megabytes a site, and how often it comes."""
         moments, vector = self._size["moments"], self._size["vector"]
-        if name in (*sites, "base", "hub"):
+        if name in (*sites, BASE, "hub"):
             return 0.0, 0
         if name == POOLED:
             return None, None
@@ -135,8 +146,13 @@ class _Costs:
             record = json.loads((self._fold.models[name] / RECORD).read_text(encoding="utf-8"))
             return record["bytes_per_site"] / 1e6, record["rounds"]
         merge = self._told.merges.get(name)
+        if name.endswith(UNCALIBRATED):
+            merge = self._told.merges.get(name.removesuffix(UNCALIBRATED))
+            merge = merge and merge.model_copy(update={"calibrate": False})
+        restored = merge is not None and merge.restore == SITES
         again = moments if merge and merge.calibrate else 0.0
-        return moments + vector + again, 2 if again else 1
+        size = moments + vector + again + (self._size["norms"] if restored else 0.0)
+        return size, 1 + bool(again) + restored
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

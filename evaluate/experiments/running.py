@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import TextIO
 
 from evaluate.experiments.plan import Fold, Job
+from evaluate.processes import Group
 from merge_kit.errors import ExperimentError, UsageError
 from merge_kit.files import write_atomic
 
 DONE = "done"
 _LOG_LINES = 12
+_POLL = 0.5
+"""Seconds between looks at what other machines have done."""
 
 
 def is_done(fold: Fold, job: Job) -> bool:
@@ -28,11 +32,16 @@ def is_done(fold: Fold, job: Job) -> bool:
 
 
 def run(
-    folds: Sequence[Fold], jobs: int, say: Callable[[str], None], device: str | None = None
+    folds: Sequence[Fold],
+    jobs: int,
+    say: Callable[[str], None],
+    device: str | None = None,
+    group: Group | None = None,
 ) -> None:
     """Run every job that is not done, at most so many at once, each in a process of its own.
 
-    Stopped at any moment, it goes on where it was: the commands resume by themselves.
+    Stopped at any moment, it goes on where it was: the commands resume by themselves. Of several
+    machines each takes every so-many-th job of a phase, and waits for those of the others.
 
     Raises
     ------
@@ -40,13 +49,17 @@ def run(
         Names the first command that failed, with the end of what it said; those that run are
         waited for.
     """
-    todo = {(fold.root, job.key): job for fold in folds for job in fold.jobs
-            if not is_done(fold, job)}  # fmt: skip
-    every, finished, waited_for = len(todo), 0, set(todo)
+    here = group or Group()
+    todo = _shared_out(folds, here)
+    others = {
+        (fold.root, job.key): fold for fold in folds for job in fold.jobs
+        if (fold.root, job.key) not in todo and not is_done(fold, job)
+    }  # fmt: skip
+    every, finished, waited_for = len(todo), 0, {*todo, *others}
     running: dict[Future[float], tuple[Path, Job]] = {}
     failure: str | None = None
     with _workers(jobs) as pool:
-        while running or (todo and failure is None):
+        while running or ((todo or others) and failure is None):
             for (root, key), job in list(todo.items()):
                 if failure is not None or len(running) == jobs:
                     break
@@ -54,7 +67,12 @@ def run(
                     continue
                 del todo[root, key]
                 running[pool.submit(_run_one, root, job, device)] = root, job
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            done, _ = wait(running, timeout=_POLL if others else None, return_when=FIRST_COMPLETED)
+            if others and not done:
+                time.sleep(0 if running else _POLL)
+            for root, key in [one for one in others if (one[0] / DONE / one[1]).is_file()]:
+                del others[root, key]
+                waited_for.remove((root, key))
             for future in done:
                 root, job = running.pop(future)
                 try:
@@ -70,6 +88,18 @@ def run(
                 say(f"{finished}/{every} {root.name}: {_short(job)} ({seconds:.0f} s)")
     if failure is not None:
         raise ExperimentError(failure)
+
+
+def _shared_out(folds: Sequence[Fold], here: Group) -> dict[tuple[Path, str], Job]:
+    """The jobs that are left for this machine, in their order."""
+    phases: Counter[int] = Counter()
+    mine = {}
+    for fold in folds:
+        for job in fold.jobs:
+            if phases[job.phase] % here.size == here.rank and not is_done(fold, job):
+                mine[fold.root, job.key] = job
+            phases[job.phase] += 1
+    return mine
 
 
 def _run_one(root: Path, job: Job, device: str | None) -> float:
@@ -117,7 +147,7 @@ def _speaking_to(file: TextIO) -> Iterator[None]:
             os.close(old)
 
 
-_WITH_DEVICE = ("finetune", "calibrate", "rounds", "evaluate")
+_WITH_DEVICE = ("finetune", "calibrate", "restore", "rounds", "evaluate")
 
 
 @contextmanager
@@ -127,11 +157,19 @@ def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     before = os.environ.get(variable)
     os.environ.setdefault(variable, str(max(1, (os.cpu_count() or 1) // jobs)))
     try:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), initializer=_stand_alone
+        ) as pool:
             yield pool
     finally:
         if before is None:
             del os.environ[variable]
+
+
+def _stand_alone() -> None:
+    """A command that a worker runs has no part in what torchrun started."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
 
 
 def _short(job: Job) -> str:

@@ -93,7 +93,9 @@ def artificial(path: Path, classes: Sequence[str], split: Split, target: Path, s
     images = path.parent
     if split.kind == "shift":
         images = target.parent / "images"
-        by_site = {n: _shifted(n, own, images, generator) for n, own in by_site.items()}
+        # The table comes last, so where it is, the images are, too.
+        write = not target.is_file()
+        by_site = {n: _shifted(n, own, images, generator, write) for n, own in by_site.items()}
     return _write(by_site, classes, images, target, seed)
 
 
@@ -137,13 +139,17 @@ def _shares(
 
 
 def _shifted(
-    site: str, cases: Sequence[Case], folder: Path, generator: np.random.Generator
+    site: str, cases: Sequence[Case], folder: Path, generator: np.random.Generator, write: bool
 ) -> list[Case]:
     """The site's images as another scanner might have taken them."""
     colour, light, contrast = generator.uniform(0.6, 1.4, 3)
     blur = float(generator.uniform(0, 1.5))
     found = []
     for number, case in enumerate(cases):
+        name = f"{site}/{number:05d}.png"
+        found.append(replace(case, file=name))
+        if not write:
+            continue
         picture = read_case(case)
         for enhance, factor in (
             (ImageEnhance.Color, colour),
@@ -151,10 +157,8 @@ def _shifted(
             (ImageEnhance.Contrast, contrast),
         ):
             picture = enhance(picture).enhance(factor)
-        name = f"{site}/{number:05d}.png"
         (folder / site).mkdir(parents=True, exist_ok=True)
         picture.filter(ImageFilter.GaussianBlur(blur)).save(folder / name)
-        found.append(replace(case, file=name))
     return found
 
 
@@ -173,5 +177,7 @@ def _write(
             rows.append([case.file, classes[case.label], site, patient, group, case.split])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([_COLUMNS, *rows])
-    write_atomic(target, text.getvalue())
+    content = text.getvalue()
+    if not target.is_file() or target.read_bytes() != content.encode():
+        write_atomic(target, content)
     return Union(target, images, tuple(sorted(by_site)), tuple(classes))

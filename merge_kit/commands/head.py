@@ -60,7 +60,7 @@ def head(
     with Console(stderr=True).status("checking what has arrived"):
         for folder in models or (None,):
             model = reheading.find_model(opened, federation, folder)
-            found, refused = reheading.find_moments(
+            found, refused = reheading.find_measured(
                 opened,
                 federation,
                 model.backbone,

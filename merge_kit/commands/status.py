@@ -36,6 +36,7 @@ def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
     federation = federation_on(opened)
     entries = checked(opened, federation)
     rows, measured = survey(opened, federation, entries=entries), calibrations(entries)
+    norms = calibrations(entries, "norms")
     names = {find_model(opened, federation, None).backbone: "the base"}
     for model in models:
         names[find_model(opened, federation, model).backbone] = str(model)
@@ -50,6 +51,10 @@ def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
             "calibrations": [
                 {"backbone": about, "model": names.get(about), "sites": measured.get(about, [])}
                 for about in sorted({*measured, *names})
+            ],
+            "norm_statistics": [
+                {"backbone": about, "model": names.get(about), "sites": sites}
+                for about, sites in norms.items()
             ],
         }
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -70,6 +75,9 @@ def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
         sites = [row["site"] for row in measured.get(about, [])]
         if sites or names.get(about) != "the base":
             click.echo(_calibrated(names.get(about, f"backbone {about[7:19]}"), sites, admitted))
+    for about, told in norms.items():
+        of = names.get(about, f"backbone {about[7:19]}")
+        click.echo(f"Norm statistics of {of}: {', '.join(row['site'] for row in told)}")
     for row in rows:
         if row["problem"]:
             click.echo(f"Refused: {row['problem']}")

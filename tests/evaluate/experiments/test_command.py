@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -150,6 +153,65 @@ def test_fedbn_keeps_batch_norm_at_the_sites(done):
     norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert differing
     assert {name.rpartition(".")[0] for name in differing} <= set(norms)
+
+
+def test_variants_and_restored_statistics_are_further_rows(cells, tmp_path):
+    text = """
+name: levers
+data: labels.csv
+classes: [round, lobed, granular]
+backbone: {name: test_resnet, init: --weights none --input-size 32 --crop-pct 1.0}
+training: {steps: 2, batch_size: 8, head_steps: 5, validations: 1}
+variants: {update: {norm: update}}
+merges:
+  sum: {options: --method sum, calibrate: true}
+  by-sites: {options: --method sum, calibrate: true, restore: sites}
+  by-images: {options: --method sum, restore: site=north}
+baselines: []
+strategies: []
+"""
+    (cells / "levers.yaml").write_text(text)
+    assert run("experiment", cells / "levers.yaml", "--out", tmp_path) == 0
+    found = table(tmp_path)
+    merges = ("sum", "sum-uncalibrated", "by-sites", "by-sites-uncalibrated", "by-images")
+    assert set(found) == {"base", "first", *merges, *[f"{name}, update" for name in merges]}
+    visits = {name: row["rounds"] for name, row in found.items()}
+    assert (visits["sum"], visits["by-sites"], visits["by-images"]) == ("2", "3", "1")
+    assert visits["by-sites-uncalibrated, update"] == "2"
+    assert float(found["by-sites"]["megabytes_per_site"]) > float(
+        found["sum"]["megabytes_per_site"]
+    )
+    page = (tmp_path / "table.html").read_text()
+    assert '<tr class="ours"><td>sum, update</td>' in page
+
+
+def test_images_that_were_copied_elsewhere_are_known_again(cells, done, tmp_path, capfd):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in cells.iterdir():
+        if path.is_file():
+            (moved / path.name).write_bytes(path.read_bytes())
+    assert run("experiment", moved / "cells.yaml", "--out", done) == 0
+    assert started(capfd.readouterr().out) <= {"evaluate"}
+
+
+def test_machines_share_the_work(cells, done, tmp_path):
+    text = TEXT.replace("unseen: [sum]\n", "").replace("arrivals: {merge: sum, orders: 1}\n", "")
+    (cells / "shared.yaml").write_text(text)
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "merge_kit", "experiment", str(cells / "shared.yaml"), "--out", str(out),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = re.findall(r"^(\d+)/(\d+) \S+: \w+", result.stdout, re.M)
+    counts = Counter(int(every) for _, every in lines)
+    assert len(lines) == len(list((whole(out) / DONE).iterdir()))
+    assert len(counts) >= 1
+    again = table(out)
+    for name, row in table(done).items():
+        assert {**row, "unseen": ""} == again[name]
 
 
 def test_the_list_of_jobs_is_empty_when_all_is_done(cells, done, capfd):

@@ -20,11 +20,12 @@ TOLD = {
 def plan(tmp_path):
     """The fold of an experiment with changes."""
 
-    def go(left_out=None, **changes):
+    def go(left_out=None, variant=None, source=tmp_path / "data", **changes):
         told = Experiment.model_validate({**TOLD, **changes})
-        root = fold_folder(tmp_path, told, "sha256:0", 0, left_out)
-        union = Union(tmp_path / "all.csv", tmp_path, SITES, ("x", "y"))
-        return Planner(told, tmp_path, union, Fold(root, 0, left_out)).plan()
+        root = fold_folder(tmp_path / "out", told, "sha256:0", 0, without=left_out, variant=variant)
+        union = Union(tmp_path / "out" / "all.csv", source / "images", SITES, ("x", "y"))
+        fold = Fold(root, 0, left_out, variant, source)
+        return Planner(told, source, union, fold).plan()
 
     return go
 
@@ -77,6 +78,34 @@ def test_one_more_merge_changes_no_other_command(plan):
 def test_other_training_is_another_federation(plan):
     assert plan().root != plan(training={"steps": 3}).root
     assert plan().root == plan(training={"steps": 40}).root  # the default, written out
+
+
+def test_what_has_moved_is_not_done_again(plan, tmp_path):
+    before = {job.key for job in plan().jobs}
+    assert {job.key for job in plan(source=tmp_path / "elsewhere").jobs} == before
+
+
+def test_a_variant_trains_otherwise_and_has_no_yardsticks(plan):
+    fold = plan(variant="long", variants={"long": {"steps": 80}}, training={"seed": 3})
+    trained = commands(fold, "finetune")
+    assert {job.argv[job.argv.index("--steps") + 1] for job in trained} == {"80"}
+    assert len(trained) == len(SITES)
+    assert set(fold.models) == {"mean", "sum", "sum-uncalibrated"}
+    assert fold.root.name.startswith("seed-0-long-")
+
+
+@pytest.mark.parametrize("whose", ["sites", "site=a"])
+def test_norm_statistics_come_before_the_classifier(plan, whose):
+    merge = {"options": "--method sum", "calibrate": True, "restore": whose}
+    fold = plan(merges={"sum": merge}, unseen=[], arrivals=None)
+    (restored,) = commands(fold, "restore")
+    (merged,) = commands(fold, "merge")
+    norms = [job for job in commands(fold, "calibrate") if "--norms" in job.argv]
+    assert len(norms) == (len(SITES) if whose == "sites" else 0)
+    assert set(restored.after) == {job.key for job in norms or [merged]}
+    again = [job for job in commands(fold, "calibrate") if restored.key in job.after]
+    assert len(again) == len(SITES)
+    assert str(fold.models["sum-uncalibrated"]) in restored.argv
 
 
 def test_other_options_of_a_merge_are_another_folder(plan):
