@@ -32,7 +32,7 @@ from finetune.tables import (
     read_table,
 )
 from merge_kit.errors import ImageError, LabelError
-from merge_kit.files import sha256_file
+from merge_kit.files import canonical_json, sha256_bytes, sha256_file
 
 _ONE_READER = threading.Lock()
 
@@ -42,6 +42,7 @@ __all__ = [
     "case_key",
     "cases_of",
     "content_key",
+    "contents_digest",
     "load_cases",
     "load_unlabelled",
     "read_case",
@@ -242,6 +243,11 @@ def content_key(case: Case) -> str:
             f"{case.source.as_posix()} cannot be read as an image ({error.strerror}): "
             "put the file back, or pass --skip-unreadable."
         ) from error
+
+
+def contents_digest(cases: Sequence[Case]) -> str:
+    """A digest of what the images hold, whatever they are called and in whatever order."""
+    return sha256_bytes(canonical_json(sorted(content_key(case) for case in cases)))
 
 
 def _item(item: ArrayItem) -> NDArray[Any]:

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from finetune import network
-from finetune.cases import Case, content_key, load_unlabelled
+from finetune.cases import Case, contents_digest, load_unlabelled
 from finetune.network import choose_device
 from finetune.normalizing import norm_sums
 from finetune.pixels import decode
@@ -20,7 +20,6 @@ from merge_kit.commands.options import next_step, pairs, shown
 from merge_kit.configuration import read_config
 from merge_kit.errors import DataError, UsageError, VectorError
 from merge_kit.federation import preprocessing_of
-from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.hub import open_hub
 from merge_kit.normstats import NormSums
 from merge_kit.provenance import NormRecord, PlainProvenance, Provenance
@@ -156,5 +155,5 @@ def _measured_here(
         )
     for sentence in skipped:
         click.echo(f"Left out: {sentence}", err=True)
-    digest = sha256_bytes(canonical_json(sorted(content_key(case) for case in pictures.cases)))
+    digest = contents_digest(pictures.cases)
     return sums, restoring.from_images(record.merged, len(pictures), digest)

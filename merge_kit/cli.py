@@ -33,7 +33,10 @@ COMMANDS = {
         "finetune.restore_command:restore",
         "Measure a merged model's norm statistics again, on its own weights.",
     ),
-    "head": ("merge_kit.commands.head:head", "Solve a model's classifier from all sites' moments."),
+    "head": (
+        "finetune.head_command:head",
+        "Solve a model's classifier from all sites' moments.",
+    ),
     "verify": ("merge_kit.commands.verify:verify", "Make a merged model again and compare."),
     "unmask": ("merge_kit.commands.unmask:unmask", "Give back a model close to a site's own."),
     "select": ("evaluate.select_command:select", "Choose a merge on validation images."),

@@ -55,27 +55,30 @@ class Ingredient(Stated):
     """Contributions that were used beside the vector, by kind."""
 
 
+class OwnImages(Document):
+    """Images at the merger: how many, and a digest of the sorted digests of their contents."""
+
+    count: int = Field(ge=1)
+    sha256: Digest
+
+
 class HeadRecord(Document):
     """How the classifier was solved."""
 
     about: Digest
     """Fingerprint of the backbone."""
     options: dict[str, Any]
-    moments: tuple[Stated, ...] = Field(min_length=1)
+    moments: tuple[Stated, ...]
+    images: OwnImages | None = None
+    """Labelled ones that lay at the merger."""
 
-    @field_validator("moments")
-    @classmethod
-    def _each_once(cls, found: tuple[Stated, ...]) -> tuple[Stated, ...]:
-        if len({part.id for part in found}) != len(found):
+    @model_validator(mode="after")
+    def _comes_from_somewhere(self) -> HeadRecord:
+        if len({part.id for part in self.moments}) != len(self.moments):
             raise ValueError("moments are named twice")
-        return found
-
-
-class NormImages(Document):
-    """Images at the merger: how many, and a digest of the sorted digests of their contents."""
-
-    count: int = Field(ge=2)
-    sha256: Digest
+        if not self.moments and self.images is None:
+            raise ValueError("a classifier comes from moments, or from images")
+        return self
 
 
 class NormRecord(Document):
@@ -85,7 +88,7 @@ class NormRecord(Document):
     """Fingerprint of what was measured: of the backbone by sites, of the model by the merger."""
     sums: tuple[Stated, ...] = ()
     """What sites published."""
-    images: NormImages | None = None
+    images: OwnImages | None = None
 
     @model_validator(mode="after")
     def _comes_from_somewhere(self) -> NormRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from merge_kit.restoring import with_norms
 from merge_kit.solving import (
     Backbone,
     HeadOptions,
+    Own,
     Solved,
     backbone_of,
     head_tensors,
@@ -34,6 +35,9 @@ from merge_kit.solving import (
 )
 from merge_kit.tensorfile import TensorFile, TensorWriter, fingerprint, read_all
 from merge_kit.writing import METADATA, check_target, write_parts
+
+_MERGER = ""
+"""Stands for the merger among the names of sites, none of which is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +149,14 @@ class Candidate:
     folder: Path | None
     model: Model
     moments: tuple[Contribution, ...]
-    error: float | None
+    own: Own | None = None
+    """Of images at the merger."""
+    error: float | None = None
     """`moments.unseen_error` over the sites that have measured every candidate; None of fewer than
     two."""
 
 
-def compare(found: Sequence[tuple[Path | None, Model, Sequence[Contribution]]]) -> list[Candidate]:
+def compare(found: Sequence[Candidate]) -> list[Candidate]:
     """Candidates, the one that loses least at sites it has not been made of first.
 
     Raises
@@ -158,7 +164,10 @@ def compare(found: Sequence[tuple[Path | None, Model, Sequence[Contribution]]]) 
     ContributionError
         There are several, and fewer than two sites have measured them all.
     """
-    parts = [read_parts(those) for _, _, those in found]
+    parts = [
+        {**read_parts(one.moments), **({_MERGER: one.own.moments} if one.own else {})}
+        for one in found
+    ]
     common = set.intersection(*[set(those) for those in parts]) if parts else set()
     if len(found) > 1 and len(common) < 2:
         raise ContributionError(
@@ -166,18 +175,15 @@ def compare(found: Sequence[tuple[Path | None, Model, Sequence[Contribution]]]) 
             "two sites or more must have measured each."
         )
     candidates = [
-        Candidate(
-            folder, model, tuple(those), unseen_error([told[site] for site in sorted(common)])
-        )
-        for (folder, model, those), told in zip(found, parts, strict=True)
+        replace(one, error=unseen_error([told[site] for site in sorted(common)]))
+        for one, told in zip(found, parts, strict=True)
     ]
     return sorted(candidates, key=lambda one: (one.error is None, one.error or 0.0))
 
 
 def rehead(
     federation: Federation,
-    model: Model,
-    found: Sequence[Contribution],
+    candidate: Candidate,
     options: HeadOptions,
     out: Path,
     *,
@@ -193,7 +199,8 @@ def rehead(
         There are no moments, a file changed after it was checked, or `out` exists.
     """
     check_target(out, replace=replace)
-    solved = solve_from(found, options)
+    model = candidate.model
+    solved = solve_from(candidate.moments, options, candidate.own)
     with ExitStack() as stack:
         file = stack.enter_context(TensorFile(model.weights))
         heads = head_tensors(solved.head, federation, file.specs)
@@ -213,6 +220,10 @@ def head_card(federation: Federation, record: dict[str, Any]) -> str:
     return with_norms(render("head_card.md.j2", federation=federation, record=record), record)
 
 
+def _images(own: Own | None) -> dict[str, Any] | None:
+    return {"count": int(own.moments.size), "sha256": own.digest} if own else None
+
+
 def provenance(federation: Federation, model: Model, solved: Solved, merged: str) -> dict[str, Any]:
     """What the model was made of: how its backbone was merged, and whose moments made the head."""
     head = HeadRecord.model_validate(
@@ -220,6 +231,7 @@ def provenance(federation: Federation, model: Model, solved: Solved, merged: str
             "about": model.backbone,
             "options": solved.options.model_dump(mode="json"),
             "moments": [stated(c) for c in solved.moments],
+            "images": _images(solved.own),
         }
     )
     of_the_base = {

@@ -18,8 +18,8 @@ from merge_kit.merging import CARD, render, stated
 from merge_kit.normstats import NormSums
 from merge_kit.provenance import (
     PROVENANCE,
-    NormImages,
     NormRecord,
+    OwnImages,
     PlainProvenance,
     Provenance,
     read_provenance,
@@ -85,7 +85,7 @@ def from_sites(about: str, found: Sequence[Contribution]) -> NormRecord:
 
 def from_images(about: str, count: int, digest: str) -> NormRecord:
     """How a provenance tells of statistics of images that lie at the merger."""
-    return NormRecord(about=about, images=NormImages(count=count, sha256=digest))
+    return NormRecord(about=about, images=OwnImages(count=count, sha256=digest))
 
 
 def restore(

@@ -81,6 +81,12 @@ def federation_on(hub: Hub) -> Federation:
     return parse_federation(file.data, file.place)
 
 
+def base_folder(hub: Hub) -> Path:
+    """The base of a hub's federation as a timm folder on this machine."""
+    hub.fetch(BASE_CONFIG)
+    return hub.fetch(BASE_WEIGHTS).parent
+
+
 def join(hub: Hub, name: str, root: Path) -> Site:
     """Create a site's working folder: copy and check the base, make the key pair.
 

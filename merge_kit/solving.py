@@ -48,6 +48,15 @@ class Backbone(Document):
     fingerprint: Digest
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Own:
+    """Moments of labelled images that lie at the merger, which count like a site's."""
+
+    moments: Moments
+    digest: str
+    """Of the sorted digests of their contents."""
+
+
 @dataclass(frozen=True, slots=True)
 class Solved:
     """A classifier, and what it was made of."""
@@ -59,6 +68,7 @@ class Solved:
     """Sorted by id."""
     counts: Tensor
     """(C,): images of each class."""
+    own: Own | None = None
 
 
 def backbone_of(file: Tensors, classifier: Sequence[str]) -> Backbone:
@@ -143,25 +153,28 @@ def unseen_error(parts: Sequence[Moments]) -> float | None:
     return moments.unseen_error(folds) if len(folds) > 1 else None
 
 
-def solve_from(found: Sequence[Contribution], options: HeadOptions) -> Solved:
-    """As `solve`, from contributions that have been checked.
+def solve_from(
+    found: Sequence[Contribution], options: HeadOptions, own: Own | None = None
+) -> Solved:
+    """As `solve`, from contributions that have been checked, and from the merger's own images.
 
     Raises
     ------
     ContributionError
-        There is none.
+        There is none of either.
     TensorFileError
         A file changed after it was checked.
     """
-    if not found:
+    if not found and own is None:
         raise ContributionError(
             "no site has published moments of this model: sites make them with "
-            "'merge-kit calibrate' and 'merge-kit publish'."
+            "'merge-kit calibrate' and 'merge-kit publish'; labelled images of your own may stand "
+            "in, with --data."
         )
-    parts = list(read_parts(found).values())
+    parts = [*read_parts(found).values(), *([own.moments] if own else ())]
     head, chosen = solve(parts, options)
     counts = torch.stack([part.counts for part in parts]).sum(dim=0)
-    return Solved(head, chosen, tuple(sorted(found, key=lambda c: c.id)), counts)
+    return Solved(head, chosen, tuple(sorted(found, key=lambda c: c.id)), counts, own)
 
 
 def head_tensors(

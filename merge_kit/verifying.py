@@ -150,7 +150,8 @@ def _merge_again(
                 if recipe is None
                 else engine.merged_specs(inputs.base.specs, recipe)
             )
-            head = _head_again(record.head, found.moments, federation, specs) if record.head else {}
+            head, told = _head_again(record.head, found.moments, federation, specs, model)
+            checks += told
             if recipe is None:
                 checks.append(rebuild_on_base(record, inputs.base, model, head))
             else:
@@ -178,13 +179,27 @@ def _merge_again(
 
 
 def _head_again(
-    head: HeadRecord,
+    head: HeadRecord | None,
     moments: Sequence[Contribution],
     federation: Federation,
     specs: Mapping[str, TensorSpec],
-) -> dict[str, torch.Tensor]:
+    model: TensorFile | None,
+) -> tuple[dict[str, torch.Tensor], list[Check]]:
+    """The classifier from the moments, or as the model has it where images of the merger's are in
+    it.
+    """
+    if head is None:
+        return {}, []
+    if head.images:
+        names = [f"{federation.classifier[0]}.{leaf}" for leaf in ("weight", "bias")]
+        text = (
+            f"was solved with {head.images.count} labelled images that lie with the merger: taken "
+            "as it is; all else was merged again"
+        )
+        own = {name: model.read(name) for name in names} if model else {}
+        return own, [Check("classifier", "unknown", text)]
     options = parse(HeadOptions, head.options, f"the head in {PROVENANCE}", ProvenanceError)
-    return head_tensors(solve_from(moments, options).head, federation, specs)
+    return head_tensors(solve_from(moments, options).head, federation, specs), []
 
 
 def _backbone(head: HeadRecord, model: TensorFile, federation: Federation) -> Check:

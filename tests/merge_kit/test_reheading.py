@@ -90,7 +90,8 @@ def test_moments_of_another_backbone_are_not_used(measured, merged, solve):
     result = solve(folder, code=1)
     assert result.stderr == (
         "Error: no site has published moments of this model: sites make them with "
-        "'merge-kit calibrate' and 'merge-kit publish'.\n"
+        "'merge-kit calibrate' and 'merge-kit publish'; labelled images of your own may stand in, "
+        "with --data.\n"
     )
 
 

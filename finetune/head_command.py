@@ -7,13 +7,15 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from finetune.network import choose_device
+from finetune.standing_in import labelled_images, own_moments
 from merge_kit import reheading
 from merge_kit.commands.merging_options import contribution_options
-from merge_kit.commands.options import next_step, shown, typed_pairs
+from merge_kit.commands.options import next_step, pairs, shown, typed_pairs
 from merge_kit.errors import UsageError
 from merge_kit.hub import open_hub
 from merge_kit.schema import parse
-from merge_kit.site import federation_on
+from merge_kit.site import base_folder, federation_on
 from merge_kit.solving import HeadOptions
 from merge_kit.writing import check_target
 
@@ -28,6 +30,16 @@ from merge_kit.writing import check_target
     help="solver=discriminant or ridge, shrinkage, priors=uniform or counts, penalty.",
 )
 @contribution_options
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Labelled images at the merger, which count like those of a site: as for 'calibrate'.",
+)
+@click.option("--images", type=click.Path(path_type=Path), help="Image root [the CSV's folder].")
+@click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Rename a label.")
+@click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only these rows.")
+@click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out, and say so.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the model.")
 @click.option("--replace", is_flag=True, help="Replace an existing model of merge-kit.")
 def head(
@@ -38,6 +50,12 @@ def head(
     exclude: tuple[str, ...],
     skip_refused: bool,
     allow_unsigned: bool,
+    data: Path | None,
+    images: Path | None,
+    mapping: tuple[str, ...],
+    where: tuple[str, ...],
+    skip_unreadable: bool,
+    device: str,
     out: Path,
     replace: bool,
 ) -> None:
@@ -45,17 +63,32 @@ def head(
 
     Without MODELS it is that of the federation's base. The sites that have measured it with
     'merge-kit calibrate' make one classifier: that of all their images, whoever came first. Of
-    several MODELS the one is taken that loses least at sites which it has not been made of.
+    several MODELS the one is taken that loses least at sites which it has not been made of. A small
+    labelled set may stand in for sites that have not come, or for all of them: --data takes its
+    rows of the split 'train', or all where it has none.
 
     \b
     merge-kit head hub --out first
     merge-kit head hub merged --out calibrated
     merge-kit head hub merged-mean merged-sum merged-ties --out calibrated
+    merge-kit head hub merged --data few.csv --out calibrated
     """
     check_target(out, replace=replace)
     options = parse(HeadOptions, typed_pairs(option, "--option"), "--option", UsageError)
     opened = open_hub(hub)
     federation = federation_on(opened)
+    labelled = None
+    if data is not None:
+        labelled, skipped = labelled_images(
+            federation,
+            data,
+            images=images,
+            label_map=pairs(mapping, "--map"),
+            where=pairs(where, "--where"),
+            skip_unreadable=skip_unreadable,
+        )
+        for sentence in skipped:
+            click.echo(f"Left out: {sentence}", err=True)
     gathered = []
     with Console(stderr=True).status("checking what has arrived"):
         for folder in models or (None,):
@@ -69,15 +102,20 @@ def head(
                 sites=sites,
                 exclude=exclude,
             )
-            gathered.append((folder, model, found))
+            own = None
+            if labelled:
+                seen = folder or base_folder(opened)
+                own = own_moments(federation, seen, labelled, choose_device(device))
+            gathered.append(reheading.Candidate(folder, model, tuple(found), own))
             for entry in refused:
                 click.echo(f"Left out: {entry.problem}", err=True)
     with Console(stderr=True).status("solving"):
         best, *others = reheading.compare(gathered)
-        solved, merged = reheading.rehead(
-            federation, best.model, best.moments, options, out, replace=replace
-        )
-    click.echo(f"Model in {out}: classifier of {len(best.moments)} site(s) on {_name(best)}")
+        solved, merged = reheading.rehead(federation, best, options, out, replace=replace)
+    of = f"{len(best.moments)} site(s)"
+    if best.own:
+        of += f" and {best.own.moments.size:.0f} images at the merger"
+    click.echo(f"Model in {out}: classifier of {of} on {_name(best)}")
     for candidate in (best, *others):
         if candidate.error is not None:
             click.echo(f"  error at an unseen site {candidate.error:.3f}  {_name(candidate)}")
