@@ -40,6 +40,10 @@ COMMANDS = {
     "verify": ("merge_kit.commands.verify:verify", "Make a merged model again and compare."),
     "unmask": ("merge_kit.commands.unmask:unmask", "Give back a model close to a site's own."),
     "select": ("evaluate.select_command:select", "Choose a merge on validation images."),
+    "tune": (
+        "evaluate.tune_command:tune",
+        "Learn how much each site counts in each block, on images.",
+    ),
     "evaluate": ("evaluate.command:evaluate", "Evaluate models on labelled images."),
     "compare": ("evaluate.command:compare", "Compare models with one of them."),
     "experiment": (

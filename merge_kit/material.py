@@ -124,4 +124,20 @@ def _source(contribution: Contribution, file: TensorFile, federation: Federation
         file=file,
         class_counts=tuple(count_of(counts[name]) for name in federation.classes),
         steps=training.steps,
+        score=_score(contribution),
     )
+
+
+def _score(contribution: Contribution) -> float | None:
+    """How far above chance a site's own model is for certain, on its own validation images.
+
+    (b - 1/K) / (1 - 1/K), b the lower end of the 95 % interval of its balanced accuracy, or the
+    figure itself where it has none, K the classes that the site knows; 0 where it is negative.
+    """
+    manifest = contribution.manifest
+    found = manifest.validation.balanced_accuracy if manifest.validation else None
+    known = sum(1 for count in manifest.class_counts.values() if count != 0)
+    if found is None or found.value is None or known < 2:
+        return None
+    figure = found.value if found.low is None else found.low
+    return max(0.0, (figure - 1 / known) / (1 - 1 / known))

@@ -31,6 +31,7 @@ from merge_kit.methods.base import Statistics
 from merge_kit.provenance import PROVENANCE
 from merge_kit.recipe import Recipe
 from merge_kit.remembered import Checked
+from merge_kit.settling import settled
 from merge_kit.writing import Written, check_target, write_folder
 
 CARD = "README.md"
@@ -183,6 +184,7 @@ def merge(
     beside = beside_of(ordered, recipe, statistics)
     with opened(federation, base_weights, ordered, gone, beside) as material:
         engine.check_sites(material.sources, recipe)
+        recipe = settled(recipe, material)
         weights = engine.weigh(material.sources, recipe).shares
 
         def texts(fingerprint: str) -> dict[str, str]:

@@ -45,7 +45,7 @@ from merge_kit.writing import Written, write_folder
 
 DEFAULTS = {"weights": "uniform", "head": "method"}
 """What a recipe that does not say it means: checkpoints do not tell how many images they saw."""
-_BY_IMAGES = ("examples", "sqrt-examples", "steps")
+_BY_IMAGES = ("examples", "sqrt-examples", "steps", "validation", "agreement")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ from merge_kit.methods.base import Statistics
 from merge_kit.recipe import Rule
 from merge_kit.tensorfile import Tensors
 
+AGREEMENT = "agreement"
+"""Weights that `merge_kit.settling` works out."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -24,6 +27,8 @@ class Source:
     class_counts: tuple[float, ...]
     """Training images of each class, in the order of the head's rows."""
     steps: int
+    score: float | None = None
+    """How far above chance the site's own model is, from 0 to 1; None where it does not say."""
     statistics: Mapping[Statistics, Tensors] = field(default_factory=dict)
     """What the site published beside its vector, by kind."""
 
@@ -49,8 +54,10 @@ class Weighing:
 def weigh(sources: Sequence[Source], rule: Rule) -> Weighing:
     """The weight of each vector, in the order of `sources`.
 
-    ``examples`` and ``sqrt-examples`` average 1. ``steps`` is FedNova (arXiv 2007.07481, eq. 10):
-    each vector is divided by its steps and given the examples' share of the mean step count.
+    ``examples`` and ``sqrt-examples`` average 1, and so does ``validation``: the number of examples
+    times how far the site's own model is above chance for certain (`Source.score`). ``steps`` is
+    FedNova (arXiv 2007.07481, eq. 10): each vector is divided by its steps and given the examples'
+    share of the mean step count.
 
     Raises
     ------
@@ -67,11 +74,33 @@ def weigh(sources: Sequence[Source], rule: Rule) -> Weighing:
         raise RecipeError("no site reports an example: weigh them with 'weights: uniform'.")
     if scheme == "steps":
         return _by_steps(sources)
+    if scheme == "validation":
+        return _by_validation(sources)
+    if scheme == AGREEMENT:
+        raise RecipeError(
+            "'weights: agreement' follows from the vectors that are merged: it is for 'merge-kit "
+            "merge' of a hub, whose recipe then holds the numbers."
+        )
     examples = [source.examples for source in sources]
     if scheme == "sqrt-examples":
         examples = [math.sqrt(count) for count in examples]
     raw = tuple(map(round_weight, examples))
     return Weighing(raw, size / _sum(raw))
+
+
+def _by_validation(sources: Sequence[Source]) -> Weighing:
+    if silent := next((source.site for source in sources if source.score is None), None):
+        raise RecipeError(
+            f"site '{silent}' reports no balanced accuracy of its own model on validation images: "
+            "weigh the sites with 'weights: examples'."
+        )
+    raw = tuple(round_weight(source.examples * (source.score or 0.0)) for source in sources)
+    if not any(raw):
+        raise RecipeError(
+            "no site's own model is for certain better than chance on its validation images: weigh "
+            "the sites with 'weights: examples'."
+        )
+    return Weighing(raw, len(raw) / _sum(raw))
 
 
 def _by_steps(sources: Sequence[Source]) -> Weighing:

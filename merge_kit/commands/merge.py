@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from merge_kit import devices, merging, plain
+from merge_kit import choosing, devices, merging, plain
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.commands.merging_options import (
     contribution_options,
@@ -29,7 +29,9 @@ from merge_kit.hub import open_hub
 from merge_kit.material import Material
 from merge_kit.material import opened as opened_material
 from merge_kit.recipe import Recipe
+from merge_kit.reheading import find_model
 from merge_kit.remembered import Checked
+from merge_kit.settling import settled
 from merge_kit.site import federation_on
 from merge_kit.writing import Written, check_keeps, check_target, expected_reads
 
@@ -77,12 +79,26 @@ def merge(
 
     \b
     merge-kit merge hub --out merged
+    merge-kit merge hub --method auto --out merged
     merge-kit merge hub --method ties --option density=0.3 --out merged-ties
     merge-kit merge base a b=run/model.safetensors --weights a=2,b=1 --out merged
     """
     alone = _is_plain(hub, folders)
     settings = {"scale": scale, "weights": weights_of(weights), "norm": norm, "head": head}
+    because = None
+    if method == choosing.AUTO:
+        if alone or recipe or weights or option:
+            raise UsageError(
+                "--method auto chooses method and weights by what lies on a hub: leave --recipe, "
+                "--weights and --option out, or name a method."
+            )
+        entries = _entries(hub, folders)
+        picked, because = _automatic(hub, entries, sites, exclude, allow_unsigned)
+        method, settings["weights"] = picked["method"], picked["weights"]
     chosen = recipe_of(method, recipe, option, settings, plain.DEFAULTS if alone else {})
+    if because:
+        click.echo(f"Chosen: {chosen.method} with the weights '{chosen.weights}': {because}.",
+                   err=print_recipe)  # fmt: skip
     if print_recipe:
         click.echo(chosen.to_yaml(), nl=False)
         return
@@ -101,11 +117,7 @@ def merge(
         return
     opened = open_hub(hub)
     federation = federation_on(opened)
-    if folders:
-        local = [read_local(folder, federation) for folder in folders]
-        entries = [Entry(c.site, c.id, c, None, c.kind) for c in local]
-    else:
-        entries = list_entries(opened, federation)
+    entries = _entries(hub, folders)
     base = opened.fetch(BASE_WEIGHTS)
     found = gather(
         entries,
@@ -120,6 +132,7 @@ def merge(
     if dry_run:
         beside = merging.beside_of(found.chosen, chosen, found.statistics)
         with opened_material(federation, base, found.chosen, found.others, beside) as material:
+            chosen = settled(chosen, material)
             names = [f"{source.site} {source.id[:12]}" for source in material.sources]
             _show(material, chosen, names, target, keep_sum, on)
         return
@@ -148,6 +161,37 @@ def merge(
     checks = [merged.base, *(c.checked for c in merged.contributions)]
     click.echo(f"  {_relied(checks, 'payload')} ({again} checks all again)")
     next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
+
+
+def _entries(hub: str, folders: tuple[Path, ...]) -> list[Entry]:
+    """What is there to be merged: all of a hub, or the contributions in local folders."""
+    opened = open_hub(hub)
+    federation = federation_on(opened)
+    if not folders:
+        return list_entries(opened, federation)
+    local = [read_local(folder, federation) for folder in folders]
+    return [Entry(c.site, c.id, c, None, c.kind) for c in local]
+
+
+def _automatic(
+    hub: str,
+    entries: Sequence[Entry],
+    sites: tuple[str, ...],
+    exclude: tuple[str, ...],
+    allow_unsigned: bool,
+) -> tuple[dict[str, str], str]:
+    """Method and weights by what manifests say, and why; what is unsound is refused later on."""
+    opened = open_hub(hub)
+    federation = federation_on(opened)
+    vectors, _ = merging.choose(
+        entries,
+        allow_unsigned=allow_unsigned,
+        skip_refused=True,
+        sites=sites,
+        exclude=exclude,
+    )
+    base = find_model(opened, federation, None).backbone
+    return choosing.choose(choosing.facts_of(vectors, entries, base))
 
 
 def _is_plain(first: str, folders: tuple[Path, ...]) -> bool:

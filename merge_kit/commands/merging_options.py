@@ -18,13 +18,16 @@ from merge_kit.federation import Federation
 from merge_kit.recipe import Recipe, make_recipe, read_recipe
 
 _RECIPE = (
-    click.option("--method", help="One of 'merge-kit methods'."),
+    click.option("--method", help="One of 'merge-kit methods', or auto."),
     click.option(
         "--recipe",
         type=click.Path(path_type=Path),
         help="A YAML recipe instead, or the name of a shipped one.",
     ),
-    click.option("--weights", help="uniform, examples, sqrt-examples, steps, or site=2,other=1."),
+    click.option(
+        "--weights",
+        help="uniform, examples, sqrt-examples, steps, validation, agreement, or site=2,other=1.",
+    ),
     click.option("--option", multiple=True, metavar="NAME=VALUE", help="Option of the method."),
     click.option(
         "--norm", type=click.Choice(["pooled", "average", "base"]), help="Norm statistics."

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from merge_kit.schema import Document
 
-WeightScheme = Literal["uniform", "examples", "sqrt-examples", "steps"]
+WeightScheme = Literal["uniform", "examples", "sqrt-examples", "steps", "validation", "agreement"]
 Scope = Literal["vector", "tensor"]
 Statistics = Literal["fisher", "gram"]
 Iterations = Annotated[int, Field(ge=1, le=10_000)]
