@@ -17,11 +17,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
-from finetune import levers, network, scores
+from finetune import levers, lora, network, scores
 from finetune.feed import Feed, draw_seed
 from finetune.losses import class_weights, loss_on_seen
 from finetune.pixels import augment
 from finetune.tasks import Report, Task, restore_rows, stage, train_head
+from merge_kit.encoding import Factors
 from merge_kit.errors import TrainingError
 from merge_kit.files import canonical_json, sha256_bytes, write_atomic
 
@@ -45,6 +46,8 @@ class Trained:
     steps: int
     """Steps after which they were kept; 0 is the head alone."""
     epochs: int
+    factors: dict[str, Factors] | None = None
+    """With LoRA: what each adapted weight has learnt; all else is as it was, or in the head."""
 
 
 def train(task: Task, checkpoint: Path, report: Report) -> Trained:
@@ -66,7 +69,11 @@ def train(task: Task, checkpoint: Path, report: Report) -> Trained:
         loop.start()
         loop.save(checkpoint)
     loop.run(checkpoint)
-    return Trained(loop.best_state, loop.best_step, math.ceil(loop.best_step / loop.updates))
+    state, factors, options = loop.best_state, None, task.options
+    if options.lora:
+        lora.remove(loop.model)
+        state, factors = lora.plain(state, options.lora, options.lora_alpha)
+    return Trained(state, loop.best_step, math.ceil(loop.best_step / loop.updates), factors)
 
 
 class _Loop:
@@ -77,7 +84,10 @@ class _Loop:
         self.task, self.report = task, report
         self.model = task.model.to(task.device)
         levers.freeze(self.model, options)
-        self.anchor = levers.anchor_of(self.model) if options.distance else {}
+        if options.lora:
+            lora.attach(self.model, options.lora, options.lora_alpha, options.seed)
+        wanted = options.distance and not options.lora
+        self.anchor = levers.anchor_of(self.model) if wanted else {}
         self.average = levers.Average()
         self.model.to(memory_format=torch.channels_last)
         per_step = options.batch_size * options.accumulate
@@ -180,7 +190,9 @@ class _Loop:
                 f"the loss is not finite at step {self.step + 1}: "
                 "lower --learning-rate, or use --precision float32."
             )
-        if options.distance:
+        if options.distance and options.lora:
+            lora.pull(self.model, options.distance)
+        elif options.distance:
             levers.pull(self.model, self.anchor, options.distance)
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         self._step()
