@@ -50,6 +50,13 @@ class TrainingOptions(Document):
     as large; distance is that of the products, sharpness climbs in the matrices."""
     lora_alpha: float = Field(default=16.0, gt=0)
     """Over the rank the factor of LoRA's products."""
+    soup: int = Field(default=0, ge=0)
+    """Members of a local superior soup (LSS), which share the steps; their mean is published. 0 for
+    none."""
+    soup_affinity: float = Field(default=3.0, ge=0)
+    """Pull of a soup's members towards the base, by their distance from it."""
+    soup_diversity: float = Field(default=3.0, ge=0)
+    """Push of a soup's members away from each other, by their mean distance."""
     distance: float = Field(default=0.0, ge=0)
     """Pull of the trained weights towards the base's (L2-SP, FedProx)."""
     sharpness: float = Field(default=0.0, ge=0)
@@ -75,7 +82,10 @@ class TrainingOptions(Document):
 
 
 _DEFAULTS = {name: field.default for name, field in TrainingOptions.model_fields.items()}
-_APART = (("lora", ("ema", "average"), "a mean of LoRA's factors is not the mean of its weights"),)
+_APART = (
+    ("lora", ("ema", "average", "soup"), "a mean of LoRA's factors is not the mean of its weights"),
+    ("soup", ("ema", "average"), "a soup is a mean of weights already"),
+)
 
 
 def make_options(data: Mapping[str, Any], where: str | Place) -> TrainingOptions:
@@ -96,4 +106,9 @@ def make_options(data: Mapping[str, Any], where: str | Place) -> TrainingOptions
                     f"{where}: '{first}' and '{other}' do not go together: {reason}; "
                     "leave one of them out."
                 )
+    if options.soup and options.norm == "update":
+        raise UsageError(
+            f"{where}: 'soup' and 'norm: update' do not go together: the mean of the members would "
+            "have the statistics of the last one; leave one of them out."
+        )
     return options

@@ -47,7 +47,20 @@ def test_a_wrong_option_gives_its_sentence(data, sentence):
                 f"site.yaml: 'lora' and '{next(iter(other))}' do not go together: a mean of LoRA's "
                 "factors is not the mean of its weights; leave one of them out.",
             )
+            for other in ({"ema": 0.9}, {"average": 0.5}, {"soup": 2})
+        ),
+        *(
+            (
+                {"soup": 2, **other},
+                f"site.yaml: 'soup' and '{next(iter(other))}' do not go together: a soup is a mean "
+                "of weights already; leave one of them out.",
+            )
             for other in ({"ema": 0.9}, {"average": 0.5})
+        ),
+        (
+            {"soup": 2, "norm": "update"},
+            "site.yaml: 'soup' and 'norm: update' do not go together: the mean of the members "
+            "would have the statistics of the last one; leave one of them out.",
         ),
     ],
 )
