@@ -44,6 +44,19 @@ class TrainingOptions(Document):
     """sgd has momentum, and wants a larger learning rate."""
     blocks: float = Field(default=1.0, gt=0, le=1)
     """Share of the backbone's blocks that are trained, counted from the last one."""
+    lora: int = Field(default=0, ge=0)
+    """Rank of LoRA: the linear layers of the blocks learn products of two thin matrices, all else
+    of the body stays, and the vector is sent as these; 0 for none. Wants a learning rate ten times
+    as large; distance is that of the products, sharpness climbs in the matrices."""
+    lora_alpha: float = Field(default=16.0, gt=0)
+    """Over the rank the factor of LoRA's products."""
+    soup: int = Field(default=0, ge=0)
+    """Members of a local superior soup (LSS), which share the steps; their mean is published. 0 for
+    none."""
+    soup_affinity: float = Field(default=3.0, ge=0)
+    """Pull of a soup's members towards the base, by their distance from it."""
+    soup_diversity: float = Field(default=3.0, ge=0)
+    """Push of a soup's members away from each other, by their mean distance."""
     distance: float = Field(default=0.0, ge=0)
     """Pull of the trained weights towards the base's (L2-SP, FedProx)."""
     sharpness: float = Field(default=0.0, ge=0)
@@ -68,12 +81,34 @@ class TrainingOptions(Document):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
+_DEFAULTS = {name: field.default for name, field in TrainingOptions.model_fields.items()}
+_APART = (
+    ("lora", ("ema", "average", "soup"), "a mean of LoRA's factors is not the mean of its weights"),
+    ("soup", ("ema", "average"), "a soup is a mean of weights already"),
+)
+
+
 def make_options(data: Mapping[str, Any], where: str | Place) -> TrainingOptions:
     """Check training options.
 
     Raises
     ------
     UsageError
-        An unknown key (with the nearest known one) or a value out of its range.
+        An unknown key (with the nearest known one), a value out of its range, or options that do
+        not go together.
     """
-    return parse(TrainingOptions, data, where, UsageError)
+    options = parse(TrainingOptions, data, where, UsageError)
+    for first, others, reason in _APART:
+        for other in others:
+            # Everything that is apart is off by default.
+            if all(getattr(options, n) != _DEFAULTS[n] for n in (first, other)):
+                raise UsageError(
+                    f"{where}: '{first}' and '{other}' do not go together: {reason}; "
+                    "leave one of them out."
+                )
+    if options.soup and options.norm == "update":
+        raise UsageError(
+            f"{where}: 'soup' and 'norm: update' do not go together: the mean of the members would "
+            "have the statistics of the last one; leave one of them out."
+        )
+    return options

@@ -177,7 +177,7 @@ def finetune(
         write_atomic(
             folder / MODEL / "config.json", (site.base_folder / "config.json").read_bytes()
         )
-        norm = _write_vector(site, trained.state, folder / VECTOR)
+        norm = _write_vector(site, trained, folder / VECTOR)
         digest = head.digest if isinstance(head, StartingHead) else None
         draft = _draft(site, folder / VECTOR, norm, task, trained, figures, digest)
         write_atomic(folder / DRAFT, draft.model_dump_json(indent=2))
@@ -234,15 +234,15 @@ def _groups(images: Images) -> list[str | None] | None:
     return groups if any(groups) else None
 
 
-def _write_vector(site: Site, state: Mapping[str, torch.Tensor], path: Path) -> float:
+def _write_vector(site: Site, trained: training.Trained, path: Path) -> float:
     federation = site.federation
     header = vector.VectorHeader(
         base=federation.base_fingerprint, federation=federation.contract_hash, site=site.name
     )
     with TensorFile(site.root / COPY / BASE_WEIGHTS) as base:
         roles = roles_of(base.specs, federation.classifier)
-        vector.subtract(base, state, roles, header, path)
-    with TensorFile(path) as written:
+        vector.subtract(base, trained.state, roles, header, path, trained.factors)
+    with vector.opened(path) as written:
         return vector.norm(written, roles)
 
 

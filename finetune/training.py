@@ -6,6 +6,7 @@ import io
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
-from finetune import levers, network, scores
+from finetune import levers, lora, network, scores
 from finetune.feed import Feed, draw_seed
 from finetune.losses import class_weights, loss_on_seen
 from finetune.pixels import augment
+from finetune.soup import Soup
 from finetune.tasks import Report, Task, restore_rows, stage, train_head
+from merge_kit.encoding import Factors
 from merge_kit.errors import TrainingError
 from merge_kit.files import canonical_json, sha256_bytes, write_atomic
 
@@ -45,6 +48,8 @@ class Trained:
     steps: int
     """Steps after which they were kept; 0 is the head alone."""
     epochs: int
+    factors: dict[str, Factors] | None = None
+    """With LoRA: what each adapted weight has learnt; all else is as it was, or in the head."""
 
 
 def train(task: Task, checkpoint: Path, report: Report) -> Trained:
@@ -66,7 +71,11 @@ def train(task: Task, checkpoint: Path, report: Report) -> Trained:
         loop.start()
         loop.save(checkpoint)
     loop.run(checkpoint)
-    return Trained(loop.best_state, loop.best_step, math.ceil(loop.best_step / loop.updates))
+    state, factors, options = loop.best_state, None, task.options
+    if options.lora:
+        lora.remove(loop.model)
+        state, factors = lora.plain(state, options.lora, options.lora_alpha)
+    return Trained(state, loop.best_step, math.ceil(loop.best_step / loop.updates), factors)
 
 
 class _Loop:
@@ -77,7 +86,10 @@ class _Loop:
         self.task, self.report = task, report
         self.model = task.model.to(task.device)
         levers.freeze(self.model, options)
-        self.anchor = levers.anchor_of(self.model) if options.distance else {}
+        if options.lora:
+            lora.attach(self.model, options.lora, options.lora_alpha, options.seed)
+        wanted = options.soup or (options.distance and not options.lora)
+        self.anchor = levers.anchor_of(self.model) if wanted else {}
         self.average = levers.Average()
         self.model.to(memory_format=torch.channels_last)
         per_step = options.batch_size * options.accumulate
@@ -85,6 +97,7 @@ class _Loop:
         whole = options.epochs is not None
         self.total = round(self.updates * (options.epochs or 0)) if whole else options.steps
         self.interval = max(1, math.ceil(self.total / options.validations))
+        self.soup = Soup(self.anchor, options, self.total) if options.soup else None
         self.optimizer = create_optimizer_v2(
             self.model,
             opt=options.optimizer,
@@ -92,11 +105,12 @@ class _Loop:
             weight_decay=options.weight_decay,
             layer_decay=options.layer_decay if options.layer_decay < 1 else None,
         )
-        warmup = round(options.warmup * self.total)
+        span = self.soup.longest if self.soup else self.total
+        warmup = round(options.warmup * span)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched="cosine",
-            num_epochs=max(1, self.total - warmup),  # timm counts it without a warmup prefix
+            num_epochs=max(1, span - warmup),  # timm counts it without a warmup prefix
             warmup_epochs=warmup,
             warmup_prefix=True,
             warmup_lr=options.learning_rate / 100,
@@ -170,18 +184,23 @@ class _Loop:
             )
             for indices, pixels in batches
         ]
-        total = self._gradients(ready, mass, seen, weights)
-        if options.sharpness:
-            descend = levers.climb(self.model, options.sharpness)
-            self._gradients(ready, mass, seen, weights)
-            descend()
+        with self.soup.between(self.model, self.step) if self.soup else nullcontext():
+            total = self._gradients(ready, mass, seen, weights)
+            if options.sharpness:
+                descend = levers.climb(self.model, options.sharpness)
+                self._gradients(ready, mass, seen, weights)
+                descend()
         if not math.isfinite(total):
             raise TrainingError(
                 f"the loss is not finite at step {self.step + 1}: "
                 "lower --learning-rate, or use --precision float32."
             )
-        if options.distance:
+        if options.distance and options.lora:
+            lora.pull(self.model, options.distance)
+        elif options.distance:
             levers.pull(self.model, self.anchor, options.distance)
+        if self.soup:
+            self.soup.steer(self.model)
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         self._step()
         self.loss_sum, self.loss_count = self.loss_sum + total, self.loss_count + 1
@@ -219,7 +238,10 @@ class _Loop:
             network.head_of(self.model), self.head_start, self.task.seen.to(self.task.device)
         )
         self.step += 1
-        self.scheduler.step_update(self.step)
+        if self.soup and self.soup.is_border(self.step):
+            self.soup.add(self.model)
+            self.optimizer.state.clear()  # the next member begins as the first one did
+        self.scheduler.step_update(self.step - (self.soup.begun(self.step) if self.soup else 0))
         if self.ema:
             self.ema.update(self.model)
         if self.step > self.total * (1 - self.task.options.average):
@@ -227,7 +249,7 @@ class _Loop:
 
     def _validate(self) -> None:
         model = self.ema.module if self.ema else self.model
-        with self.average.put(model):
+        with self.soup.put(model) if self.soup else self.average.put(model):
             figures = validate(model, self.task, self.report)
             if self._is_better(figures):
                 self.best, self.best_step = figures, self.step
@@ -270,6 +292,7 @@ class _Loop:
             "scheduler": self.scheduler.state_dict(),
             "head_start": self.head_start,
             "average": [self.average.sums, self.average.count],
+            "soup": self.soup.members if self.soup else [],
             "step": self.step,
             "stale": self.stale,
             "loss": [self.loss_sum, self.loss_count],
@@ -312,6 +335,8 @@ class _Loop:
         self.head_start = state["head_start"]
         sums, self.average.count = state["average"]
         self.average.sums = {n: t.cpu() for n, t in sums.items()}
+        if self.soup:
+            self.soup.members = state["soup"]
         self.step, self.stale = state["step"], state["stale"]
         self.loss_sum, self.loss_count = state["loss"]
         self.best = Figures(*state["best"]) if state["best"] else None

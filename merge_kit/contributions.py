@@ -199,10 +199,8 @@ def _check_signature(
 
 
 def _check_contract(manifest: Manifest, federation: Federation, folder: str) -> None:
-    header = vector.VectorHeader(
-        base=manifest.base, federation=manifest.federation, site=manifest.site
-    )
-    vector.check_header(header, federation.base_fingerprint, federation.contract_hash, folder)
+    origin = vector.Origin(base=manifest.base, federation=manifest.federation, site=manifest.site)
+    vector.check_header(origin, federation.base_fingerprint, federation.contract_hash, folder)
     if manifest.preprocessing != federation.preprocessing.hash:
         raise ContributionError(
             f"{folder} was trained with other preprocessing than the federation's: "
@@ -269,12 +267,18 @@ def _check_vector(
     again: bool,
 ) -> tuple[float, Checked]:
     """The norm of the vector, and the file that was checked."""
-    measured, checked = look(file, vector.Measured, vector.measure, again=again)
+    try:
+        # Before any value: what a small file says of its tensors could ask for any amount of work.
+        found = vector.decoded(file)
+        _check_origin(contribution, vector.read_header(file), federation)
+        vector.check_specs(found, expected)
+    except MergeKitError:
+        _check_digest(contribution, sha256_file(file.path))  # else the damage is the fault
+        raise
+    measured, checked = look(found, vector.Measured, vector.measure, again=again)
     _check_digest(contribution, measured.sha256)
-    _check_origin(contribution, vector.read_header(file), federation)
-    vector.check_specs(file, expected)
     # Where a value is not finite, a second reading finds and names it.
-    return vector.norm(file, roles) if measured.norm is None else measured.norm, checked
+    return vector.norm(found, roles) if measured.norm is None else measured.norm, checked
 
 
 def _check_statistics(
@@ -299,7 +303,7 @@ def _check_statistics(
 
 
 def _check_origin(
-    contribution: Contribution, header: vector.VectorHeader, federation: Federation
+    contribution: Contribution, header: vector.Origin, federation: Federation
 ) -> None:
     where = contribution.label
     vector.check_header(header, federation.base_fingerprint, federation.contract_hash, where)

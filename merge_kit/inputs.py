@@ -13,6 +13,7 @@ from pathlib import Path
 from merge_kit import vector
 from merge_kit.checkpoints import Checkpoint
 from merge_kit.configuration import ModelConfig, read_config
+from merge_kit.encoding import Stored
 from merge_kit.errors import UsageError
 from merge_kit.schema import Document, SiteName, parse
 
@@ -29,7 +30,7 @@ class Input:
 
     name: str
     path: Path
-    file: Checkpoint
+    file: Stored
     header: vector.VectorHeader | None
     """Of a task vector."""
     config: ModelConfig | None
@@ -66,8 +67,10 @@ def open_input(text: Path, stack: ExitStack) -> Input:
     path = Path(rest) if given else text
     if given:
         parse(_Name, {"name": name}, str(text), UsageError)
-    file = stack.enter_context(Checkpoint(path))
+    file: Stored = stack.enter_context(Checkpoint(path))
     header = vector.read_header(file) if vector.METADATA_KEY in file.metadata else None
+    if header:
+        file = vector.decoded(file)
     if not given:
         name = header.site if header else _name_from(path)
     return Input(name, path, file, header, None if header else read_config(path), given)

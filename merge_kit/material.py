@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from merge_kit import vector
 from merge_kit.contributions import Contribution, check_payload
 from merge_kit.errors import MergeKitError
 from merge_kit.federation import Federation, check_base
@@ -81,14 +82,15 @@ def opened(
         roles = roles_of(base.specs, federation.classifier)
         expected = vector_specs(base.specs, roles)
 
-        def ready(found: Contribution) -> tuple[TensorFile, Contribution]:
+        def ready(found: Contribution) -> tuple[Tensors, Contribution]:
             checked = found.checked or check_payload(found, federation, expected, roles)
             file = stack.enter_context(TensorFile(found.payload))
             files.append((file, checked))
-            return file, replace(found, checked=checked)
+            tensors = vector.decoded(file) if found.kind == "vector" else file
+            return tensors, replace(found, checked=checked)
 
         ordered = [ready(c) for c in sorted(contributions, key=lambda c: c.id)]
-        statistics: dict[Statistics, list[TensorFile]] = {
+        statistics: dict[Statistics, list[Tensors]] = {
             kind: [ready(c)[0] for c in those] for kind, those in beside.items()
         }
         sources = [
@@ -115,7 +117,7 @@ def opened(
             raise
 
 
-def _source(contribution: Contribution, file: TensorFile, federation: Federation) -> Source:
+def _source(contribution: Contribution, file: Tensors, federation: Federation) -> Source:
     counts, training = contribution.manifest.class_counts, contribution.manifest.training
     assert training is not None  # every vector's manifest tells it
     return Source(

@@ -30,6 +30,7 @@ from merge_kit.checkpoints import (
 )
 from merge_kit.configuration import CONFIG, ModelConfig, read_config
 from merge_kit.devices import CPU, Device
+from merge_kit.encoding import Stored
 from merge_kit.errors import BaseMismatchError, NonFiniteError, RecipeError, VectorError
 from merge_kit.inputs import Input, choose, each_once, named_apart, open_input
 from merge_kit.material import Material
@@ -62,7 +63,7 @@ class Job:
     """What the merged model's config.json is."""
     notes: tuple[str, ...]
     """What the user should know of what was found."""
-    files: tuple[tuple[Checkpoint, Checked], ...] = ()
+    files: tuple[tuple[Stored, Checked], ...] = ()
     """Every file with what was checked of it; the base's comes first."""
 
     @property
@@ -158,7 +159,7 @@ class Sound(Document):
     """Tensors whose difference from a base may overflow."""
 
 
-def sound(file: Checkpoint) -> Sound:
+def sound(file: Stored) -> Sound:
     """What `look` finds in a checkpoint; raises NonFiniteError."""
     fingerprint, huge = read_checked(file)
     return Sound(fingerprint=fingerprint, huge=huge)
@@ -166,9 +167,9 @@ def sound(file: Checkpoint) -> Sound:
 
 def _read_all(
     base: Checkpoint, found: Sequence[Input], start: Start, *, again: bool
-) -> tuple[str, list[Input], tuple[tuple[Checkpoint, Checked], ...]]:
+) -> tuple[str, list[Input], tuple[tuple[Stored, Checked], ...]]:
     """The base's fingerprint, and the inputs with theirs: all is read, or was read before."""
-    files = [base, *(one.file for one in found)]
+    files: list[Stored] = [base, *(one.file for one in found)]
     with one_thread_each() as workers:
         looked = list(in_order(lambda file: look(file, Sound, sound, again=again), files, workers))
     fingerprint, *theirs = (one.fingerprint for one, _ in looked)

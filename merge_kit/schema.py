@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, V
 from merge_kit.errors import MergeKitError
 
 _SHOWN = 120
-_LISTED = 30
+_LISTED = 40
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 

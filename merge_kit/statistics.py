@@ -21,13 +21,13 @@ from merge_kit.parameters import Role
 from merge_kit.schema import Digest, Document
 from merge_kit.tensorfile import TensorFile
 from merge_kit.tensorheader import TensorSpec
-from merge_kit.vector import VectorHeader
+from merge_kit.vector import Origin
 
 REMEDY = "the site must make its statistics again."
 _MERGED = (Role.WEIGHT, Role.HEAD)
 
 
-class StatisticsHeader(VectorHeader):
+class StatisticsHeader(Origin):
     """What a file of statistics says of itself, in its one metadata key."""
 
     kind: Literal["fisher", "gram", "moments", "norms"]

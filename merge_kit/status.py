@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from merge_kit import vector
 from merge_kit.contributions import (
     Contribution,
     Entry,
@@ -137,7 +138,7 @@ def cosines_to_mean(
     size = len(contributions)
     gram = torch.zeros((size, size), dtype=torch.float64)
     with ExitStack() as stack:
-        files = [stack.enter_context(TensorFile(c.payload)) for c in contributions]
+        files = [stack.enter_context(vector.opened(c.payload)) for c in contributions]
         for name, role in roles.items():
             if role is Role.WEIGHT and files:
                 block = torch.stack([file.read(name).reshape(-1) for file in files]).double()

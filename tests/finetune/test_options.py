@@ -38,6 +38,38 @@ def test_a_wrong_option_gives_its_sentence(data, sentence):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        *(
+            (
+                {"lora": 4, **other},
+                f"site.yaml: 'lora' and '{next(iter(other))}' do not go together: a mean of LoRA's "
+                "factors is not the mean of its weights; leave one of them out.",
+            )
+            for other in ({"ema": 0.9}, {"average": 0.5}, {"soup": 2})
+        ),
+        *(
+            (
+                {"soup": 2, **other},
+                f"site.yaml: 'soup' and '{next(iter(other))}' do not go together: a soup is a mean "
+                "of weights already; leave one of them out.",
+            )
+            for other in ({"ema": 0.9}, {"average": 0.5})
+        ),
+        (
+            {"soup": 2, "norm": "update"},
+            "site.yaml: 'soup' and 'norm: update' do not go together: the mean of the members "
+            "would have the statistics of the last one; leave one of them out.",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(data, sentence):
+    with pytest.raises(UsageError) as caught:
+        make_options(data, "site.yaml")
+    assert str(caught.value) == sentence
+
+
 def test_what_is_not_said_has_its_default():
     assert make_options({}, "x") == TrainingOptions()
     assert make_options({"steps": 7}, "x") == TrainingOptions(steps=7)

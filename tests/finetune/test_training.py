@@ -137,9 +137,10 @@ def test_epochs_differ_and_can_be_repeated(balance):
 
 def test_no_two_streams_of_a_run_share_a_seed():
     # torch's generator on the CPU uses the lower 32 bits of a seed.
-    purposes, seeds, steps = ("order", "augment", "model"), range(10), range(2000)
+    purposes = ("order", "augment", "model", "lora", "soup")
+    seeds, steps = range(10), range(2000)
     drawn = {feed.draw_seed(s, p, t) % 2**32 for p in purposes for s in seeds for t in steps}
-    assert len(drawn) == 3 * 10 * 2000
+    assert len(drawn) == len(purposes) * 10 * 2000
 
 
 # The head

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_kit import vector
+from merge_kit.encoding import Decoded
 from merge_kit.errors import BaseMismatchError, NonFiniteError, VectorError
 from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.tensorfile import TensorFile, specs_of, write_tensors
@@ -232,7 +233,7 @@ def test_the_norm_refuses_bad_values_in_any_tensor(subtract, tmp_path):
 
 def measure(path):
     with TensorFile(path) as file:
-        return vector.measure(file)
+        return vector.measure(Decoded(file, {}))
 
 
 def test_one_reading_finds_the_digest_and_the_norm(subtract):
