@@ -150,25 +150,13 @@ class _Server:
         return training.train(task, checkpoint, lambda event: None).state
 
     def _mean(self, found: Sequence[State]) -> State:
-        """By numbers of images; rows of the classifier by those of their class."""
         counts = torch.stack(
             [
                 torch.bincount(c.material.train.labels(), minlength=self._classes)
                 for c in self._clients
             ]
         ).double()
-        shares = counts.sum(dim=1) / counts.sum()
-        merged: State = {}
-        for name, before in self._state.items():
-            values = torch.stack([state[name] for state in found])
-            if name.startswith(f"{self._classifier}."):
-                change = merge_rows(values - before, counts)
-                merged[name] = (before.double() + change).to(before.dtype)
-            elif before.is_floating_point():
-                merged[name] = torch.einsum("n...,n->...", values.double(), shares).to(before.dtype)
-            else:
-                merged[name] = values[0]
-        return merged
+        return average(found, self._state, counts, self._classifier)
 
     def _resume(self) -> int:
         done = [int(path.stem) for path in self._folder.glob("[0-9]*.safetensors")]
@@ -201,6 +189,31 @@ class _Server:
             "options": self._options.model_dump(mode="json"),
         }
         write_atomic(out / RECORD, json.dumps(record, indent=2))
+
+
+def average(found: Sequence[State], start: State, counts: Tensor, classifier: str) -> State:
+    """The sites' weights by their numbers of images (FedAvg, arXiv 1602.05629, algorithm 1); rows
+    of the classifier by those of their class, as no site can speak for a class that it lacks.
+
+    Parameters
+    ----------
+    found
+        The state dict of each site; `start` is what all of them began with.
+    counts
+        (N, C) float64: training images of each class at each site.
+    """
+    shares = counts.sum(dim=1) / counts.sum()
+    merged: State = {}
+    for name, before in start.items():
+        values = torch.stack([state[name] for state in found])
+        if name.startswith(f"{classifier}."):
+            change = merge_rows(values - before, counts)
+            merged[name] = (before.double() + change).to(before.dtype)
+        elif before.is_floating_point():
+            merged[name] = torch.einsum("n...,n->...", values.double(), shares).to(before.dtype)
+        else:
+            merged[name] = values[0]
+    return merged
 
 
 def _norms(model: nn.Module) -> set[str]:
