@@ -11,6 +11,7 @@ from types import MappingProxyType
 from merge_kit.contributions import Contribution, check_payload
 from merge_kit.errors import MergeKitError
 from merge_kit.federation import Federation, check_base
+from merge_kit.heads import group_shares
 from merge_kit.manifest import count_of
 from merge_kit.methods.base import Statistics
 from merge_kit.notes import Notes
@@ -116,12 +117,16 @@ def opened(
 
 
 def _source(contribution: Contribution, file: TensorFile, federation: Federation) -> Source:
-    counts, training = contribution.manifest.class_counts, contribution.manifest.training
+    manifest, training = contribution.manifest, contribution.manifest.training
     assert training is not None  # every vector's manifest tells it
+    counts = manifest.class_counts
+    coarse = {name: count_of(count) for name, count in (manifest.group_counts or {}).items()}
     return Source(
         id=contribution.id,
         site=contribution.site,
         file=file,
         class_counts=tuple(count_of(counts[name]) for name in federation.classes),
         steps=training.steps,
+        group_shares=group_shares(federation.labels, coarse) if coarse else (),
+        other_images=sum(coarse.values()) + count_of(manifest.other_images or 0),
     )

@@ -19,7 +19,7 @@ from merge_kit.contributions import (
 from merge_kit.errors import ContributionError, VectorError
 from merge_kit.files import sha256_file, write_atomic
 from merge_kit.hub import Hub
-from merge_kit.manifest import Draft, Kind, Manifest, parse_manifest, read_draft, suppress
+from merge_kit.manifest import Draft, Kind, Manifest, parse_manifest, read_draft, suppressed_counts
 from merge_kit.methods.base import Statistics
 from merge_kit.site import Site, check_pinned, federation_on
 
@@ -124,9 +124,8 @@ def prepare(
         if entry.contribution and entry.site == site.name and entry.contribution.key == key
     ]
     own = [c for c in own if (c.kind, c.manifest.about) == (kind, draft.about)]
-    draft = draft.model_copy(
-        update={"class_counts": suppress(draft.class_counts, federation.policy.minimum_class_count)}
-    )
+    minimum = federation.policy.minimum_class_count
+    draft = Draft(**suppressed_counts(draft.model_dump(), minimum))
     manifest = _manifest(run, draft, hub, [] if alongside and kind == "vector" else own)
     replaces = next((c for c in own if f"sha256:{c.id}" == manifest.supersedes), None)
     return Parcel(manifest, payload, replaces)
