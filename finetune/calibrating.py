@@ -17,13 +17,14 @@ from finetune.run import alone, now, software
 from finetune.splits import split_of
 from merge_kit import moments, momentsfile
 from merge_kit.checkpoints import WEIGHTS
-from merge_kit.errors import DataError
+from merge_kit.errors import DataError, LabelError
 from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
-from merge_kit.manifest import Draft, Payload
+from merge_kit.manifest import Draft, Payload, read_draft
 from merge_kit.moments import Moments
-from merge_kit.publishing import draft_file, payload_file
+from merge_kit.publishing import DRAFT, draft_file, payload_file
 from merge_kit.reheading import record_of
+from merge_kit.runs import latest_run
 from merge_kit.site import COPY, Site
 from merge_kit.solving import backbone_of
 from merge_kit.statistics import StatisticsHeader
@@ -44,6 +45,8 @@ class Calibration:
     """Images of each class in them."""
     held_back: tuple[tuple[str, int], ...]
     """Classes with fewer images than the policy asks for, and how many."""
+    coarse: int
+    """Images whose label names a group: they are in no sum over a class."""
     skipped: tuple[str, ...]
     was_there: bool
 
@@ -75,15 +78,23 @@ def calibrate(
     """One pass forward over the site's training images, and the moments of their features.
 
     A class of fewer images than the policy's `minimum_class_count` is held back: its sum would give
-    its images' features away. The folder's name is a hash of the model and the images: what has
-    been measured before is not measured again.
+    its images' features away. So is an image whose label names a group of classes: the classifier
+    is made of sums over single classes. The folder's name is a hash of the model and the images:
+    what has been measured before is not measured again.
 
     Raises
     ------
     DataError
         No class has enough images, or the model is none of this federation.
     """
-    cases = sorted(split_of(cases, "train"), key=lambda case: case.file)
+    every = sorted(split_of(cases, "train"), key=lambda case: case.file)
+    cases = [case for case in every if case.label < len(site.federation.classes)]
+    if not cases:
+        raise DataError(
+            f"all {len(every)} training images have labels of groups, and the classifier is made "
+            "of sums over single classes: this site has no part in it, its vector in the merge "
+            "stays."
+        )
     about = backbone_at(site, model)
     told: list[object] = [about, site.config.federation, _minimum(site)]
     told += [[case.file, case.label, case_key(case)] for case in cases]
@@ -125,9 +136,22 @@ def calibrate(
             path.stat().st_size,
             tuple(counts),
             _held_back(site, cases, counts),
+            len(every) - len(cases),
             tuple(skipped),
             was_there,
         )
+
+
+def explained(error: LabelError, site: Site) -> DataError:
+    """What is wrong with a table, and why where the site has a task of its own."""
+    run = latest_run(site.root)
+    if run is None or not read_draft(run / DRAFT).other_images:
+        return error
+    return DataError(
+        f"site '{site.name}' has trained classes of its own, and moments are sums over the images "
+        f"of the federation's ({', '.join(site.federation.classes)}): it has none to give; "
+        "'merge-kit calibrate --own-classes' puts its own classifier on a merged backbone."
+    )
 
 
 def _minimum(site: Site) -> int:
