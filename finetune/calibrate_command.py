@@ -38,6 +38,11 @@ from merge_kit.site import Site, open_site
     help="A model that was merged from the hub [the federation's base].",
 )
 @split_options
+@click.option(
+    "--assign-groups",
+    is_flag=True,
+    help="Count an image of a group for the class of it that the model finds most probable.",
+)
 @own_classes_option
 @click.option(
     "--out", type=click.Path(path_type=Path), help="With --own-classes: folder of the model."
@@ -51,6 +56,7 @@ def calibrate(
     where: tuple[str, ...],
     skip_unreadable: bool,
     model: Path | None,
+    assign_groups: bool,
     own_classes: str | None,
     out: Path | None,
     publish: bool,
@@ -92,7 +98,13 @@ def calibrate(
         raise calibrating.explained(error, site) from error
     with Progress() as progress:
         made = calibrating.calibrate(
-            site, cases, model, chosen, skip_unreadable=skip_unreadable, stage=progress.stage
+            site,
+            cases,
+            model,
+            chosen,
+            assign_groups=assign_groups,
+            skip_unreadable=skip_unreadable,
+            stage=progress.stage,
         )
     for sentence in made.skipped:
         click.echo(f"Left out: {sentence}", err=True)
@@ -111,6 +123,11 @@ def calibrate(
         click.echo(
             f"Held back: {made.coarse} image(s) whose label names a group of classes: the "
             "classifier is made of sums over single classes."
+        )
+    if made.assigned:
+        click.echo(
+            f"Guessed: {made.assigned} image(s) of a group count for the class of it that the "
+            "model finds most probable."
         )
     click.echo(f"  moments              {made.size / 2**20:.1f} MiB in {made.folder}")
     if publish:

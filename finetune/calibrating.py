@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from finetune import network
 from finetune.cases import Case, case_key
@@ -17,7 +18,7 @@ from finetune.run import alone, now, software
 from finetune.splits import split_of
 from merge_kit import moments, momentsfile
 from merge_kit.checkpoints import WEIGHTS
-from merge_kit.errors import DataError, LabelError
+from merge_kit.errors import DataError, LabelError, UsageError
 from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
 from merge_kit.manifest import Draft, Payload, read_draft
@@ -46,7 +47,9 @@ class Calibration:
     held_back: tuple[tuple[str, int], ...]
     """Classes with fewer images than the policy asks for, and how many."""
     coarse: int
-    """Images whose label names a group: they are in no sum over a class."""
+    """Images whose label names a group and that are therefore in no sum over a class."""
+    assigned: int
+    """Images whose label names a group and that count for its most probable class."""
     skipped: tuple[str, ...]
     was_there: bool
 
@@ -72,6 +75,7 @@ def calibrate(
     model: Path | None,
     device: torch.device,
     *,
+    assign_groups: bool = False,
     skip_unreadable: bool = False,
     stage: Callable[[str, int, int], None] = lambda name, done, of: None,
 ) -> Calibration:
@@ -79,24 +83,32 @@ def calibrate(
 
     A class of fewer images than the policy's `minimum_class_count` is held back: its sum would give
     its images' features away. So is an image whose label names a group of classes: the classifier
-    is made of sums over single classes. The folder's name is a hash of the model and the images:
-    what has been measured before is not measured again.
+    is made of sums over single classes. With `assign_groups` it counts for the class of its group
+    that the model's own classifier, which others have solved, finds most probable. The folder's
+    name is a hash of the model and the images: what has been measured before is not measured again.
 
     Raises
     ------
     DataError
         No class has enough images, or the model is none of this federation.
+    UsageError
+        Groups are to be assigned by a model whose classifier nobody has solved.
     """
     every = sorted(split_of(cases, "train"), key=lambda case: case.file)
-    cases = [case for case in every if case.label < len(site.federation.classes)]
+    cases, size = every, len(site.federation.classes)
+    if assign_groups:
+        solved_by = _solved(site, model)
+    else:
+        cases = [case for case in every if case.label < size]
     if not cases:
         raise DataError(
             f"all {len(every)} training images have labels of groups, and the classifier is made "
             "of sums over single classes: this site has no part in it, its vector in the merge "
-            "stays."
+            "stays; --assign-groups takes its images for the most probable class of their group."
         )
     about = backbone_at(site, model)
     told: list[object] = [about, site.config.federation, _minimum(site)]
+    told += [solved_by] if assign_groups else []
     told += [[case.file, case.label, case_key(case)] for case in cases]
     folder = site.root / CALIBRATIONS / sha256_bytes(canonical_json(told))[7:19]
     with alone(folder):
@@ -121,14 +133,16 @@ def calibrate(
                 device,
                 progress=lambda done, of: stage("features", done, of),
             )
-            labels, classes = images.labels(), len(site.federation.classes)
-            kept = torch.bincount(labels, minlength=classes)[labels] >= _minimum(site)
+            labels = images.labels()
+            if assign_groups:
+                labels = _assigned(opened, features, labels, site.federation.labels.meaning)
+            kept = torch.bincount(labels, minlength=size)[labels] >= _minimum(site)
             if not bool(kept.any()):
                 raise DataError(
                     f"no class has {_minimum(site)} training images, as the federation's policy "
                     "asks for: fewer would give their features away; add images."
                 )
-            found = moments.measure(features.flatten(1)[kept], labels[kept], classes)
+            found = moments.measure(features.flatten(1)[kept], labels[kept], size)
             _write(site, folder, about, found)
         counts = [int(count) for count in found.counts]
         return Calibration(
@@ -137,9 +151,28 @@ def calibrate(
             tuple(counts),
             _held_back(site, cases, counts),
             len(every) - len(cases),
+            sum(case.label >= size for case in cases),
             tuple(skipped),
             was_there,
         )
+
+
+def _solved(site: Site, model: Path | None) -> str:
+    """The fingerprint of a model whose classifier was solved from moments."""
+    record = None if model is None else record_of(model, site.federation)
+    if record is None or record.head is None:
+        raise UsageError(
+            "--assign-groups needs a classifier that tells the classes of a group apart: give a "
+            "model of 'merge-kit head' with --model."
+        )
+    return record.merged
+
+
+@torch.no_grad()
+def _assigned(model: nn.Module, features: Tensor, labels: Tensor, meaning: Tensor) -> Tensor:
+    """(n,) int64: for each image the class of its label that the classifier gives most to."""
+    outputs: Tensor = network.head_of(model).cpu()(features).flatten(1)
+    return outputs.masked_fill(~meaning[labels], -torch.inf).argmax(dim=1)
 
 
 def explained(error: LabelError, site: Site) -> DataError:

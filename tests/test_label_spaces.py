@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from finetune import network
 from finetune.calibrating import calibrate
 from finetune.cases import load_cases
+from finetune.pixels import decode
 from merge_kit.cli import main
 from merge_kit.errors import DataError
+from merge_kit.hub import FolderHub
+from merge_kit.publishing import prepare, publish
 from merge_kit.runs import latest_run
 from merge_kit.site import open_site
 from tests.finetune.pictures import write_csv, write_table
@@ -248,8 +252,39 @@ def test_a_site_of_groups_alone_has_no_part_in_the_classifier(place):
         calibrate(site, dark, None, torch.device("cpu"))
     assert str(caught.value) == (
         "all 13 training images have labels of groups, and the classifier is made of sums over "
-        "single classes: this site has no part in it, its vector in the merge stays."
+        "single classes: this site has no part in it, its vector in the merge stays; "
+        "--assign-groups takes its images for the most probable class of their group."
     )
+
+
+def test_images_of_groups_may_count_for_the_class_that_a_solved_model_finds(
+    place, merged, ok, run_cli, tmp_path
+):
+    """Of the group's images, by the probabilities of the model that they are measured with."""
+    table, hub = table_of(place, "coarse"), Path(shutil.copytree(place / "hub", tmp_path / "hub"))
+    refused = run_cli("calibrate", place / "coarse", "--data", table, "--model", merged,
+                      "--assign-groups")  # fmt: skip
+    assert refused.exit_code == 2
+    assert "give a model of 'merge-kit head' with --model." in refused.stderr
+    fine = ("calibrate", place / "fine", "--data", table_of(place, "fine"), "--model", merged)
+    ok(*fine)
+    folder = max((place / "fine" / "calibrations").iterdir(), key=lambda p: p.stat().st_mtime)
+    parcel = prepare(open_site(place / "fine"), folder, FolderHub(hub), "moments")
+    publish(open_site(place / "fine"), folder, FolderHub(hub), parcel)
+    solved = tmp_path / "solved"
+    ok("head", hub, merged, "--out", solved)
+    text = ok("calibrate", place / "coarse", "--data", table, "--model", solved, "--assign-groups")
+    assert "Guessed: 13 image(s) of a group count for the class of it that the model" in text
+    site = open_site(place / "coarse")
+    groups = tuple(site.federation.groups)
+    cases = load_cases(table, classes=site.federation.classes, groups=groups)
+    images, _ = decode([c for c in cases if c.split == "train"], site.federation.preprocessing)
+    outputs = network.logits(network.load(solved), images, torch.device("cpu"))
+    dark = images.labels() == 3
+    lobed = int((outputs[dark, 1] >= outputs[dark, 2]).sum())
+    counts = {"round": 8, "lobed": lobed, "granular": 13 - lobed}
+    shown = {name: n if n >= 5 else 0 for name, n in counts.items()}
+    assert all(f"  {name:<20} {n:>8} images" in text for name, n in shown.items())
 
 
 def test_a_site_of_another_task_has_no_moments_and_is_told_so(place, run_cli):
