@@ -14,12 +14,13 @@ from rich.console import Console
 from evaluate import loading, terminal
 from evaluate.earlier import PAGE, REPORT
 from evaluate.evaluation import Wishes, run
-from evaluate.models import AnyModel, classes_in_common, find_apart, find_models
+from evaluate.models import AnyModel, classes_in_common, find_apart, find_models, labels_of
 from evaluate.predictions import plain_number
 from evaluate.scoring import Settings
 from finetune.image_options import image_options
 from merge_kit.commands.options import next_step, pairs, shown
 from merge_kit.errors import UsageError
+from merge_kit.labelspace import LabelSpace
 
 _OPTIONS = (
     click.option(
@@ -85,8 +86,9 @@ def _common(command: Any) -> Any:
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @_common
 @click.option("--reference", metavar="NAME", help="Compare all other models with this one.")
+@click.option("--groups", is_flag=True, help="Judge at the level of the federation's groups.")
 @click.option("--out", type=click.Path(path_type=Path), default="evaluation", show_default=True)
-def evaluate(models: tuple[str, ...], reference: str | None, **options: Any) -> None:
+def evaluate(models: tuple[str, ...], reference: str | None, groups: bool, **options: Any) -> None:
     """Evaluate one or more models on labelled images.
 
     A MODEL is a timm folder, a merged model, a site's folder or run, a federation (its base), or a
@@ -94,7 +96,13 @@ def evaluate(models: tuple[str, ...], reference: str | None, **options: Any) -> 
     sets; NAME=PATH makes NAME the site of a set that names none.
     """
     found = find_models(models, **_roles(options))
-    _evaluate(found, found[0].classes, found[0].classes, reference, options)
+    space = labels_of(found)
+    if groups and not space.groups:
+        raise UsageError("--groups: no model's config.json names groups of classes: leave it out.")
+    if groups and options["multi_label"]:
+        raise UsageError("--groups is for cases of one class: leave it or --multi-label out.")
+    options |= {"groups": space.groups, "grouped": groups}
+    _evaluate(found, space.classes, space.classes, reference, options)
 
 
 @click.command()
@@ -114,6 +122,7 @@ def compare(models: tuple[str, ...], reference: str | None, **options: Any) -> N
     # The same name in other letters is the same class, as the first model writes it.
     every = {n.casefold(): n for model in reversed(found) for n in reversed(model.classes)}
     common = classes_in_common(found)
+    options |= {"groups": {}, "grouped": False}
     _evaluate(found, list(every.values())[::-1], common, reference or found[0].name, options)
 
 
@@ -146,7 +155,10 @@ def _evaluate(
             resamples=options["resamples"],
             seed=options["seed"],
             ordered=options["ordered"],
-            prevalences=_prevalences(options["prevalence"], common),
+            prevalences=_prevalences(
+                options["prevalence"],
+                LabelSpace(tuple(common), options["groups"]).top if options["grouped"] else common,
+            ),
             reference=reference,
         ),
     )
@@ -194,6 +206,8 @@ def _loader(
         by=[part.strip() for part in options["by"].split(",") if part.strip()],
         external=options["external"],
         multi_label=options["multi_label"],
+        groups=options["groups"],
+        grouped=options["grouped"],
         skip_unreadable=options["skip_unreadable"],
     )
     if list(every) == list(common):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +86,17 @@ def on_classes(parts: Sequence[Part], classes: Sequence[str]) -> list[str]:
 
 def _is_of(case: Case, index: int) -> bool:
     return case.label == index if case.targets is None else case.targets[index] == 1
+
+
+def on_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which classes are judged as one."""
+    if not groups:
+        return []
+    told = "; ".join(f"{name}: {', '.join(members)}" for name, members in groups.items())
+    return [
+        f"All cases are judged at the level of groups ({told}): the probabilities of a group's "
+        "classes are summed."
+    ]
 
 
 def on_copies(copies: Sequence[Sequence[int]], targets: NDArray[np.int8]) -> list[str]:

@@ -30,6 +30,7 @@ class LabelledSet:
         columns: name -> (n,) values of a subgroup column, "unknown" where the cell is empty.
         keys: (n,) SHA-256 of each image's content, 64 hexadecimal digits.
         cases: (n,) where the images are; empty when nothing can be predicted, only judged.
+        groups: the classes that stand for several of a model's, whose probabilities are summed.
 
     Raises:
         DataError: lengths or targets that do not fit.
@@ -46,6 +47,7 @@ class LabelledSet:
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
     cases: tuple[Case, ...] = ()
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n = len(self.files)
@@ -69,6 +71,11 @@ class LabelledSet:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def model_classes(self) -> tuple[str, ...]:
+        """The classes that a model has to know: those in groups in the place of the groups."""
+        return tuple(m for name in self.classes for m in self.groups.get(name, (name,)))
 
     @property
     def labels(self) -> NDArray[np.int64]:

@@ -19,6 +19,7 @@ from finetune.labels import labels_in, nearest
 from finetune.splits import split_of
 from finetune.tables import ArrayItem, Table, read_table
 from merge_kit.errors import DataError, ImageError, LabelError, UsageError
+from merge_kit.labelspace import LabelSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,8 @@ def load(
     by: Sequence[str] = (),
     external: Sequence[str] = (),
     multi_label: bool = False,
+    groups: Mapping[str, tuple[str, ...]] | None = None,
+    grouped: bool = False,
     skip_unreadable: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Loaded:
@@ -108,6 +111,9 @@ def load(
         Columns whose values make subgroups.
     external
         Sites that no model was trained on, several in one text between commas.
+    groups, grouped
+        Groups of the classes (see `labelspace.LabelSpace`), and whether every case is judged at
+        their level: a label may then name one, and the classes of the outermost are one class.
     progress
         Called with the number of images read for their content key and of all.
 
@@ -121,6 +127,7 @@ def load(
     sources = _read(data, images, multi_label)
     tables = [source.table for source in sources]
     _check_columns(tables, site_column, by)
+    space = LabelSpace(tuple(classes), groups or {})
     by_source = [
         cases_of(
             source.table,
@@ -128,9 +135,14 @@ def load(
             label_map=_entries_for(source.table, tables, label_map or {}, multi_label),
             where=where,
             multi_label=multi_label,
+            groups=() if multi_label else tuple(space.groups),
         )
         for source in sources
     ]
+    if grouped:
+        classes = space.top
+        by_source = [_at_groups(cases, space) for cases in by_source]
+    _refuse_groups(by_source, [*classes], space)
     _refuse_file_twice(sources, by_source)
     pairs = list(zip(sources, by_source, strict=True))
     chosen = [_choose(source, cases, split) for source, cases in pairs]
@@ -145,7 +157,8 @@ def load(
             for case in part
             if case in keys
         ]
-        return _labelled_set(placed, keys, classes, by, multi_label)
+        found = _labelled_set(placed, keys, classes, by, multi_label)
+        return replace(found, groups={n: space.members(n) for n in classes if n in space.groups})
 
     found, validation = gather(chosen), gather(wanted)
     if not len(found) or not (found.targets >= 0).any():
@@ -168,6 +181,7 @@ def load(
     trained = [case for cases in by_source for case in cases if case.split == "train"]
     leaked = _leaked(found, [case for case in trained if case not in keys])
     notes = [
+        *data_notes.on_groups(found.groups),
         *data_notes.on_splits(parts, split, site_column),
         *data_notes.on_columns(parts, by),
         *data_notes.on_classes(parts, classes),
@@ -184,6 +198,24 @@ def load(
         frozenset(row.fields["file"] for table in tables for row in table.rows),
         outside,
     )
+
+
+def _at_groups(cases: Sequence[Case], space: LabelSpace) -> list[Case]:
+    """Cases whose label is a place among `space.top`."""
+    holder = {c: place for place, name in enumerate(space.top) for c in space.members(name)}
+    places = [holder[space.members(name)[0]] for name in space.names]
+    return [replace(case, label=places[case.label]) for case in cases]
+
+
+def _refuse_groups(
+    by_source: Sequence[Sequence[Case]], classes: Sequence[str], space: LabelSpace
+) -> None:
+    for case in (case for cases in by_source for case in cases):
+        if case.label >= len(classes):
+            raise LabelError(
+                f"{case.file} has the label '{space.names[case.label]}', a group of classes: "
+                "'merge-kit evaluate --groups' judges models at the level of groups."
+            )
 
 
 def _sites_named(texts: Sequence[str], sites: Sequence[str]) -> tuple[str, ...]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
 from evaluate.predictions import read_classes
 from merge_kit.configuration import CONFIG, read_config
 from merge_kit.errors import DataError, UsageError, VectorError
-from merge_kit.federation import FEDERATION_FILE, Preprocessing, preprocessing_of
+from merge_kit.federation import FEDERATION_FILE, Preprocessing, groups_of, preprocessing_of
+from merge_kit.labelspace import LabelSpace
 from merge_kit.provenance import PROVENANCE
 from merge_kit.runs import SUMMARY, latest_run
 from merge_kit.site import SITE_FILE, open_site
@@ -27,6 +28,8 @@ class Model:
     folder: Path
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    """Groups of its classes, as its federation has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,25 @@ def classes_in_common(models: Sequence[AnyModel]) -> tuple[str, ...]:
     return found
 
 
+def labels_of(models: Sequence[AnyModel]) -> LabelSpace:
+    """The classes of models that have the same, and the groups that any of them names.
+
+    Raises
+    ------
+    DataError
+        Two models have different groups.
+    """
+    trees = [(m, dict(m.groups)) for m in models if isinstance(m, Model) and m.groups]
+    for model, tree in trees[1:]:
+        if tree != trees[0][1]:
+            raise DataError(
+                f"{place_of(model)} has other groups of classes than {place_of(trees[0][0])}: "
+                "evaluate them separately."
+            )
+    classes = trees[0][0].classes if trees else models[0].classes
+    return LabelSpace(classes, trees[0][1] if trees else {})
+
+
 def place_of(model: AnyModel) -> Path:
     """Where a model lies."""
     return model.file if isinstance(model, Imported) else model.folder
@@ -183,7 +205,7 @@ def _read(name: str, role: str, folder: Path, classes: Sequence[str]) -> Model:
     path, config = folder / CONFIG, read_config(folder)
     if config is None:
         raise VectorError(f"{path} is not there: copy the whole folder again.")
-    preprocessing = preprocessing_of(config)
+    preprocessing, groups = preprocessing_of(config), groups_of(config)
     names = config.label_names or tuple(classes)
     if not names:
         raise VectorError(f"{path} names no classes: give them in their order with --classes.")
@@ -194,4 +216,8 @@ def _read(name: str, role: str, folder: Path, classes: Sequence[str]) -> Model:
             f"{path} is of a model with {config.num_classes} classes and {len(names)} names: "
             "correct --classes."
         )
-    return Model(name, role, folder, names, preprocessing)
+    try:
+        LabelSpace(names, groups)
+    except ValueError as error:
+        raise VectorError(f"{path}: {error}: copy the whole folder again.") from error
+    return Model(name, role, folder, names, preprocessing, groups)

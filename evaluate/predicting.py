@@ -149,8 +149,7 @@ class _Work:
             self.fingerprint,
             several,
         )
-        same = found.classes == labelled.classes
-        return found if same else found.restricted_to(labelled.classes)
+        return found.fitted_to(labelled)
 
 
 class _Run:

@@ -90,6 +90,16 @@ class Predictions:
             kept = np.where(total > 0, kept / np.where(total > 0, total, 1), uniform)
         return replace(self, classes=tuple(classes), probabilities=kept)
 
+    def fitted_to(self, labelled: LabelledSet) -> Predictions:
+        """The predictions on the classes of a set, those of its groups summed; `restricted_to`."""
+        if self.classes == labelled.classes:
+            return self
+        own = self.restricted_to(labelled.model_classes)
+        sizes = [len(labelled.groups.get(name, (name,))) for name in labelled.classes]
+        starts = np.cumsum([0, *sizes[:-1]])
+        sums = np.add.reduceat(own.probabilities, starts, axis=1)
+        return replace(own, classes=labelled.classes, probabilities=sums)
+
 
 def to_csv(predictions: Sequence[Predictions], labelled: LabelledSet) -> str:
     """predictions.csv: one row a model and case, one column a class.
@@ -210,15 +220,15 @@ def read_imported(
             "in all): every model answers for the same cases."
         )
     told = Predictions(model, role, classes, found, multi_label=labelled.multi_label)
-    return told.restricted_to(labelled.classes)
+    return told.fitted_to(labelled)
 
 
 def _check_classes(
     path: Path, classes: Sequence[str], labelled: LabelledSet, restrict: bool
 ) -> None:
     here = [name.casefold() for name in classes]
-    wanted = [name.casefold() for name in labelled.classes]
-    for name in labelled.classes:
+    wanted = [name.casefold() for name in labelled.model_classes]
+    for name in labelled.model_classes:
         if name.casefold() not in here:
             raise LabelError(
                 f"{path} line 1 has no column {PREFIX}{name} ({nearest(name, classes)}): add it."
@@ -229,7 +239,7 @@ def _check_classes(
         if name.casefold() not in wanted and not restrict:
             raise LabelError(
                 f"{path} line 1: the column {PREFIX}{name} is of no class "
-                f"({nearest(name, labelled.classes)}): rename or remove it."
+                f"({nearest(name, labelled.model_classes)}): rename or remove it."
             )
 
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from finetune import calibrating
-from finetune.image_options import image_options, split_cases, split_options
+from finetune.cases import Case
+from finetune.image_options import (
+    image_options,
+    own_classes_option,
+    split_cases,
+    split_options,
+)
+from finetune.labelling import Labelling, own_labelling
 from finetune.network import choose_device
+from finetune.own_head import own_head
 from finetune.progress import Progress
-from merge_kit.commands.options import next_step, shown
+from merge_kit.commands.options import listed, next_step, shown
 from merge_kit.commands.publish import send
+from merge_kit.errors import LabelError, UsageError
 from merge_kit.hub import open_hub
 from merge_kit.publishing import prepare_all
-from merge_kit.site import open_site
+from merge_kit.site import Site, open_site
 
 
 @click.command()
@@ -32,6 +43,15 @@ from merge_kit.site import open_site
     is_flag=True,
     help="Measure its batch norm statistics instead, for 'merge-kit restore'.",
 )
+@click.option(
+    "--assign-groups",
+    is_flag=True,
+    help="Count an image of a group for the class of it that the model finds most probable.",
+)
+@own_classes_option
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="With --own-classes: folder of the model."
+)
 @click.option("--publish", is_flag=True, help="Send it to the hub at once.")
 def calibrate(
     folder: Path,
@@ -42,6 +62,9 @@ def calibrate(
     skip_unreadable: bool,
     model: Path | None,
     norms: bool,
+    assign_groups: bool,
+    own_classes: str | None,
+    out: Path | None,
     publish: bool,
     device: str,
     **split: Any,
@@ -51,12 +74,36 @@ def calibrate(
     One pass forward, no training. Whoever merges adds the sums of all sites up and solves the
     classifier with 'merge-kit head'. Split the images as for 'finetune'.
 
+    With --own-classes, for a site that has a task of its own, nothing is measured for others: the
+    model gets a classifier of these classes, and is written to --out.
+
     \b
     merge-kit calibrate north --data north.csv
     merge-kit calibrate north --data north.csv --model hub/models/merged --publish
+    merge-kit calibrate west --data west.csv --model merged --own-classes cyst,abscess --out mine
     """
     site, chosen = open_site(folder), choose_device(device)
-    cases = split_cases(site.federation.classes, data, images, mapping, where, **split)
+    if own_classes is not None:
+        if out is None or publish:
+            raise UsageError(
+                "--own-classes writes a model for this site alone: give its folder with --out, and "
+                "no --publish."
+            )
+        labelling = own_labelling(site.federation, listed(own_classes))
+        own = split_cases(labelling.space.classes, data, images, mapping, where, **split)
+        _own_head(site, own, model, labelling, out, chosen, skip_unreadable)
+        return
+    if norms and assign_groups:
+        raise UsageError("--assign-groups is for the classifier: norm statistics need no labels.")
+    if out is not None:
+        raise UsageError("--out is for --own-classes: moments lie in the site's folder.")
+    space = site.federation.labels
+    try:
+        cases = split_cases(
+            space.classes, data, images, mapping, where, **split, groups=tuple(space.groups)
+        )
+    except LabelError as error:
+        raise calibrating.explained(error, site) from error
     with Progress() as progress:
         made = calibrating.calibrate(
             site,
@@ -64,6 +111,7 @@ def calibrate(
             model,
             chosen,
             "norms" if norms else "moments",
+            assign_groups=assign_groups,
             skip_unreadable=skip_unreadable,
             stage=progress.stage,
         )
@@ -80,6 +128,16 @@ def calibrate(
             f"Held back: '{name}' has {count} image(s), the federation's policy asks for "
             f"{site.federation.policy.minimum_class_count}: the sum of fewer would give them away."
         )
+    if made.coarse:
+        click.echo(
+            f"Held back: {made.coarse} image(s) whose label names a group of classes: the "
+            "classifier is made of sums over single classes."
+        )
+    if made.assigned:
+        click.echo(
+            f"Guessed: {made.assigned} image(s) of a group count for the class of it that the "
+            "model finds most probable."
+        )
     what = "norm statistics" if norms else "moments"
     click.echo(f"  {what:<20} {made.size / 2**20:.1f} MiB in {made.folder}")
     if publish:
@@ -91,3 +149,37 @@ def calibrate(
         f"see what would leave the site with\n"
         f"  merge-kit publish {shown(site.root)} --run {shown(made.folder)} --dry-run"
     )
+
+
+def _own_head(
+    site: Site,
+    cases: Sequence[Case],
+    model: Path | None,
+    labelling: Labelling,
+    out: Path,
+    device: torch.device,
+    skip_unreadable: bool,
+) -> None:
+    with Progress() as progress:
+        made = own_head(
+            site,
+            cases,
+            model,
+            labelling,
+            out,
+            device,
+            skip_unreadable=skip_unreadable,
+            stage=progress.stage,
+        )
+    for sentence in made.skipped:
+        click.echo(f"Left out: {sentence}", err=True)
+    of = "the base" if model is None else str(model)
+    click.echo(
+        f"Model in {out}: a classifier of {len(labelling.own_classes)} own classes on {of}, from "
+        f"{made.train_images} training images"
+    )
+    click.echo(
+        f"  balanced accuracy    {made.balanced_accuracy:.3f} on {made.validation_images} own "
+        "validation images"
+    )
+    next_step(f"evaluate it with\n  merge-kit evaluate {shown(out)} --data <labels.csv>")

@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from finetune import network
 from finetune.cases import Case, case_key
 from finetune.normalizing import norm_sums
-from finetune.pixels import Images, decode
+from finetune.pixels import decode
 from finetune.run import alone, now, software
 from finetune.splits import split_of
 from merge_kit import moments, momentsfile, normstats
 from merge_kit.checkpoints import WEIGHTS
-from merge_kit.errors import DataError
+from merge_kit.errors import DataError, LabelError, UsageError
 from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
 from merge_kit.manifest import Draft, Payload, read_draft
-from merge_kit.publishing import draft_file, payload_file
+from merge_kit.publishing import DRAFT, draft_file, payload_file
 from merge_kit.reheading import record_of
+from merge_kit.runs import latest_run
 from merge_kit.site import COPY, Site
 from merge_kit.solving import backbone_of
 from merge_kit.statistics import StatisticsHeader
@@ -48,6 +49,10 @@ class Calibration:
     """Images of each class in it."""
     held_back: tuple[tuple[str, int], ...]
     """Classes with fewer images than the policy asks for, and how many."""
+    coarse: int
+    """Images whose label names a group and that are therefore in no sum over a class."""
+    assigned: int
+    """Images whose label names a group and that count for its most probable class."""
     skipped: tuple[str, ...]
     was_there: bool
 
@@ -74,6 +79,7 @@ def calibrate(
     device: torch.device,
     kind: Measured = "moments",
     *,
+    assign_groups: bool = False,
     skip_unreadable: bool = False,
     stage: Stage = lambda name, done, of: None,
 ) -> Calibration:
@@ -81,8 +87,10 @@ def calibrate(
     ``norms`` the sums over the inputs of the batch norm layers.
 
     A class of fewer images than the policy's `minimum_class_count` is held back: its sum would give
-    its images' features away. The folder's name is a hash of the model and the images: what has
-    been measured before is not measured again.
+    its images' features away. So is an image whose label names a group of classes: the classifier
+    is made of sums over single classes. With `assign_groups` it counts for the class of its group
+    that the model's own classifier, which others have solved, finds most probable. The folder's
+    name is a hash of the model and the images: what has been measured before is not measured again.
 
     Raises
     ------
@@ -90,11 +98,25 @@ def calibrate(
         No class has enough images, or the model is none of this federation.
     VectorError
         Norm statistics are asked of a backbone without batch norm.
+    UsageError
+        Groups are to be assigned by a model whose classifier nobody has solved.
     """
-    cases = sorted(split_of(cases, "train"), key=lambda case: case.file)
+    every = sorted(split_of(cases, "train"), key=lambda case: case.file)
+    cases, size = every, len(site.federation.classes)
+    if assign_groups:
+        solved_by = _solved(site, model)
+    else:
+        cases = [case for case in every if case.label < size]
+    if not cases:
+        raise DataError(
+            f"all {len(every)} training images have labels of groups, and the classifier is made "
+            "of sums over single classes: this site has no part in it, its vector in the merge "
+            "stays; --assign-groups takes its images for the most probable class of their group."
+        )
     about = backbone_at(site, model)
     told: list[object] = [about, site.config.federation, _minimum(site)]
     told += [] if kind == "moments" else [kind]
+    told += [solved_by] if assign_groups else []
     told += [[case.file, case.label, case_key(case)] for case in cases]
     folder = site.root / CALIBRATIONS / sha256_bytes(canonical_json(told))[7:19]
     with alone(folder):
@@ -109,11 +131,28 @@ def calibrate(
                 skip_unreadable=skip_unreadable,
                 progress=lambda done, of: stage("decoding", done, of),
             )
-            images = _kept(site, images)
             opened = network.load(site.base_folder if model is None else model).to(device)
-            measure = _moments if kind == "moments" else _norms
-            tensors = measure(opened, images, device, len(site.federation.classes), stage)
-            _write(site, folder, kind, about, tensors, images)
+            if kind == "norms":
+                labels = images.labels()
+                kept = _enough(site, labels)
+                found = norm_sums(
+                    opened,
+                    images.take([int(index) for index in kept.nonzero()]),
+                    device,
+                    lambda done, of: stage("measuring", done, of),
+                )
+                tensors = normstats.to_tensors(found)
+            else:
+                features = network.features(
+                    opened, images, device, progress=lambda done, of: stage("features", done, of)
+                )
+                labels = images.labels()
+                if assign_groups:
+                    labels = _assigned(opened, features, labels, site.federation.labels.meaning)
+                kept = _enough(site, labels)
+                told_of = moments.measure(features.flatten(1)[kept], labels[kept], size)
+                tensors = momentsfile.to_tensors(told_of)
+            _write(site, folder, kind, about, tensors, labels[kept])
         stated = read_draft(draft, "calibrate").class_counts
         counts = [int(stated[name]) for name in site.federation.classes]
         return Calibration(
@@ -121,41 +160,59 @@ def calibrate(
             path.stat().st_size,
             tuple(counts),
             _held_back(site, cases, counts),
+            len(every) - len(cases),
+            sum(case.label >= size for case in cases),
             tuple(skipped),
             was_there,
         )
 
 
-def _kept(site: Site, images: Images) -> Images:
-    """The images of classes that are large enough."""
-    labels, classes = images.labels(), len(site.federation.classes)
-    kept = torch.bincount(labels, minlength=classes)[labels] >= _minimum(site)
+def _enough(site: Site, labels: Tensor) -> Tensor:
+    """(n,) bool: the images of classes that are large enough.
+
+    Raises
+    ------
+    DataError
+        There is none.
+    """
+    size = len(site.federation.classes)
+    kept = torch.bincount(labels, minlength=size)[labels] >= _minimum(site)
     if not bool(kept.any()):
         raise DataError(
             f"no class has {_minimum(site)} training images, as the federation's policy "
             "asks for: fewer would give their features away; add images."
         )
-    if bool(kept.all()):
-        return images
-    indices = [int(index) for index in kept.nonzero()]
-    cases = tuple(images.cases[index] for index in indices)
-    return Images(cases, images.pixels[indices], images.preprocessing)
+    return kept
 
 
-def _moments(
-    model: nn.Module, images: Images, device: torch.device, classes: int, stage: Stage
-) -> dict[str, Tensor]:
-    features = network.features(
-        model, images, device, progress=lambda done, of: stage("features", done, of)
+def _solved(site: Site, model: Path | None) -> str:
+    """The fingerprint of a model whose classifier was solved from moments."""
+    record = None if model is None else record_of(model, site.federation)
+    if record is None or record.head is None:
+        raise UsageError(
+            "--assign-groups needs a classifier that tells the classes of a group apart: give a "
+            "model of 'merge-kit head' with --model."
+        )
+    return record.merged
+
+
+@torch.no_grad()
+def _assigned(model: nn.Module, features: Tensor, labels: Tensor, meaning: Tensor) -> Tensor:
+    """(n,) int64: for each image the class of its label that the classifier gives most to."""
+    outputs: Tensor = network.head_of(model).cpu()(features).flatten(1)
+    return outputs.masked_fill(~meaning[labels], -torch.inf).argmax(dim=1)
+
+
+def explained(error: LabelError, site: Site) -> DataError:
+    """What is wrong with a table, and why where the site has a task of its own."""
+    run = latest_run(site.root)
+    if run is None or not read_draft(run / DRAFT).other_images:
+        return error
+    return DataError(
+        f"site '{site.name}' has trained classes of its own, and moments are sums over the images "
+        f"of the federation's ({', '.join(site.federation.classes)}): it has none to give; "
+        "'merge-kit calibrate --own-classes' puts its own classifier on a merged backbone."
     )
-    return momentsfile.to_tensors(moments.measure(features.flatten(1), images.labels(), classes))
-
-
-def _norms(
-    model: nn.Module, images: Images, device: torch.device, classes: int, stage: Stage
-) -> dict[str, Tensor]:
-    found = norm_sums(model, images, device, lambda done, of: stage("measuring", done, of))
-    return normstats.to_tensors(found)
 
 
 def _minimum(site: Site) -> int:
@@ -176,7 +233,7 @@ def _write(
     kind: Measured,
     about: str,
     tensors: Mapping[str, Tensor],
-    images: Images,
+    labels: Tensor,
 ) -> None:
     federation, path = site.federation, folder / payload_file(kind)
     origin = {
@@ -189,7 +246,7 @@ def _write(
     header = StatisticsHeader.model_validate(origin)
     write_tensors(path, tensors, (METADATA_KEY, canonical_json(header.model_dump()).decode()))
     norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
-    found = torch.bincount(images.labels(), minlength=len(federation.classes)).tolist()
+    found = torch.bincount(labels, minlength=len(federation.classes)).tolist()
     counts = dict(zip(federation.classes, found, strict=True))
     draft = Draft.model_validate(
         {

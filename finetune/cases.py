@@ -54,10 +54,11 @@ class Case:
     """One labelled image of a site.
 
     `file` is the name as the table gives it (relative, "/" between folders); `label` is an index
-    into the federation's classes, -1 when the data has no labels and none were required, or where
-    a case may have several; `patient`, `group` (near duplicates) and `split` ("train", "val" or
-    "test") are None when not given; `columns` holds every other column of the table; `targets` has
-    for each class 1 (present), 0 (absent) or -1 (not annotated), where a case may have several.
+    into the federation's classes and, behind them, its groups of classes, -1 when the data has no
+    labels and none were required, or where a case may have several; `patient`, `group` (near
+    duplicates) and `split` ("train", "val" or "test") are None when not given; `columns` holds
+    every other column of the table; `targets` has for each class 1 (present), 0 (absent) or -1 (not
+    annotated), where a case may have several.
     """
 
     file: str
@@ -79,6 +80,7 @@ def load_cases(
     where: Mapping[str, str] | None = None,
     require_labels: bool = True,
     multi_label: bool = False,
+    groups: Sequence[str] = (),
 ) -> list[Case]:
     """List the labelled images of `data`, in the order of the table or of the sorted file names.
 
@@ -99,6 +101,9 @@ def load_cases(
     them; or the labels of a .npz are (N, C) of 0 and 1. Such cases are for evaluation: training
     takes one label a case.
 
+    A label may also name one of `groups`, which are counted behind the classes: the case is of one
+    of the classes in that group.
+
     Raises DataError (a file or folder that cannot be used) and LabelError (a wrong row, with its
     line), each with one sentence.
     """
@@ -110,6 +115,7 @@ def load_cases(
         where=where,
         require_labels=require_labels,
         multi_label=multi_label,
+        groups=groups,
     )
 
 
@@ -134,9 +140,10 @@ def cases_of(
     where: Mapping[str, str] | None = None,
     require_labels: bool = True,
     multi_label: bool = False,
+    groups: Sequence[str] = (),
 ) -> list[Case]:
     """The cases of a table that has been read; see `load_cases`."""
-    labels = find_labels(table, classes, label_map or {}, require_labels, multi_label)
+    labels = find_labels(table, classes, label_map or {}, require_labels, multi_label, groups)
     rows = _select(table, where or {})
     refuse_unknown_labels(table, rows, labels, require_labels)
     _refuse_wrong_files(rows)

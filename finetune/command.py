@@ -12,11 +12,17 @@ from click.core import ParameterSource
 
 from finetune import run as runs
 from finetune import run_statistics
-from finetune.image_options import image_options, split_cases, split_options
+from finetune.image_options import (
+    image_options,
+    own_classes_option,
+    split_cases,
+    split_options,
+)
+from finetune.labelling import Labelling, own_labelling
 from finetune.network import choose_device
 from finetune.options import TrainingOptions, make_options
 from finetune.progress import Progress
-from merge_kit.commands.options import next_step, shown
+from merge_kit.commands.options import listed, next_step, shown
 from merge_kit.errors import UsageError
 from merge_kit.methods.base import Statistics
 from merge_kit.publishing import payload_file
@@ -57,6 +63,7 @@ def training_options(command: Any) -> Any:
 @click.argument("folder", type=click.Path(path_type=Path))
 @image_options
 @split_options
+@own_classes_option
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of training options.")
 @training_options
 @click.pass_context
@@ -72,6 +79,7 @@ def finetune(
     val_fraction: float,
     test_fraction: float,
     split_seed: int,
+    own_classes: str | None,
     config: Path | None,
     device: str,
     **training: Any,
@@ -80,15 +88,26 @@ def finetune(
 
     The head is trained first, then the whole network at a low learning rate. A run that was killed
     goes on when the same command is given again. Nothing leaves the site.
+
+    A label may name a class of the federation or one of its groups. With --own-classes the site has
+    a task of its own: it shares the backbone, and its classifier never leaves it.
     """
     site = open_site(folder)
+    labelling = Labelling(site.federation)
+    if own_classes is not None:
+        labelling = own_labelling(site.federation, listed(own_classes))
+    space = labelling.space
     if data.suffix == ".npz" and not mapping:
-        places = ", ".join(f"{i}={name}" for i, name in enumerate(site.federation.classes))
+        places = ", ".join(f"{i}={name}" for i, name in enumerate(space.classes))
         click.echo(f"The labels of {data.name} are taken as {places}; --map 0=<class> changes it.")
     options = options_of(context, config, training)
+    if labelling.own_classes and options.head == "federation":
+        raise UsageError(
+            "--head federation is of the federation's classes: leave it out with --own-classes."
+        )
     chosen = choose_device(device)
     cases = split_cases(
-        site.federation.classes,
+        space.classes,
         data,
         images,
         mapping,
@@ -96,8 +115,9 @@ def finetune(
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         split_seed=split_seed,
+        groups=tuple(space.groups),
     )
-    target = runs.run_folder(site, cases, options, chosen)
+    target = runs.run_folder(site, cases, options, chosen, labelling.own_classes)
     click.echo(f"Site '{site.name}': {len(cases)} images, on {chosen}; run {target}")
     with Progress() as progress:
         material = runs.prepare(
@@ -109,7 +129,15 @@ def finetune(
         for sentence in material.skipped:
             click.echo(f"Left out: {sentence}", err=True)
         finished = runs.finetune(
-            site, material, options, target, chosen, progress, data=data, images=images
+            site,
+            material,
+            options,
+            target,
+            chosen,
+            progress,
+            data=data,
+            images=images,
+            labelling=labelling,
         )
     _close(finished)
     if any(case.split == "test" for case in cases):

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from finetune.losses import rarity
 from finetune.network import chunks
 from finetune.options import TrainingOptions
 from finetune.pixels import Images
@@ -24,23 +25,36 @@ def draw_seed(seed: int, purpose: str, step: int) -> int:
     return (mixed * 31 + sum(purpose.encode()) * 2_654_435_761) % (2**63)
 
 
-def epoch_order(labels: Tensor, epoch: int, options: TrainingOptions) -> Tensor:
-    """Indices of one epoch: a permutation, or with ``sampling`` draws that favour no class."""
+def epoch_order(
+    labels: Tensor, epoch: int, options: TrainingOptions, meaning: Tensor | None = None
+) -> Tensor:
+    """Indices of one epoch: a permutation, or with ``sampling`` draws that favour no class.
+
+    `meaning` is as in `finetune.losses`: an image of a group is drawn as its classes are.
+    """
     generator = torch.Generator().manual_seed(draw_seed(options.seed, "order", epoch))
     if options.balance != "sampling":
         return torch.randperm(len(labels), generator=generator)
-    chances = 1.0 / torch.bincount(labels)[labels].double()
+    chances = rarity(labels, meaning)[labels]
     return torch.multinomial(chances, len(labels), replacement=True, generator=generator)
 
 
 class Feed:
     """The batches of each step.
 
-    `updates` is the number of steps in an epoch, `total` the number of steps of the run.
+    `updates` is the number of steps in an epoch, `total` the number of steps of the run; `meaning`
+    is as in `finetune.losses`.
     """
 
-    def __init__(self, images: Images, options: TrainingOptions, updates: int, total: int) -> None:
-        self._images, self._options = images, options
+    def __init__(
+        self,
+        images: Images,
+        options: TrainingOptions,
+        updates: int,
+        total: int,
+        meaning: Tensor | None = None,
+    ) -> None:
+        self._images, self._options, self._meaning = images, options, meaning
         self._updates, self._total = updates, total
         self._labels = images.labels()
         self._order: tuple[int, Tensor] | None = None
@@ -63,7 +77,7 @@ class Feed:
     def _indices(self, step: int) -> list[list[int]]:
         epoch, position = divmod(step, self._updates)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._labels, epoch, self._options))
+            self._order = (epoch, epoch_order(self._labels, epoch, self._options, self._meaning))
         size = self._options.batch_size * self._options.accumulate
         chosen: list[int] = self._order[1][position * size : (position + 1) * size].tolist()
         parts = chunks(len(chosen), self._options.batch_size)

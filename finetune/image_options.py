@@ -64,6 +64,15 @@ def split_options(command: Any) -> Any:
     return command
 
 
+def own_classes_option(command: Any) -> Any:
+    """Add --own-classes to a command: None where it is not given."""
+    return click.option(
+        "--own-classes",
+        metavar="A,B",
+        help="Classes of a task of the site's own, which the federation does not have.",
+    )(command)
+
+
 def split_cases(
     classes: Sequence[str],
     data: Path,
@@ -74,6 +83,7 @@ def split_cases(
     val_fraction: float,
     test_fraction: float,
     split_seed: int,
+    groups: Sequence[str] = (),
 ) -> list[Case]:
     """A site's cases with their splits, as these options describe them.
 
@@ -88,6 +98,7 @@ def split_cases(
         images=images,
         label_map=pairs(mapping, "--map"),
         where=pairs(where, "--where"),
+        groups=groups,
     )
     return assign_splits(
         cases, seed=split_seed, val_fraction=val_fraction, test_fraction=test_fraction

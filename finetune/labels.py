@@ -25,6 +25,8 @@ class Labels:
     """Columns that stand for a class, where the table has them in place of `label`."""
     nothing: frozenset[str] = frozenset()
     """Labels that mean none of the classes."""
+    numbers: int = 0
+    """How many of `classes` a number may name: all but the groups at their end."""
 
     def of(self, row: Row) -> tuple[int, tuple[int, ...] | None]:
         """The label (-1 for none, or where there may be several) and the targets of a row."""
@@ -46,17 +48,19 @@ def find_labels(
     label_map: Mapping[str, str],
     require_labels: bool,
     multi_label: bool,
+    groups: Sequence[str] = (),
 ) -> Labels:
     """How to read the labels of a table, as `finetune.cases.load_cases` tells.
 
     Raises LabelError when the table has none and they are required, or when an entry of `label_map`
     names no class or a label that never occurs.
     """
+    numbers, classes = len(classes), (*classes, *groups)
     exact = {name: index for index, name in enumerate(classes)}
     folded: dict[str, int | None] = {}
     for name, index in exact.items():  # two classes that differ only in case match only exactly
         folded[name.casefold()] = None if name.casefold() in folded else index
-    positions = {str(index): index for index in range(len(classes))}
+    positions = {str(index): index for index in range(numbers)}  # a number is never a group
 
     def by_name(name: str) -> int | None:
         return exact.get(name, folded.get(name.casefold()))
@@ -96,7 +100,7 @@ def find_labels(
             "add a column 'label', or sort the images into folders of classes."
         )
     known = {label: index_of(label) for label in present}
-    return Labels(classes, known, multi_label, columns, nothing)
+    return Labels(classes, known, multi_label, columns, nothing, numbers)
 
 
 def labels_in(table: Table, *, multi_label: bool = False) -> set[str]:
@@ -166,7 +170,7 @@ def refuse_unknown_labels(
                     f"{place}: label {label!r} names several classes: 'merge-kit evaluate' and "
                     "'compare' read such labels with --multi-label; elsewhere give one class."
                 )
-            last = len(labels.classes) - 1
+            last = labels.numbers - 1
             known = f"0 to {last}" if table.numbered else nearest(label, labels.classes)
             raise LabelError(
                 f"{place}: label {label!r} is no class of this federation ({known}): "

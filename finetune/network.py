@@ -63,6 +63,22 @@ def head_of(model: nn.Module) -> nn.Module:
     return classifier_of(model, type(model).__name__)
 
 
+def with_classes(model: nn.Module, classes: int) -> nn.Module:
+    """The model with a classifier of zeros for another number of classes, in place."""
+    old = head_of(model)
+    place = next(name for name, module in model.named_modules() if module is old)
+    parent, _, leaf = place.rpartition(".")
+    new: nn.Module
+    if isinstance(old, nn.Conv2d):
+        new = nn.Conv2d(old.in_channels, classes, 1, bias=old.bias is not None)
+    elif isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features, classes, bias=old.bias is not None)
+    for parameter in new.parameters():
+        nn.init.zeros_(parameter)
+    setattr(model.get_submodule(parent), leaf, new)
+    return model.eval()
+
+
 def choose_device(name: str) -> torch.device:
     """``auto`` takes a GPU where there is one.
 

@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 
 from finetune import curves, losses, network, scores, training
 from finetune.cases import Case, case_key
+from finetune.labelling import Labelling
 from finetune.options import TrainingOptions
 from finetune.pixels import Images, decode
 from finetune.splits import split_of
@@ -37,7 +38,6 @@ from merge_kit.manifest import (
     Software,
     Training,
     Validation,
-    suppress,
 )
 from merge_kit.parameters import roles_of
 from merge_kit.publishing import DRAFT, VECTOR
@@ -73,7 +73,11 @@ class Material:
 
 
 def run_folder(
-    site: Site, cases: Sequence[Case], options: TrainingOptions, device: torch.device
+    site: Site,
+    cases: Sequence[Case],
+    options: TrainingOptions,
+    device: torch.device,
+    own_classes: Sequence[str] = (),
 ) -> Path:
     """Where a run lives: its name is a hash of all that shapes the vector.
 
@@ -84,6 +88,7 @@ def run_folder(
         "options": options.model_dump(mode="json"),
         "device": device.type,
         "cases": sorted([c.file, c.label, c.split, c.patient, case_key(c)] for c in cases),
+        **({"own_classes": list(own_classes)} if own_classes else {}),
     }
     return site.root / RUNS / sha256_bytes(canonical_json(told)).removeprefix("sha256:")[:12]
 
@@ -133,11 +138,13 @@ def finetune(
     *,
     data: Path | None = None,
     images: Path | None = None,
+    labelling: Labelling | None = None,
 ) -> Run:
     """Train, or go on where a killed run stopped, and write everything that the run gives.
 
     `summary.json` comes last: a folder without it is unfinished. `data` and `images` say where the
-    cases were found, for whoever looks at them again (see `finetune.statistics`).
+    cases were found, for whoever looks at them again (see `finetune.statistics`); `labelling` what
+    their labels mean, if not the federation's classes and groups.
 
     Raises
     ------
@@ -153,35 +160,37 @@ def finetune(
         record = _record(site, options, device, data, images)
         write_atomic(folder / RECORD, json.dumps(record, indent=2))
         log = _Log(folder / METRICS, report)
-        model = network.load(site.base_folder)
-        head = _starting_head(site, folder, options)
+        labelling = labelling or Labelling(site.federation)
+        model = labelling.base(site)
+        head = _starting_head(site, folder, options, labelling)
         if isinstance(head, StartingHead):
             put(head, model)
             options = options.model_copy(update={"head_steps": 0})
         report({"event": "head", "text": head if isinstance(head, str) else head.told})
         labels = material.train.labels()
-        seen = losses.seen_classes(labels, len(site.federation.classes))
-        task = Task(model, material.train, material.validation, seen, options, device)
+        meaning = labelling.meaning(torch.cat([labels, material.validation.labels()]))
+        seen = losses.seen_classes(labels, len(labelling.space.classes), meaning)
+        task = Task(model, material.train, material.validation, seen, options, device, meaning)
         trained = training.train(task, folder / CHECKPOINT, log)
         model.load_state_dict(trained.state)
         outputs = network.logits(model, material.validation, device)
-        outputs[:, ~seen.to(outputs.device)] = -torch.inf
+        told, chances = training.judged(outputs, task)
         figures = scores.bootstrap_intervals(
-            material.validation.labels().numpy(),
-            outputs.softmax(dim=1).double().numpy(),
+            told,
+            chances,
             {"balanced_accuracy": scores.balanced_accuracy, "macro_auroc": scores.macro_auroc},
             groups=_groups(material.validation),
             seed=options.seed,
         )
         write_tensors(folder / MODEL / "model.safetensors", trained.state, ("format", "pt"))
-        write_atomic(
-            folder / MODEL / "config.json", (site.base_folder / "config.json").read_bytes()
-        )
-        norm = _write_vector(site, trained, folder / VECTOR)
+        write_atomic(folder / MODEL / "config.json", labelling.config)
+        published = replace(trained, state=labelling.shared(site, trained.state))
+        norm = _write_vector(site, published, folder / VECTOR)
         digest = head.digest if isinstance(head, StartingHead) else None
-        draft = _draft(site, folder / VECTOR, norm, task, trained, figures, digest)
+        counts = labelling.counts(labels)
+        draft = _draft(site, folder / VECTOR, norm, task, trained, figures, digest, counts)
         write_atomic(folder / DRAFT, draft.model_dump_json(indent=2))
-        write_atomic(folder / CASES, _case_table(material.cases, site.federation.classes))
+        write_atomic(folder / CASES, _case_table(material.cases, labelling.space.names))
         write_atomic(folder / CURVES, curves.draw(log.lines()))
         summary = _summary(site, draft, material, trained, figures)
         write_atomic(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False))
@@ -189,7 +198,11 @@ def finetune(
         return Run(folder, summary, False)
 
 
-def _starting_head(site: Site, folder: Path, options: TrainingOptions) -> StartingHead | str:
+def _starting_head(
+    site: Site, folder: Path, options: TrainingOptions, labelling: Labelling
+) -> StartingHead | str:
+    if labelling.own_classes:
+        return "the site's own classifier, of its own classes."
     if (folder / CHECKPOINT).is_file() and not (folder / HEAD).is_file():
         return "the site's own classifier, as it was."
     return starting_head(site, folder, options.head)
@@ -254,16 +267,15 @@ def _draft(
     trained: training.Trained,
     figures: Mapping[str, scores.Interval],
     head: str | None,
+    counts: Mapping[str, Any],
 ) -> Draft:
     federation = site.federation
-    found = torch.bincount(task.train.labels(), minlength=len(federation.classes)).tolist()
-    counts = dict(zip(federation.classes, found, strict=True))
     return Draft(
         site=site.name,
         federation=federation.contract_hash,
         base=federation.base_fingerprint,
         payload=Payload(sha256=sha256_file(path), size=path.stat().st_size, norm=norm),
-        class_counts=suppress(counts, federation.policy.minimum_class_count),
+        **counts,
         training=Training(
             steps=trained.steps,
             epochs=trained.epochs,
@@ -305,13 +317,13 @@ def _estimate(interval: scores.Interval) -> Estimate:
     return Estimate(value=values[0], low=values[1], high=values[2])
 
 
-def _case_table(cases: Sequence[Case], classes: Sequence[str]) -> str:
+def _case_table(cases: Sequence[Case], names: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "label", "patient", "group", "split"])
     for case in cases:
         writer.writerow(
-            [case.file, classes[case.label], case.patient or "", case.group or "", case.split]
+            [case.file, names[case.label], case.patient or "", case.group or "", case.split]
         )
     return text.getvalue()
 

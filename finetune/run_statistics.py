@@ -173,9 +173,14 @@ def make(
         left_out: list[str] = []
         few: list[str] = []
         if kind == "fisher":
-            counts = [draft.class_counts[name] for name in site.federation.classes]
-            seen = torch.tensor([count != 0 for count in counts])
+            seen = _seen(site, draft)
+            if draft.other_images:
+                rows = next(network.head_of(model).parameters())  # of classes of its own
+                seen = torch.ones(len(rows), dtype=torch.bool)
             tensors = statistics.fisher(model, images, seen, device, progress)
+            if draft.other_images:  # a classifier of the site's own is in no vector
+                heads = tuple(f"{module}." for module in site.federation.classifier)
+                tensors = {n: t for n, t in tensors.items() if not n.startswith(heads)}
         else:
             tensors, left_out, few = statistics.grams(model, images, device, max_width, progress)
         path = run / payload_file(kind)
@@ -192,6 +197,14 @@ def make(
         beside = Draft(**{**draft.model_dump(), **told})
         write_atomic(run / draft_file(kind), beside.model_dump_json(indent=2))
     return Made(path, payload.size, tuple(left_out), tuple(few))
+
+
+def _seen(site: Site, draft: Draft) -> torch.Tensor:
+    """(C,) bool: the classes that the site has trained, also within groups."""
+    space = site.federation.labels
+    counted = {**draft.class_counts, **(draft.group_counts or {})}
+    rows = [row for row, name in enumerate(space.names) if counted.get(name, 0) != 0]
+    return space.meaning[rows].any(dim=0)
 
 
 def _write(

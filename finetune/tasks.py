@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune import network
-from finetune.losses import class_weights, loss_on_seen
+from finetune.losses import label_weights, loss_on_seen
 from finetune.options import TrainingOptions
 from finetune.pixels import Images
 
@@ -27,6 +27,8 @@ class Task:
     """(C,) bool: classes that the site has training images of."""
     options: TrainingOptions
     device: torch.device
+    meaning: Tensor | None = None
+    """(L, C) bool: the classes that each label stands for; None where every label is a class."""
 
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -45,7 +47,8 @@ def train_head(task: Task, report: Report) -> None:
         task.model, task.train, task.device, progress=stage(report, "features")
     ).to(task.device)
     labels, seen = task.train.labels().to(task.device), task.seen.to(task.device)
-    weights = None if options.balance == "none" else class_weights(labels, seen)
+    meaning = None if task.meaning is None else task.meaning.to(task.device)
+    weights = None if options.balance == "none" else label_weights(labels, seen, meaning)
     start = {name: p.detach().clone() for name, p in head.named_parameters()}
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=options.head_learning_rate, weight_decay=0.0
@@ -56,7 +59,7 @@ def train_head(task: Task, report: Report) -> None:
             rate = 0.5 * (1 + math.cos(math.pi * step / options.head_steps))
             optimizer.param_groups[0]["lr"] = options.head_learning_rate * rate
             optimizer.zero_grad()
-            loss = loss_on_seen(head(inputs).flatten(1), labels, seen, weights)
+            loss = loss_on_seen(head(inputs).flatten(1), labels, seen, weights, meaning)
             penalty = options.head_decay * rows[seen].square().sum()
             torch.autograd.backward(loss + penalty)
             optimizer.step()

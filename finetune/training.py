@@ -11,22 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional
 
 from finetune import levers, lora, network, scores
 from finetune.feed import Feed, draw_seed
-from finetune.losses import class_weights, loss_on_seen
+from finetune.losses import label_weights, loss_on_seen, rarity
 from finetune.pixels import augment
 from finetune.soup import Soup
 from finetune.tasks import Report, Task, restore_rows, stage, train_head
 from merge_kit.encoding import Factors
 from merge_kit.errors import TrainingError
 from merge_kit.files import canonical_json, sha256_bytes, write_atomic
+from merge_kit.labelspace import cells_of
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -127,10 +129,10 @@ class _Loop:
         self.loss_sum, self.loss_count = 0.0, 0
         self.labels = task.train.labels()
         self.identity = task_identity(task)
-        self.feed = Feed(task.train, options, self.updates, self.total)
+        self.feed = Feed(task.train, options, self.updates, self.total, task.meaning)
         self.masses = torch.ones(len(self.labels), dtype=torch.float64)
         if options.balance == "weights":
-            self.masses /= torch.bincount(self.labels)[self.labels]
+            self.masses = rarity(self.labels, task.meaning)[self.labels]
         head = network.head_of(self.model)
         self.head_start = {n: p.detach().clone() for n, p in head.named_parameters()}
 
@@ -169,7 +171,8 @@ class _Loop:
         seen = self.task.seen.to(self.task.device)
         weights = None
         if options.balance == "weights":
-            weights = class_weights(self.labels, self.task.seen).to(self.task.device)
+            weights = label_weights(self.labels, self.task.seen, self.task.meaning)
+            weights = weights.to(self.task.device)
         mass = sum(float(self.masses[indices].sum()) for indices, _ in batches)
         ready = [
             (
@@ -217,13 +220,14 @@ class _Loop:
     ) -> float:
         """Add the gradients of a step's batches up; gives the mean loss."""
         options, total = self.task.options, 0.0
+        meaning = None if self.task.meaning is None else self.task.meaning.to(self.task.device)
         for batch, indices in batches:
             labels = self.labels[indices].to(self.task.device)
             # One image alone has no batch statistics: torch refuses it where a map is one pixel.
             network.training_mode(self.model, options.norm if len(indices) > 1 else "frozen")
             with network.autocast(self.task.device, options.precision):
                 outputs = self.model(batch)
-            loss = loss_on_seen(outputs.float(), labels, seen, weights)
+            loss = loss_on_seen(outputs.float(), labels, seen, weights, meaning)
             share = float(self.masses[indices].sum()) / mass  # as in the mean over the whole step
             torch.autograd.backward(loss * share)
             total += float(loss.detach()) * share
@@ -354,7 +358,7 @@ def task_identity(task: Task) -> str:
 def validate(model: nn.Module, task: Task, report: Report) -> Figures:
     """Figures on the site's validation images.
 
-    Classes without training images are never predicted; the loss is over the images of the others.
+    The loss is over the images of classes with training images; the scores are those of `judged`.
     """
     outputs = network.logits(
         model, task.validation, task.device, progress=stage(report, "validation")
@@ -364,16 +368,40 @@ def validate(model: nn.Module, task: Task, report: Report) -> Figures:
             "the outputs on the validation images are not finite: "
             "lower --learning-rate, or use --precision float32."
         )
-    outputs[:, ~task.seen] = -torch.inf
-    labels = task.validation.labels()
-    known = task.seen[labels]
-    loss = float(functional.cross_entropy(outputs[known], labels[known])) if known.any() else 0.0
-    probabilities = outputs.softmax(dim=1).double().numpy()
+    labels, meaning = task.validation.labels(), task.meaning
+    known = task.seen[labels] if meaning is None else (meaning[labels] & task.seen).any(dim=1)
+    loss = 0.0
+    if known.any():
+        loss = float(loss_on_seen(outputs[known], labels[known], task.seen, None, meaning))
+    told, probabilities = judged(outputs, task)
     return Figures(
         loss,
-        scores.balanced_accuracy(labels.numpy(), probabilities),
-        scores.macro_auroc(labels.numpy(), probabilities),
+        scores.balanced_accuracy(told, probabilities),
+        scores.macro_auroc(told, probabilities),
     )
+
+
+def judged(outputs: Tensor, task: Task) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Labels (n,) and probabilities (n, K) by which the validation images are scored.
+
+    Classes without training images are never predicted. Where a label names a group, its classes
+    are one: their probabilities are summed for all images, so that every label can be right or
+    wrong (see `labelspace.cells_of`).
+
+    Parameters
+    ----------
+    outputs
+        (n, C): of the validation images.
+    """
+    labels = task.validation.labels()
+    chances = outputs.masked_fill(~task.seen, -torch.inf).softmax(dim=1).double()
+    if task.meaning is not None:
+        cells = cells_of(labels, task.meaning)
+        labels = cells[task.meaning[labels].int().argmax(dim=1)]
+        chances = chances.new_zeros(len(chances), int(cells.max()) + 1).index_add_(
+            1, cells, chances
+        )
+    return labels.numpy(), chances.numpy()
 
 
 def _or_none(value: float) -> float | None:

@@ -210,6 +210,11 @@ def _check_contract(manifest: Manifest, federation: Federation, folder: str) -> 
         raise ContributionError(
             f"{folder} counts the classes wrongly: '{odd[0]}' is missing or unknown."
         )
+    coarse = manifest.group_counts
+    if coarse is not None and (odd := sorted(set(coarse) ^ set(federation.groups))):
+        raise ContributionError(
+            f"{folder} counts the groups wrongly: '{odd[0]}' is missing or unknown."
+        )
 
 
 def check_payload(

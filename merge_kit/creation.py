@@ -17,6 +17,7 @@ from merge_kit.federation import (
     parse_federation,
 )
 from merge_kit.files import new_folder, sha256_file, write_atomic
+from merge_kit.labelspace import LabelSpace
 from merge_kit.tensorfile import fingerprint_file, write_tensors
 
 
@@ -30,6 +31,7 @@ def create(
     model_args: Mapping[str, Any],
     preprocessing: Mapping[str, Any],
     policy: Policy,
+    groups: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
 ) -> Federation:
@@ -41,6 +43,8 @@ def create(
         ``pretrained``, ``none``, or the path of a local file: see `backbone.build`.
     preprocessing
         Values that replace the backbone's own data config; None leaves one as it is.
+    groups
+        Names for several classes at once: see `labelspace.LabelSpace`.
 
     Raises
     ------
@@ -52,6 +56,11 @@ def create(
     if len(set(classes)) != len(classes):
         twice = next(c for c in classes if list(classes).count(c) > 1)
         raise FederationError(f"the class '{twice}' is named twice: name each class once.")
+    tree = {name: tuple(members) for name, members in (groups or {}).items()}
+    try:
+        LabelSpace(tuple(classes), tree)
+    except ValueError as fault:  # before the backbone is fetched
+        raise UsageError(f"--group: {fault}: correct it.") from fault
     model = backbone.build(
         architecture,
         classes,
@@ -71,6 +80,7 @@ def create(
                 "model_args": dict(model_args),
                 "classifier": classifier,
                 "classes": tuple(classes),
+                "groups": tree,
                 "preprocessing": chosen.model_dump(mode="json"),
                 "weights_source": _source(architecture, weights, model),
                 "base_fingerprint": fingerprint_file(draft / BASE_WEIGHTS),

@@ -7,12 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from merge_kit import signing
 from merge_kit.configuration import ModelConfig
 from merge_kit.errors import BaseMismatchError, FederationError, VectorError
 from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.labelspace import LabelSpace
 from merge_kit.remembered import Checked, look
 from merge_kit.schema import Digest, Document, Place, SiteName, parse
 from merge_kit.tensorfile import TensorFile, fingerprint, read_all
@@ -88,9 +96,25 @@ def preprocessing_of(config: ModelConfig) -> Preprocessing:
         own = dict(config.data.get("merge_kit", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise VectorError(f"{config.path} is no timm configuration ({error}).") from error
+    own.pop("groups", None)
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
     values = {**own, **{key: seen[key] for key in keys if key in seen}}
     return parse(Preprocessing, values, str(config.path), VectorError)
+
+
+def groups_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Groups of classes that a model's config.json names.
+
+    Raises
+    ------
+    VectorError
+        They are no names.
+    """
+    try:
+        groups = config.data.get("merge_kit", {}).get("groups", {})
+        return {name: tuple(members) for name, members in groups.items()}
+    except (TypeError, AttributeError) as error:
+        raise VectorError(f"{config.path} is no timm configuration ({error}).") from error
 
 
 _FIXED = {
@@ -100,6 +124,7 @@ _FIXED = {
     "model_args",
     "classifier",
     "classes",
+    "groups",
     "label_schema",
     "preprocessing",
     "weights_source",
@@ -116,6 +141,8 @@ class Federation(Document):
     model_args: dict[str, Any] = Field(default_factory=dict)
     classifier: tuple[str, ...]
     classes: tuple[ClassName, ...] = Field(min_length=2)
+    groups: dict[ClassName, tuple[ClassName, ...]] = Field(default_factory=dict)
+    """Names of several classes or groups at once, for sites with coarser labels."""
     label_schema: int = 1
     preprocessing: Preprocessing
     weights_source: str
@@ -131,7 +158,19 @@ class Federation(Document):
             raise ValueError("a site is named twice")
         if len({site.public_key for site in self.sites}) != len(self.sites):
             raise ValueError("two sites have the same key")
+        LabelSpace(self.classes, self.groups)
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_an_empty_field(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A contract must keep the hash that it had before there were groups.
+        fields: dict[str, Any] = serialize(self)
+        return {key: value for key, value in fields.items() if key != "groups" or value}
+
+    @property
+    def labels(self) -> LabelSpace:
+        """The labels that a site's images may have."""
+        return LabelSpace(self.classes, self.groups)
 
     @property
     def contract_hash(self) -> str:
@@ -149,6 +188,9 @@ class Federation(Document):
         It is always made from the contract: the file on a hub is covered by no fingerprint.
         """
         seen = self.preprocessing
+        own: dict[str, Any] = {"sixteen_bit": seen.sixteen_bit}
+        if self.groups:
+            own["groups"] = {name: list(members) for name, members in self.groups.items()}
         config = {
             "architecture": self.architecture,
             "num_classes": len(self.classes),
@@ -167,7 +209,7 @@ class Federation(Document):
                 else list(self.classifier),
                 "custom_load": False,
             },
-            "merge_kit": {"sixteen_bit": seen.sixteen_bit},
+            "merge_kit": own,
         }
         return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 

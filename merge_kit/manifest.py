@@ -40,6 +40,7 @@ Timestamp = Annotated[
     AfterValidator(_check_time),
 ]
 MANIFEST_LIMIT = 1 << 20
+_OPTIONAL = ("about", "group_counts", "other_images", "training", "validation")
 
 
 class Payload(Document):
@@ -114,6 +115,10 @@ class Draft(Document):
     base: Digest
     payload: Payload
     class_counts: dict[str, Count]
+    group_counts: dict[str, Count] | None = None
+    """Training images whose label names a group of classes; None where there are none."""
+    other_images: Count | None = None
+    """Training images of classes that the federation does not have; None where there are none."""
     training: Training | None = None
     """What is `OF_A_MODEL` lacks it."""
     preprocessing: Digest
@@ -137,7 +142,7 @@ class Draft(Document):
     def _without_an_empty_field(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A vector's manifest must keep the bytes, and so the id, that it had before statistics.
         fields: dict[str, Any] = serialize(self)
-        absent = [k for k in ("about", "training", "validation") if fields[k] is None]
+        absent = [k for k in _OPTIONAL if fields[k] is None]
         return {key: value for key, value in fields.items() if key not in absent}
 
 
@@ -169,6 +174,17 @@ def _suppress(count: int | str, minimum: int) -> int | str:
     if isinstance(count, str):
         return f"<{max(int(count[1:]), minimum)}"
     return count if count == 0 or count >= minimum else f"<{minimum}"
+
+
+def suppressed_counts(fields: Mapping[str, Any], minimum: int) -> dict[str, Any]:
+    """Fields of a manifest in which all that counts images may leave a site; see `suppress`."""
+    told = dict(fields)
+    for name in ("class_counts", "group_counts"):
+        if told.get(name) is not None:
+            told[name] = suppress(told[name], minimum)
+    if told.get("other_images") is not None:
+        told["other_images"] = _suppress(told["other_images"], minimum)
+    return told
 
 
 def count_of(count: int | str) -> float:

@@ -12,6 +12,7 @@ from merge_kit import vector
 from merge_kit.contributions import Contribution, check_payload
 from merge_kit.errors import MergeKitError
 from merge_kit.federation import Federation, check_base
+from merge_kit.heads import group_shares
 from merge_kit.manifest import count_of
 from merge_kit.methods.base import Statistics
 from merge_kit.notes import Notes
@@ -118,8 +119,10 @@ def opened(
 
 
 def _source(contribution: Contribution, file: Tensors, federation: Federation) -> Source:
-    counts, training = contribution.manifest.class_counts, contribution.manifest.training
+    manifest, training = contribution.manifest, contribution.manifest.training
     assert training is not None  # every vector's manifest tells it
+    counts = manifest.class_counts
+    coarse = {name: count_of(count) for name, count in (manifest.group_counts or {}).items()}
     return Source(
         id=contribution.id,
         site=contribution.site,
@@ -127,6 +130,8 @@ def _source(contribution: Contribution, file: Tensors, federation: Federation) -
         class_counts=tuple(count_of(counts[name]) for name in federation.classes),
         steps=training.steps,
         score=_score(contribution),
+        group_shares=group_shares(federation.labels, coarse) if coarse else (),
+        other_images=sum(coarse.values()) + count_of(manifest.other_images or 0),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merge_kit.errors import VectorError
-from merge_kit.heads import merge_rows
+from merge_kit.heads import merge_rows, row_counts
 from merge_kit.methods.statistics import largest, pool_moments
 from merge_kit.parameters import Role, variance_of
 from merge_kit.recipe import Recipe
@@ -33,7 +33,9 @@ class Pooling:
         """
         start = self._base.read(name)
         if role is Role.HEAD:
-            counts = torch.tensor([s.class_counts for s in self._sources], dtype=torch.float64)
+            counts = row_counts(
+                [s.class_counts for s in self._sources], [s.group_shares for s in self._sources]
+            )
             rows = torch.stack([source.file.read(name) for source in self._sources])
             return start.double() + merge_rows(rows, counts)
         if role is Role.NORM_MEAN:

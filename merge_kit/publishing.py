@@ -26,7 +26,7 @@ from merge_kit.manifest import (
     Manifest,
     parse_manifest,
     read_draft,
-    suppress,
+    suppressed_counts,
 )
 from merge_kit.methods.base import Statistics
 from merge_kit.site import Site, check_pinned, federation_on
@@ -134,9 +134,8 @@ def prepare(
         if entry.contribution and entry.site == site.name and entry.contribution.key == key
     ]
     own = [c for c in own if (c.kind, c.manifest.about) == (kind, draft.about)]
-    draft = draft.model_copy(
-        update={"class_counts": suppress(draft.class_counts, federation.policy.minimum_class_count)}
-    )
+    minimum = federation.policy.minimum_class_count
+    draft = Draft(**suppressed_counts(draft.model_dump(), minimum))
     manifest = _manifest(run, draft, hub, [] if alongside and kind == "vector" else own)
     replaces = next((c for c in own if f"sha256:{c.id}" == manifest.supersedes), None)
     return Parcel(manifest, payload, replaces)

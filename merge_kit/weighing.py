@@ -31,11 +31,15 @@ class Source:
     """How far above chance the site's own model is, from 0 to 1; None where it does not say."""
     statistics: Mapping[Statistics, Tensors] = field(default_factory=dict)
     """What the site published beside its vector, by kind."""
+    group_shares: tuple[float, ...] = ()
+    """Images whose label names a group of classes, shared equally among these; empty for none."""
+    other_images: float = 0.0
+    """Images that are in no class count: labels that name a group, or classes of the site's own."""
 
     @property
     def examples(self) -> float:
         """Number of training images."""
-        return sum(self.class_counts)
+        return sum(self.class_counts) + self.other_images
 
 
 @dataclass(frozen=True, slots=True)

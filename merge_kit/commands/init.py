@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from merge_kit.commands.options import next_step, shown, typed_pairs
+from merge_kit.commands.options import listed, next_step, pairs, shown, typed_pairs
 from merge_kit.creation import create
 from merge_kit.errors import UsageError
 from merge_kit.federation import Policy
@@ -18,6 +18,12 @@ from merge_kit.schema import parse
 @click.option("--name", help="Name of the federation [the folder's name].")
 @click.option("--backbone", required=True, help="Any timm image classifier.")
 @click.option("--classes", required=True, help="Class names in their order, with commas.")
+@click.option(
+    "--group",
+    multiple=True,
+    metavar="NAME=CLASS,CLASS",
+    help="A coarser label that sites may use (repeatable).",
+)
 @click.option(
     "--weights",
     default="pretrained",
@@ -56,6 +62,7 @@ def init(
     name: str | None,
     backbone: str,
     classes: str,
+    group: tuple[str, ...],
     weights: str,
     model_arg: tuple[str, ...],
     input_size: int | None,
@@ -74,7 +81,7 @@ def init(
     \b
     merge-kit init hub --backbone vit_tiny_patch16_224 --classes benign,malignant
     """
-    names = [part.strip() for part in classes.split(",") if part.strip()]
+    names = listed(classes)
     if len(names) < 2:
         raise UsageError("--classes: name at least two classes, with commas between them.")
     model_args = typed_pairs(model_arg, "--model-arg")
@@ -95,6 +102,7 @@ def init(
             "sixteen_bit": sixteen_bit,
         },
         policy=parse(Policy, policy, "policy", UsageError),
+        groups={name: listed(text) for name, text in pairs(group, "--group").items()},
         seed=seed,
         allow_pickle=allow_pickle,
     )
@@ -104,6 +112,8 @@ def init(
         f"  backbone  {federation.architecture}, {size} px, from {federation.weights_source}"
     )
     click.echo(f"  classes   {', '.join(federation.classes)}")
+    for name, members in federation.groups.items():
+        click.echo(f"  group     {name}: {', '.join(members)}")
     click.echo(f"  base      {federation.base_fingerprint}")
     click.echo(f"  contract  {federation.contract_hash}")
     next_step(

@@ -22,6 +22,8 @@ def join(hub: str, name: str, folder: Path | None) -> None:
     click.echo(f"Site '{joined.name}' of the federation '{joined.federation.name}'")
     click.echo(f"  folder    {joined.root}")
     click.echo(f"  classes   {', '.join(joined.federation.classes)}")
+    for name, members in joined.federation.groups.items():
+        click.echo(f"  group     {name}: {', '.join(members)}")
     click.echo(f"  base      {joined.federation.base_fingerprint} (checked)")
     click.echo(f"  contract  {joined.config.federation}")
     click.echo(f"  key       {key}")

@@ -44,6 +44,11 @@ def typed_pairs(values: tuple[str, ...], option: str) -> dict[str, Any]:
         raise UsageError(f"{option}: a value is not a plain number, word or list.") from error
 
 
+def listed(text: str) -> list[str]:
+    """Names that stand in one text with commas between them."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def shown(path: object) -> str:
     """A path as it can be pasted into a shell."""
     return shlex.quote(str(path))

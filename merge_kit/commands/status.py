@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from merge_kit.commands.options import next_step, shown
+from merge_kit.federation import Federation
 from merge_kit.hub import open_hub
 from merge_kit.reheading import find_model
 from merge_kit.site import federation_on
@@ -66,7 +67,7 @@ def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
     console.print(_table(federation.name, rows))
     sound = [row for row in rows if not row["problem"]]
     if sound:
-        console.print(_counts(federation.classes, sound))
+        console.print(_counts(federation, sound))
     for row in sound:
         if row["statistics"]:
             kinds = " and ".join(row["statistics"])
@@ -153,13 +154,17 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _counts(classes: tuple[str, ...], rows: list[dict[str, Any]]) -> Table:
+def _counts(federation: Federation, rows: list[dict[str, Any]]) -> Table:
     table = Table(title="training images of each class", title_justify="left", box=box.SIMPLE)
     table.add_column("class")
     for row in rows:
         table.add_column(f"{row['site']} {row['id'][:4]}", justify="right")
-    for name in classes:
+    for name in federation.classes:
         table.add_row(name, *[str(row["class_counts"][name]) for row in rows])
+    for name in federation.groups:
+        table.add_row(f"{name} (group)", *[str(row["group_counts"].get(name, 0)) for row in rows])
+    if any(row["other_images"] for row in rows):
+        table.add_row("of other classes", *[str(row["other_images"]) for row in rows])
     return table
 
 

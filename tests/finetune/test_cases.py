@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -384,6 +385,14 @@ def test_a_medmnist_file_gives_cases_with_splits(tmp_path: Path) -> None:
     assert [case.label for case in cases] == [0, 1, 2, 0, 1, 2]
     assert cases[-1].split == "test"
     assert [case.label for case in load(path, label_map={"2": "nevus"})] == [0, 1, 0, 0, 1, 0]
+
+
+def test_a_number_is_never_a_group(tmp_path: Path) -> None:
+    path = medmnist(tmp_path / "m.npz", train_labels=np.array([[0], [1], [3], [0], [1]]))
+    with pytest.raises(LabelError, match=re.escape("'3' is no class of this federation (0 to 2)")):
+        load(path, groups=("dark",))
+    cases = load(path, groups=("dark",), label_map={"3": "dark"})
+    assert [case.label for case in cases][:3] == [0, 1, 3]
 
 
 def test_grey_and_colour_images_come_out_of_a_medmnist_file(tmp_path: Path) -> None:

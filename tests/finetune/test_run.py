@@ -292,10 +292,11 @@ def test_other_work_has_another_folder(site, cases):
         runs.run_folder(site, [replace(cases[0], split="val"), *cases[1:]], QUICK, CPU),
         runs.run_folder(site, cases, EVERYTHING, CPU),
         runs.run_folder(site, cases, QUICK, torch.device("cuda")),
+        runs.run_folder(site, cases, QUICK, CPU, ("cyst", "stone")),
     ]
     os.utime(cases[0].source, (1, 1))
     others.append(runs.run_folder(site, cases, QUICK, CPU))
-    assert len({folder, *others}) == 7
+    assert len({folder, *others}) == 8
 
 
 # What cannot be read

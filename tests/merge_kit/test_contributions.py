@@ -214,8 +214,12 @@ def test_a_contribution_in_another_sites_folder_is_refused(contribute, hub, plac
             {"class_counts": {"round": 1, "lobed": 1, "granular": 1, "odd": 1}},
             " counts the classes wrongly: 'odd' is missing or unknown.",
         ),
+        (
+            {"group_counts": {"dark": 9}},
+            " counts the groups wrongly: 'dark' is missing or unknown.",
+        ),
     ],
-    ids=["base", "federation", "preprocessing", "class missing", "class unknown"],
+    ids=["base", "federation", "preprocessing", "class missing", "class unknown", "group unknown"],
 )
 def test_a_manifest_for_something_else_is_refused(
     contribute, hub, federation, post, changes, sentence

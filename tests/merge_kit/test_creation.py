@@ -250,3 +250,16 @@ def test_real_weights_make_a_base(init, shared_weights):
     )
     assert made.classifier == ("classifier",)
     assert made.weights_source.startswith("local file sha256:")
+
+
+def test_groups_are_in_the_contract(init, tmp_path):
+    made = init(classes=("a", "b", "c"), groups={"ab": ["a", "b"]})
+    assert made.groups == {"ab": ("a", "b")}
+    assert read_federation(tmp_path / "hub") == made
+
+
+def test_a_wrong_group_is_refused_before_anything_is_made(init, tmp_path):
+    sentence = "--group: the group 'ab' names 'd', which is no class: correct it."
+    with says(UsageError, sentence):
+        init(classes=("a", "b", "c"), groups={"ab": ["a", "d"]}, architecture="no such backbone")
+    assert not (tmp_path / "hub").exists()

@@ -283,6 +283,24 @@ def test_more_attackers_than_krum_can_tell_apart_are_refused(merge, sources):
         merge(sources, "krum")
 
 
+def test_images_that_are_in_no_class_count_count_in_weights_and_rows_only_where_they_may(
+    merge, sources
+):
+    """South: a task of its own, 3 images; then a coarse site that alone knows the third class."""
+    north = replace(sources[0], class_counts=(1.0, 0.0, 0.0))
+    other = replace(sources[1], class_counts=(0.0, 0.0, 0.0), other_images=3.0)
+    merged = merge([north, other], weights="examples")
+    expected = (
+        BASE["body.weight"] + (NORTH["body.weight"] + 3 * SOUTH["body.weight"]) / 4
+    ).tolist()
+    assert merged["body.weight"].tolist() == expected
+    assert (merged["head.weight"] - BASE["head.weight"]).flatten().tolist() == [1.0, 0.0, 0.0]
+    coarse = replace(other, group_shares=(1.5, 0.0, 1.5))
+    merged = merge([north, coarse], weights="examples")
+    assert merged["body.weight"].tolist() == expected
+    assert (merged["head.weight"] - BASE["head.weight"]).flatten().tolist() == [1.0, 0.0, 9.0]
+
+
 def test_a_vector_of_zeros_has_no_direction(merge, sources, open_file):
     nothing = {name: torch.zeros_like(tensor) for name, tensor in NORTH.items()}
     idle = engine.Source("z", "idle", open_file(nothing), (1.0, 1.0, 1.0), 10)

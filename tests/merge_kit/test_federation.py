@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -73,6 +75,32 @@ def test_sites_and_policy_may_change_under_a_contract(change):
 )
 def test_everything_else_is_the_contract(change):
     assert make(**change).contract_hash != make().contract_hash
+
+
+GROUPS = {"classes": ["round", "lobed", "granular"], "groups": {"dark": ["lobed", "granular"]}}
+
+
+def test_groups_are_part_of_the_contract_and_change_nothing_where_there_are_none():
+    assert make(groups={}).contract_hash == make().contract_hash
+    assert "groups" not in make(groups={}).to_yaml()
+    without = {**CONTRACT, "classes": GROUPS["classes"]}
+    assert make(**GROUPS).contract_hash == sha256_bytes(canonical_json({**without, **GROUPS}))
+
+
+def test_groups_survive_the_file_and_stand_in_the_models_configuration(tmp_path):
+    (tmp_path / "federation.yaml").write_text(make(**GROUPS).to_yaml())
+    found = read_federation(tmp_path)
+    assert found == make(**GROUPS)
+    assert found.labels.members("dark") == ("lobed", "granular")
+    told = json.loads(found.model_config_json)["merge_kit"]
+    assert told == {"sixteen_bit": "full", "groups": {"dark": ["lobed", "granular"]}}
+    assert json.loads(make().model_config_json)["merge_kit"] == {"sixteen_bit": "full"}
+
+
+def test_groups_that_are_no_tree_are_refused():
+    sentence = "federation.yaml: 'the document': the group 'dark' names 'spiky', which is no class."
+    with says(FederationError, sentence):
+        make(**{**GROUPS, "groups": {"dark": ["lobed", "spiky"]}})
 
 
 def test_the_preprocessing_hash_is_golden():

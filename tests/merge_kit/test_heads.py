@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_kit.heads import merge_rows
+from merge_kit.heads import group_shares, merge_rows, row_counts
+from merge_kit.labelspace import LabelSpace
 from tests.merge_kit.helpers import quick
 
 
@@ -35,3 +36,27 @@ def test_equal_rows_stay_what_they_are(sites, seed):
     counts = torch.arange(1, 3 * sites + 1, dtype=torch.float64).reshape(sites, 3)
     merged = merge_rows(row.expand(sites, 3, 4), counts)
     torch.testing.assert_close(merged, row.double(), rtol=1e-12, atol=1e-12)
+
+
+# Sites with coarser labels
+
+SPACE = LabelSpace(("a", "b", "c", "d"), {"ab": ("a", "b"), "abc": ("ab", "c")})
+
+
+def test_images_of_a_group_are_shared_equally_among_its_classes():
+    assert group_shares(SPACE, {"ab": 10, "abc": 0}) == (5, 5, 0, 0)
+    assert group_shares(SPACE, {"abc": 6, "ab": 2.5}) == (3.25, 3.25, 2, 0)
+
+
+def test_rows_come_from_sites_with_images_of_the_class_itself_where_there_are_any():
+    """Class a: the first site alone, though the second has many images of its group; b: both
+    coarse sites by their shares; c: nobody."""
+    counts = row_counts([[3, 0, 0], [0, 0, 0], [0, 0, 0]], [(), (50, 50, 0), (10, 10, 0)])
+    assert counts.tolist() == [[3, 0, 0], [0, 50, 0], [0, 10, 0]]
+    rows = torch.tensor([[1.0, 9.0, 9.0], [5.0, 2.0, 9.0], [6.0, 8.0, 9.0]])
+    assert merge_rows(rows, counts).tolist() == [1.0, (50 * 2 + 10 * 8) / 60, 0.0]
+
+
+def test_without_groups_the_counts_are_those_of_the_classes():
+    counts = [[1.0, 2.0], [2.5, 0.0]]
+    assert row_counts(counts, [(), ()]).tolist() == counts

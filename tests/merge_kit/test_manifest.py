@@ -9,7 +9,14 @@ import pytest
 
 from merge_kit.errors import ContributionError
 from merge_kit.files import canonical_json
-from merge_kit.manifest import Manifest, count_of, parse_manifest, read_draft, suppress
+from merge_kit.manifest import (
+    Manifest,
+    count_of,
+    parse_manifest,
+    read_draft,
+    suppress,
+    suppressed_counts,
+)
 from tests.merge_kit.helpers import says
 
 DIGEST = "sha256:" + "0" * 64
@@ -78,6 +85,29 @@ def test_statistics_name_the_vector_that_they_are_about():
     assert manifest.to_bytes() == canonical_json(content)
     assert manifest.to_bytes().startswith(b'{"about":"sha256:4444')
     assert manifest.id == "f03db29ecf36948e8ab97cdc0b8ed22f663756031b54894a493a091b08b79b5b"
+
+
+def test_counts_of_groups_and_of_other_classes_stand_only_where_there_are_any():
+    plain = parse_manifest(canonical_json(CONTENT), "here")
+    assert plain.group_counts is None
+    assert not {"group_counts", "other_images"} & set(json.loads(plain.to_bytes()))
+    told = {**CONTENT, "group_counts": {"dark": 9}, "other_images": 7}
+    assert parse_manifest(canonical_json(told), "here").to_bytes() == canonical_json(told)
+
+
+def test_every_count_of_images_is_hidden_below_the_minimum():
+    told = {
+        "class_counts": {"round": 3}, "group_counts": {"dark": 4, "pale": 0}, "other_images": 2
+    }  # fmt: skip
+    assert suppressed_counts(told, 5) == {
+        "class_counts": {"round": "<5"},
+        "group_counts": {"dark": "<5", "pale": 0},
+        "other_images": "<5",
+    }
+    assert suppressed_counts({"class_counts": {"round": 5}, "other_images": None}, 5) == {
+        "class_counts": {"round": 5},
+        "other_images": None,
+    }
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def test_a_row_says_what_the_site_said(contribute, hub, rows):
         "site": "north",
         "id": parcel.manifest.id,
         "state": "ready",
+        "group_counts": {},
+        "other_images": 0,
         "problem": None,
         "created": "2026-11-23T12:00:00Z",
         "age_days": 2.0,

@@ -1,0 +1,107 @@
+"""What the labels of a site's images mean: the federation's classes and groups, or its own classes.
+
+A site of another task trains the shared backbone under a classifier of its own, which never leaves
+it: its vector says nothing of the federation's classifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune import network
+from merge_kit.errors import UsageError
+from merge_kit.federation import BASE_WEIGHTS, Federation
+from merge_kit.labelspace import LabelSpace
+from merge_kit.manifest import suppressed_counts
+from merge_kit.site import COPY, Site
+from merge_kit.tensorfile import TensorFile
+
+LONGEST = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Labelling:
+    """The labels of a site's images."""
+
+    federation: Federation
+    own_classes: tuple[str, ...] = ()
+    """Classes of the site's own task; empty where the federation's are learnt."""
+
+    @property
+    def space(self) -> LabelSpace:
+        """The classes that the model has, and what labels there are."""
+        return LabelSpace(self.own_classes) if self.own_classes else self.federation.labels
+
+    @property
+    def config(self) -> str:
+        """The config.json of the site's own model."""
+        if not self.own_classes:
+            return self.federation.model_config_json
+        changes = {"classes": self.own_classes, "groups": {}}
+        return self.federation.model_copy(update=changes).model_config_json
+
+    def meaning(self, labels: Tensor) -> Tensor | None:
+        """(L, C) bool: the classes of each label; None where every label (n,) is a class."""
+        space = self.space
+        return space.meaning if bool((labels >= len(space.classes)).any()) else None
+
+    def base(self, site: Site) -> nn.Module:
+        """The base, with a classifier of zeros where the classes are the site's own."""
+        model = network.load(site.base_folder)
+        return network.with_classes(model, len(self.own_classes)) if self.own_classes else model
+
+    def shared(self, site: Site, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a model's state is the federation's; a classifier of its own gives way to the
+        base's, so that the vector's rows are zero."""
+        found = dict(state)
+        if self.own_classes:
+            with TensorFile(site.root / COPY / BASE_WEIGHTS) as base:
+                for name in base.specs:
+                    if name.rpartition(".")[0] in self.federation.classifier:
+                        found[name] = base.read(name)
+        return found
+
+    def counts(self, labels: Tensor) -> dict[str, Any]:
+        """The fields of a manifest that count the training images, small numbers hidden."""
+        federation = self.federation
+        found = torch.bincount(labels, minlength=len(self.space.names)).tolist()
+        if self.own_classes:
+            told: dict[str, Any] = {
+                "class_counts": dict.fromkeys(federation.classes, 0),
+                "other_images": len(labels),
+            }
+        else:
+            size = len(federation.classes)
+            told = {"class_counts": dict(zip(federation.classes, found[:size], strict=True))}
+            if any(found[size:]):
+                told["group_counts"] = dict(zip(federation.groups, found[size:], strict=True))
+        return suppressed_counts(told, federation.policy.minimum_class_count)
+
+
+def own_labelling(federation: Federation, names: Sequence[str]) -> Labelling:
+    """The labelling of a site with classes of its own.
+
+    Raises
+    ------
+    UsageError
+        They are fewer than two, too long, not told apart, or the federation has them all.
+    """
+    if len(names) < 2 or any(len(name) > LONGEST for name in names):
+        raise UsageError(
+            "--own-classes: name at least two classes of at most 100 characters, with commas "
+            "between them."
+        )
+    folded = [name.casefold() for name in names]
+    if twice := next((n for n in names if folded.count(n.casefold()) > 1), None):
+        raise UsageError(f"--own-classes names the class '{twice}' twice: name each once.")
+    if set(folded) <= {name.casefold() for name in federation.classes}:
+        raise UsageError(
+            "--own-classes: the federation has all of these classes: leave it out, and the site's "
+            "images count for them."
+        )
+    return Labelling(federation, tuple(names))
