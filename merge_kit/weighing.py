@@ -27,14 +27,14 @@ class Source:
     class_counts: tuple[float, ...]
     """Training images of each class, in the order of the head's rows."""
     steps: int
-    score: float | None = None
-    """How far above chance the site's own model is, from 0 to 1; None where it does not say."""
     statistics: Mapping[Statistics, Tensors] = field(default_factory=dict)
     """What the site published beside its vector, by kind."""
     group_shares: tuple[float, ...] = ()
     """Images whose label names a group of classes, shared equally among these; empty for none."""
     other_images: float = 0.0
     """Images that are in no class count: labels that name a group, or classes of the site's own."""
+    score: float | None = None
+    """How far above chance the site's own model is, from 0 to 1; None where it does not say."""
 
     @property
     def examples(self) -> float:

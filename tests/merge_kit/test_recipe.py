@@ -59,7 +59,8 @@ def test_a_recipe_comes_back_from_yaml(tmp_path, data):
         ({"method": "tise"}, "unknown method 'tise'; did you mean 'ties'?"),
         ({"method": "tiess"}, "unknown method 'tiess'; did you mean 'ties'?"),
         ({"method": ["mean"]}, f"'method' must be a name; known are {', '.join(METHODS)}."),
-        ({"method": "\x1b[2J" * 50}, f"unknown method '{('?[2J' * 50)[:120]}...'."),
+        ({"method": "\x1b[2J" * 50},
+         f"unknown method '{('?[2J' * 50)[:120]}...'; known are {', '.join(METHODS)}."),
         ({"method": "mean", "weights": "exampels"}, "unknown weights 'exampels'; "
          "did you mean 'examples'?"),
         ({"method": "mean", "scael": 2}, "unknown key 'scael'; did you mean 'scale'?"),
@@ -84,7 +85,7 @@ def test_a_recipe_comes_back_from_yaml(tmp_path, data):
          "'groups' must be a list, each entry with keys and values."),
         ({"method": "mean", "lines": {"bta": 1}}, "unknown key 'lines.bta'; did you mean 'beta'?"),
         ({"method": "mean", "weights": "\x1b[2J"}, "unknown weights '?[2J'; known are uniform, "
-         "examples, sqrt-examples, steps."),
+         "examples, sqrt-examples, steps, validation, agreement."),
         ({"method": "mean", "seed": 2**64},
          "'seed': input should be less than 18446744073709551616 (got 18446744073709551616)."),
         ({"method": "mean", "format": 2}, "'format': input should be 1 (got 2)."),

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from merge_kit.encoding import Decoded
 from merge_kit.errors import TensorFileError
 from merge_kit.remembered import LIMIT, VARIABLE, Checked, cache_folder, check_unchanged, look
 from merge_kit.tensorfile import TensorFile, write_tensors
@@ -46,7 +47,7 @@ class Reader:
 
     def find(self, file):
         self.readings += 1
-        return measure(file)
+        return measure(Decoded(file, {}))
 
     def look(self, path, **options):
         with TensorFile(path) as file:
@@ -225,7 +226,7 @@ def test_where_records_lie(monkeypatch, tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_refused(cache, settled):
     def find(file):
         os.utime(settled)
-        return measure(file)
+        return measure(Decoded(file, {}))
 
     with (
         TensorFile(settled) as file,

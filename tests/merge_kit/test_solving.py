@@ -105,7 +105,8 @@ def test_without_moments_the_way_out_is_said():
     with says(
         ContributionError,
         "no site has published moments of this model: sites make them with "
-        "'merge-kit calibrate' and 'merge-kit publish'.",
+        "'merge-kit calibrate' and 'merge-kit publish'; labelled images of your own may stand in, "
+        "with --data.",
     ):
         solving.solve_from([], HeadOptions())
 
