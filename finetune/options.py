@@ -54,7 +54,8 @@ class TrainingOptions(Document):
     """Members of a local superior soup (LSS), which share the steps; their mean is published. 0 for
     none."""
     soup_affinity: float = Field(default=3.0, ge=0)
-    """Pull of a soup's members towards the base, by their distance from it."""
+    """Pull of a soup's members towards the base, by their distance from it. The paper's 3 goes with
+    its learning rate of 5e-4; with 1e-4 it all but holds them there, and 0.1 lets them go."""
     soup_diversity: float = Field(default=3.0, ge=0)
     """Push of a soup's members away from each other, by their mean distance."""
     distance: float = Field(default=0.0, ge=0)
