@@ -16,14 +16,15 @@ from rich.table import Table
 from evaluate import selection
 from evaluate.candidates import Judge, base_network
 from evaluate.selection import METRICS, OPTIMISTIC, SCALES, Candidate, Plan, Selection
-from finetune.cases import Case, load_cases
-from finetune.image_options import image_options
+from finetune.cases import Case
+from finetune.image_options import image_options, table_cases
 from finetune.network import choose_device
 from finetune.pixels import Images, decode
 from finetune.progress import Progress
 from merge_kit import devices, engine, merging, writing
 from merge_kit.commands.merging_options import (
     Gathered,
+    contribution_flags,
     contribution_options,
     gather,
     recipe_of,
@@ -141,13 +142,7 @@ def select(
     chosen_device = choose_device(device)
     # A GPU that was found, not named, must not change what is merged.
     merging_device = devices.choose(device) if device.startswith("cuda") else CPU
-    cases = load_cases(
-        data,
-        classes=federation.classes,
-        images=images,
-        label_map=pairs(mapping, "--map"),
-        where=pairs(where, "--where"),
-    )
+    cases = table_cases(federation.classes, data, images, mapping, where)
     cases = selection.validation_cases(cases, split, str(data))
     base = opened.fetch(BASE_WEIGHTS)
     arrived = gather(
@@ -183,8 +178,7 @@ def select(
     if out is None:
         # A soup is made of these sites alone; a scale is for whatever will have arrived.
         chosen, excluded = (found.chosen.sites, ()) if left_out else (sites, exclude)
-        flags = [f"--site {site}" for site in chosen] + [f"--exclude {s}" for s in excluded]
-        flags += ["--skip-refused"] * skip_refused + ["--allow-unsigned"] * allow_unsigned
+        flags = contribution_flags(chosen, excluded, skip_refused, allow_unsigned)
         command = ["merge-kit merge", shown(hub), f"--recipe {shown(out_recipe)}", *flags]
         next_step(f"merge by it with\n  {' '.join(command)} --out merged")
         return

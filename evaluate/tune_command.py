@@ -13,12 +13,13 @@ from evaluate import tuning
 from evaluate.candidates import base_network
 from evaluate.selection import OPTIMISTIC, validation_cases
 from evaluate.tuning import Goal, Settings, Tuned
-from finetune.cases import Case, load_cases, load_unlabelled
-from finetune.image_options import image_options
+from finetune.cases import Case, load_unlabelled
+from finetune.image_options import image_options, table_cases
 from finetune.network import choose_device
 from finetune.pixels import decode
 from finetune.progress import Progress
 from merge_kit.commands.merging_options import (
+    contribution_flags,
     contribution_options,
     gather,
     recipe_of,
@@ -166,8 +167,7 @@ def tune(
     if goal == "labels":
         click.echo(OPTIMISTIC)
     click.echo(f"Recipe in {out_recipe}")
-    flags = [f"--site {site}" for site in sites] + [f"--exclude {site}" for site in exclude]
-    flags += ["--skip-refused"] * skip_refused + ["--allow-unsigned"] * allow_unsigned
+    flags = contribution_flags(sites, exclude, skip_refused, allow_unsigned)
     command = ["merge-kit merge", shown(hub), f"--recipe {shown(out_recipe)}", *flags]
     next_step(f"merge by it with\n  {' '.join(command)} --out merged")
 
@@ -181,17 +181,10 @@ def _cases(
     mapping: tuple[str, ...],
     where: tuple[str, ...],
 ) -> list[Case]:
-    rows = pairs(where, "--where")
     if goal == "entropy":
-        cases = load_unlabelled(data, images=images, where=rows)
+        cases = load_unlabelled(data, images=images, where=pairs(where, "--where"))
     else:
-        cases = load_cases(
-            data,
-            classes=federation.classes,
-            images=images,
-            label_map=pairs(mapping, "--map"),
-            where=rows,
-        )
+        cases = table_cases(federation.classes, data, images, mapping, where)
     if not any(case.split for case in cases):
         return cases
     return validation_cases(cases, "all" if split == "all" else "val", str(data))

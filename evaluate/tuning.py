@@ -20,7 +20,7 @@ from merge_kit.errors import DataError, RecipeError
 from merge_kit.material import Material
 from merge_kit.parameters import Role
 from merge_kit.recipe import Recipe, make_recipe
-from merge_kit.weighing import weigh
+from merge_kit.weighing import one_each, weigh
 
 Goal = Literal["entropy", "labels"]
 _COLLAPSED = 0.5
@@ -62,7 +62,7 @@ class Coefficients:
     """
 
     def __init__(self, material: Material, recipe: Recipe, device: torch.device) -> None:
-        self.sites = _one_each(material)
+        self.sites = one_each(material.sources, "coefficients are learnt for one of each site")
         (merged,) = states(material, material.sources, recipe, (1.0,))
         names = [n for n, role in material.roles.items() if role is Role.WEIGHT]
         deep = depths(names)
@@ -86,16 +86,6 @@ class Coefficients:
             for name, base in self._base.items()
         }
         return {**self._fixed, **weights}
-
-
-def _one_each(material: Material) -> tuple[str, ...]:
-    sites = [source.site for source in material.sources]
-    if twice := next((site for site in sites if sites.count(site) > 1), None):
-        raise RecipeError(
-            f"site '{twice}' has several vectors: coefficients are learnt for one of each site, "
-            "choose others."
-        )
-    return tuple(sites)
 
 
 def check_start(recipe: Recipe) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 from rich.console import Console
 
+from finetune.image_options import image_options, table_cases
 from finetune.network import choose_device
 from finetune.standing_in import labelled_images, own_moments
 from merge_kit import reheading
 from merge_kit.commands.merging_options import contribution_options
-from merge_kit.commands.options import next_step, pairs, shown, typed_pairs
+from merge_kit.commands.options import next_step, shown, typed_pairs
 from merge_kit.errors import UsageError
 from merge_kit.hub import open_hub
 from merge_kit.schema import parse
@@ -30,16 +32,10 @@ from merge_kit.writing import check_target
     help="solver=discriminant or ridge, shrinkage, priors=uniform or counts, penalty.",
 )
 @contribution_options
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help="Labelled images at the merger, which count like those of a site: as for 'calibrate'.",
+@partial(
+    image_options,
+    optional="Labelled images at the merger, which count like a site's: as for 'calibrate'.",
 )
-@click.option("--images", type=click.Path(path_type=Path), help="Image root [the CSV's folder].")
-@click.option("--map", "mapping", multiple=True, metavar="LABEL=CLASS", help="Rename a label.")
-@click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only these rows.")
-@click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out, and say so.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the model.")
 @click.option("--replace", is_flag=True, help="Replace an existing model of merge-kit.")
 def head(
@@ -79,14 +75,8 @@ def head(
     federation = federation_on(opened)
     labelled = None
     if data is not None:
-        labelled, skipped = labelled_images(
-            federation,
-            data,
-            images=images,
-            label_map=pairs(mapping, "--map"),
-            where=pairs(where, "--where"),
-            skip_unreadable=skip_unreadable,
-        )
+        cases = table_cases(federation.classes, data, images, mapping, where)
+        labelled, skipped = labelled_images(federation, cases, skip_unreadable=skip_unreadable)
         for sentence in skipped:
             click.echo(f"Left out: {sentence}", err=True)
     gathered = []

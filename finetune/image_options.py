@@ -38,10 +38,11 @@ _SPLIT = (
 )
 
 
-def image_options(command: Any, *, several: bool = False) -> Any:
+def image_options(command: Any, *, several: bool = False, optional: str | None = None) -> Any:
     """Add --data, --images, --map, --where, --skip-unreadable and --device to a command.
 
-    With `several`, --data may be given more than once, as PATH or NAME=PATH: a tuple of texts.
+    With `several`, --data may be given more than once, as PATH or NAME=PATH: a tuple of texts. With
+    `optional`, which says what for, it need not be given.
     """
     for option in reversed(_OPTIONS):
         command = option(command)
@@ -54,7 +55,8 @@ def image_options(command: Any, *, several: bool = False) -> Any:
             help=f"{_DATA} (repeatable).",
         )(command)
     kind = click.Path(path_type=Path)
-    return click.option("--data", required=True, type=kind, help=f"{_DATA}.")(command)
+    help_text = optional or f"{_DATA}."
+    return click.option("--data", required=not optional, type=kind, help=help_text)(command)
 
 
 def split_options(command: Any) -> Any:
@@ -71,6 +73,26 @@ def own_classes_option(command: Any) -> Any:
         metavar="A,B",
         help="Classes of a task of the site's own, which the federation does not have.",
     )(command)
+
+
+def table_cases(
+    classes: Sequence[str],
+    data: Path,
+    images: Path | None,
+    mapping: tuple[str, ...],
+    where: tuple[str, ...],
+    *,
+    groups: Sequence[str] = (),
+) -> list[Case]:
+    """The cases of a table, as these options describe them; raises as `load_cases`."""
+    return load_cases(
+        data,
+        classes=classes,
+        images=images,
+        label_map=pairs(mapping, "--map"),
+        where=pairs(where, "--where"),
+        groups=groups,
+    )
 
 
 def split_cases(
@@ -92,14 +114,7 @@ def split_cases(
     MergeKitError
         As `load_cases` and `assign_splits`.
     """
-    cases = load_cases(
-        data,
-        classes=classes,
-        images=images,
-        label_map=pairs(mapping, "--map"),
-        where=pairs(where, "--where"),
-        groups=groups,
-    )
+    cases = table_cases(classes, data, images, mapping, where, groups=groups)
     return assign_splits(
         cases, seed=split_seed, val_fraction=val_fraction, test_fraction=test_fraction
     )

@@ -23,6 +23,7 @@ from merge_kit.files import new_folder, write_atomic
 from merge_kit.site import Site
 from merge_kit.solving import HeadOptions, solve
 from merge_kit.tensorfile import write_tensors
+from merge_kit.writing import METADATA
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def own_head(
     )
     with new_folder(out) as folder:
         state = {name: tensor.cpu() for name, tensor in opened.state_dict().items()}
-        write_tensors(folder / WEIGHTS, state, ("format", "pt"))
+        write_tensors(folder / WEIGHTS, state, METADATA)
         write_atomic(folder / CONFIG, labelling.config)
     return OwnHead(len(material.train), len(material.validation), figure, material.skipped)
 

@@ -55,12 +55,28 @@ def check_specs(found: Mapping[str, TensorSpec], features: int, classes: int, wh
     VectorError
         Names the tensor.
     """
-    expected = specs(features, classes)
+    check_exactly(found, specs(features, classes), where, "which moments do not have")
+
+
+def check_exactly(
+    found: Mapping[str, TensorSpec],
+    expected: Mapping[str, TensorSpec],
+    where: str,
+    of_others: str,
+) -> None:
+    """Compare what a site has measured of a model with what it has to be; `of_others` says in an
+    error what is wrong with a tensor that should not be there.
+
+    Raises
+    ------
+    VectorError
+        Names the tensor.
+    """
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise VectorError(f"{where} lacks the tensor '{name}': the site must calibrate again.")
         if name not in expected:
-            raise VectorError(f"{where} has the tensor '{name}', which moments do not have.")
+            raise VectorError(f"{where} has the tensor '{name}', {of_others}.")
         if found[name] != expected[name]:
             raise VectorError(
                 f"{where}: tensor '{name}' is {found[name]}, for this backbone it is "

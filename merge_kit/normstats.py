@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from merge_kit.errors import VectorError
+from merge_kit.momentsfile import check_exactly
 from merge_kit.parameters import Role, variance_of
 from merge_kit.tensorfile import Tensors
 from merge_kit.tensorheader import TensorSpec
@@ -107,15 +108,18 @@ def to_tensors(found: Mapping[str, NormSums]) -> dict[str, Tensor]:
 
 def read(file: Tensors) -> dict[str, NormSums]:
     """The sums in a file whose tensors are as `specs` has them."""
-    layers = [n.removesuffix(f".{_COUNT}") for n in file.specs if n.endswith(f".{_COUNT}")]
     return {
         layer: NormSums(
             int(file.read(f"{layer}.{_COUNT}")),
             file.read(f"{layer}.{_SUM}"),
             file.read(f"{layer}.{_SQUARES}"),
         )
-        for layer in layers
+        for layer in _layers_in(file)
     }
+
+
+def _layers_in(file: Tensors) -> list[str]:
+    return [n.removesuffix(f".{_COUNT}") for n in file.specs if n.endswith(f".{_COUNT}")]
 
 
 def check_specs(
@@ -132,16 +136,7 @@ def check_specs(
         Names the tensor.
     """
     wanted = specs(expected, roles)
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            raise VectorError(f"{where} lacks the tensor '{name}': the site must calibrate again.")
-        if name not in wanted:
-            raise VectorError(f"{where} has the tensor '{name}', which this backbone does not ask.")
-        if found[name] != wanted[name]:
-            raise VectorError(
-                f"{where}: tensor '{name}' is {found[name]}, for this backbone it is "
-                f"{wanted[name]}."
-            )
+    check_exactly(found, wanted, where, "which this backbone does not ask")
 
 
 def fault(found: Mapping[str, NormSums]) -> str | None:
@@ -161,7 +156,7 @@ def fault(found: Mapping[str, NormSums]) -> str | None:
 
 def looks_so(file: Tensors) -> bool:
     """Whether names, shapes and dtypes are such as a file of norm statistics can have."""
-    layers = [n.removesuffix(f".{_COUNT}") for n in file.specs if n.endswith(f".{_COUNT}")]
+    layers = _layers_in(file)
     if not layers or len(file.specs) != 3 * len(layers):
         return False
     for layer in layers:

@@ -12,7 +12,6 @@ from typing import Any
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution, Entry, check_payloads, list_entries
-from merge_kit.engine import Part
 from merge_kit.errors import BaseMismatchError, ContributionError, ProvenanceError
 from merge_kit.federation import BASE_WEIGHTS, Federation, check_base
 from merge_kit.files import new_folder, write_atomic
@@ -33,8 +32,8 @@ from merge_kit.solving import (
     solve_from,
     unseen_error,
 )
-from merge_kit.tensorfile import TensorFile, TensorWriter, fingerprint, read_all
-from merge_kit.writing import METADATA, check_target, write_parts
+from merge_kit.tensorfile import TensorFile, fingerprint, read_all
+from merge_kit.writing import check_target, write_instead
 
 _MERGER = ""
 """Stands for the merger among the names of sites, none of which is empty."""
@@ -205,9 +204,7 @@ def rehead(
         file = stack.enter_context(TensorFile(model.weights))
         heads = head_tensors(solved.head, federation, file.specs)
         folder = stack.enter_context(new_folder(out, replace=replace))
-        with TensorWriter(folder / WEIGHTS, file.specs, METADATA) as writer:
-            tensors = ((n, heads[n] if n in heads else file.read(n)) for n in file.specs)
-            merged = write_parts(writer, (Part(n, 0, t.reshape(-1)) for n, t in tensors))
+        merged = write_instead(folder, file, heads)
         record = provenance(federation, model, solved, merged)
         write_atomic(folder / CONFIG, federation.model_config_json)
         write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))

@@ -11,7 +11,6 @@ from merge_kit import normstats
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution
-from merge_kit.engine import Part
 from merge_kit.errors import ContributionError, UsageError
 from merge_kit.files import new_folder, write_atomic
 from merge_kit.merging import CARD, render, stated
@@ -25,8 +24,8 @@ from merge_kit.provenance import (
     read_provenance,
 )
 from merge_kit.remembered import check_unchanged
-from merge_kit.tensorfile import TensorFile, TensorWriter
-from merge_kit.writing import METADATA, check_target, write_parts
+from merge_kit.tensorfile import TensorFile
+from merge_kit.writing import check_target, write_instead
 
 
 def restorable(folder: Path) -> Provenance | PlainProvenance:
@@ -108,10 +107,7 @@ def restore(
     """
     check_target(out, replace=replace)
     with TensorFile(folder / WEIGHTS) as file, new_folder(out, replace=replace) as target:
-        instead = normstats.running_statistics(sums, file.specs)
-        with TensorWriter(target / WEIGHTS, file.specs, METADATA) as writer:
-            tensors = ((n, instead[n] if n in instead else file.read(n)) for n in file.specs)
-            merged = write_parts(writer, (Part(n, 0, t.reshape(-1)) for n, t in tensors))
+        merged = write_instead(target, file, normstats.running_statistics(sums, file.specs))
         told = {
             **record.model_dump(mode="json"),
             "merged": merged,

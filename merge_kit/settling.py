@@ -13,7 +13,7 @@ from merge_kit.errors import RecipeError
 from merge_kit.material import Material
 from merge_kit.recipe import Recipe
 from merge_kit.surveys import Survey, sum_in_order
-from merge_kit.weighing import AGREEMENT
+from merge_kit.weighing import AGREEMENT, one_each
 
 
 def settled(recipe: Recipe, material: Material) -> Recipe:
@@ -43,12 +43,7 @@ def settled(recipe: Recipe, material: Material) -> Recipe:
 
 def _by_agreement(material: Material, names: Sequence[str]) -> dict[str, float]:
     sources = material.sources
-    sites = [source.site for source in sources]
-    if twice := next((site for site in sites if sites.count(site) > 1), None):
-        raise RecipeError(
-            f"site '{twice}' has several vectors: 'weights: {AGREEMENT}' takes one of each site, "
-            "choose others."
-        )
+    sites = one_each(sources, f"'weights: {AGREEMENT}' takes one of each site")
     if len(sources) == 1:
         return {sites[0]: 1.0}
     with one_thread_each() as workers:
@@ -58,7 +53,7 @@ def _by_agreement(material: Material, names: Sequence[str]) -> dict[str, float]:
             tuple(name for name in names if material.base.specs[name].elements),
             CPU.workers(workers, whole=False),
             ids=tuple(source.id for source in sources),
-            sites=tuple(sites),
+            sites=sites,
         )
         gram = sum_in_order(Survey(reader, material.notes).inner_products())
     counts = torch.tensor([source.examples for source in sources], dtype=torch.float64)

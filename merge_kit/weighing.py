@@ -92,6 +92,20 @@ def weigh(sources: Sequence[Source], rule: Rule) -> Weighing:
     return Weighing(raw, size / _sum(raw))
 
 
+def one_each(sources: Sequence[Source], reason: str) -> tuple[str, ...]:
+    """The sites of vectors of which each has one; `reason` says in an error why that must be.
+
+    Raises
+    ------
+    RecipeError
+        Names a site that has several.
+    """
+    sites = [source.site for source in sources]
+    if twice := next((site for site in sites if sites.count(site) > 1), None):
+        raise RecipeError(f"site '{twice}' has several vectors: {reason}, choose others.")
+    return tuple(sites)
+
+
 def _by_validation(sources: Sequence[Source]) -> Weighing:
     if silent := next((source.site for source in sources if source.score is None), None):
         raise RecipeError(

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from merge_kit import engine, running
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.contributions import ROOT
@@ -23,7 +25,7 @@ from merge_kit.provenance import PROVENANCE
 from merge_kit.recipe import Recipe
 from merge_kit.running import RunningSum, Sums, SumWriter
 from merge_kit.sitemasks import MaskWriter
-from merge_kit.tensorfile import Fingerprint, TensorWriter
+from merge_kit.tensorfile import Fingerprint, TensorFile, TensorWriter
 
 METADATA = ("format", "pt")
 """What the header of a model's weights says: transformers and timm look for it."""
@@ -213,6 +215,15 @@ def _noticed(parts: Iterable[engine.Part], kept: SumWriter) -> Iterator[engine.P
         if part.pair is not None:
             kept.write(part.name, part.begin, part.pair)
         yield part
+
+
+def write_instead(folder: Path, model: TensorFile, instead: Mapping[str, Tensor]) -> str:
+    """Write a model's weights with some tensors in the place of its own, by name; gives the
+    fingerprint. All others are the model's, byte by byte.
+    """
+    with TensorWriter(folder / WEIGHTS, model.specs, METADATA) as writer:
+        tensors = ((n, instead[n] if n in instead else model.read(n)) for n in model.specs)
+        return write_parts(writer, (engine.Part(n, 0, t.reshape(-1)) for n, t in tensors))
 
 
 def write_parts(writer: TensorWriter, parts: Iterable[engine.Part]) -> str:

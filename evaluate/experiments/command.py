@@ -141,7 +141,7 @@ def _write(
     """The table in three forms, and the picture; gives the Markdown."""
     rows = results.collect(folds, told, unions)
     lines = results.lines_of(rows)
-    whole = [fold for fold in folds if fold.left_out is None and fold.variant is None]
+    whole = [fold for fold in folds if fold.whole]
     picture = None
     if told.arrivals:
         drawn = arrivals.curves(whole[0], unions[whole[0].root].sites, told.arrivals.orders)

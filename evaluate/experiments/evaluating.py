@@ -36,7 +36,7 @@ def evaluate(
     for fold in folds:
         _first(fold, experiment, union(fold))
     running.run(folds, jobs, say, device, group)
-    again = [fold for fold in folds if fold.left_out is None and fold.variant is None]
+    again = [fold for fold in folds if fold.whole]
     if _has_combined(experiment):
         for fold in again:
             _combined(fold, experiment, union(fold), group)
@@ -56,7 +56,7 @@ def _has_combined(experiment: Experiment) -> bool:
 def _models(fold: Fold, experiment: Experiment, union: Union) -> dict[str, Path]:
     there = set(fold.arrivals.values()) - set(experiment.merges)
     found = {name: path for name, path in fold.models.items() if name not in there}
-    if fold.left_out is None and fold.variant is None:
+    if fold.whole:
         found |= members_of(fold, union)
     if "fedbn" in found:
         folder = found.pop("fedbn")

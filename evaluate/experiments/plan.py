@@ -56,6 +56,11 @@ class Fold:
     reports: dict[str, Path] = field(default_factory=dict)
     """Folders of the evaluations: of all, and of the arrivals."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether all sites are there and train as all else says: the one with the yardsticks."""
+        return self.left_out is None and self.variant is None
+
     def add(self, *argv: object, after: Sequence[Job] = ()) -> Job:
         """One more command."""
         texts = tuple(str(part) for part in argv)
@@ -129,7 +134,7 @@ class Planner:
         wanted = self._told.merges if self.fold.left_out is None else self._told.unseen
         for name in wanted:
             self._merge(name, name, self._sites)
-        if self.fold.left_out is None and self.fold.variant is None:
+        if self.fold.whole:
             self._baselines(measured)
             if self._told.arrivals and self.fold.seed == self._told.seeds[0]:
                 self._arrivals(self._told.arrivals.merge, self._told.arrivals.orders)

@@ -50,7 +50,7 @@ def collect(
             found = _rows(fold, experiment, unions[fold.root], {})
             ours = [row for row in found if row.model != BASE]
             rows += [replace(row, model=f"{row.model}{_OF}{fold.variant}") for row in ours]
-        elif fold.left_out is None:
+        elif fold.whole:
             unseen = _unseen(folds, fold.seed)
             rows += _rows(fold, experiment, unions[fold.root], unseen)
     return rows

@@ -10,12 +10,11 @@ import click
 from evaluate.experiments import rounds as strategies
 from evaluate.experiments.config import Strategy
 from finetune import run as runs
-from finetune.cases import load_cases
 from finetune.command import options_of, training_options
-from finetune.image_options import image_options
+from finetune.image_options import image_options, table_cases
 from finetune.network import choose_device
 from finetune.progress import Progress
-from merge_kit.commands.options import next_step, pairs, shown
+from merge_kit.commands.options import next_step, shown
 from merge_kit.errors import UsageError
 from merge_kit.site import open_site
 
@@ -61,13 +60,7 @@ def rounds(
     )
     if len({site.config.federation for site in sites}) != 1:
         raise UsageError("the sites in FOLDERS have joined different federations.")
-    cases = load_cases(
-        data,
-        classes=sites[0].federation.classes,
-        images=images,
-        label_map=pairs(mapping, "--map"),
-        where=pairs(where, "--where"),
-    )
+    cases = table_cases(sites[0].federation.classes, data, images, mapping, where)
     with Progress() as progress:
         clients = []
         for site in sites:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 from rich.console import Console
@@ -24,8 +25,8 @@ from merge_kit.contributions import Entry, list_entries, read_local
 from merge_kit.devices import CPU, Device
 from merge_kit.errors import UsageError
 from merge_kit.estimate import estimate
-from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE
-from merge_kit.hub import open_hub
+from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE, Federation
+from merge_kit.hub import Hub, open_hub
 from merge_kit.material import Material
 from merge_kit.material import opened as opened_material
 from merge_kit.recipe import Recipe
@@ -85,20 +86,20 @@ def merge(
     """
     alone = _is_plain(hub, folders)
     settings = {"scale": scale, "weights": weights_of(weights), "norm": norm, "head": head}
-    because = None
+    because = arrived = None
     if method == choosing.AUTO:
         if alone or recipe or weights or option:
             raise UsageError(
                 "--method auto chooses method and weights by what lies on a hub: leave --recipe, "
                 "--weights and --option out, or name a method."
             )
-        entries = _entries(hub, folders)
-        picked, because = _automatic(hub, entries, sites, exclude, allow_unsigned)
+        arrived = _arrived(hub, folders)
+        picked, because = _automatic(arrived, sites, exclude, allow_unsigned)
         method, settings["weights"] = picked["method"], picked["weights"]
     chosen = recipe_of(method, recipe, option, settings, plain.DEFAULTS if alone else {})
     if because:
-        click.echo(f"Chosen: {chosen.method} with the weights '{chosen.weights}': {because}.",
-                   err=print_recipe)  # fmt: skip
+        what = f"{chosen.method} with the weights '{chosen.weights}'"
+        click.echo(f"Chosen: {what}: {because}.", err=print_recipe)
     if print_recipe:
         click.echo(chosen.to_yaml(), nl=False)
         return
@@ -115,9 +116,7 @@ def merge(
             Path(hub), folders, chosen, target, sites, exclude, replace, keep_sum, on, dry_run
         )
         return
-    opened = open_hub(hub)
-    federation = federation_on(opened)
-    entries = _entries(hub, folders)
+    opened, federation, entries = arrived or _arrived(hub, folders)
     base = opened.fetch(BASE_WEIGHTS)
     found = gather(
         entries,
@@ -163,35 +162,41 @@ def merge(
     next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
 
 
-def _entries(hub: str, folders: tuple[Path, ...]) -> list[Entry]:
-    """What is there to be merged: all of a hub, or the contributions in local folders."""
+class _Arrived(NamedTuple):
+    """A hub, and what is there to be merged."""
+
+    hub: Hub
+    federation: Federation
+    entries: list[Entry]
+
+
+def _arrived(hub: str, folders: tuple[Path, ...]) -> _Arrived:
+    """All of a hub, or the contributions in local folders."""
     opened = open_hub(hub)
     federation = federation_on(opened)
     if not folders:
-        return list_entries(opened, federation)
+        return _Arrived(opened, federation, list_entries(opened, federation))
     local = [read_local(folder, federation) for folder in folders]
-    return [Entry(c.site, c.id, c, None, c.kind) for c in local]
+    entries = [Entry(c.site, c.id, c, None, c.kind) for c in local]
+    return _Arrived(opened, federation, entries)
 
 
 def _automatic(
-    hub: str,
-    entries: Sequence[Entry],
+    arrived: _Arrived,
     sites: tuple[str, ...],
     exclude: tuple[str, ...],
     allow_unsigned: bool,
 ) -> tuple[dict[str, str], str]:
     """Method and weights by what manifests say, and why; what is unsound is refused later on."""
-    opened = open_hub(hub)
-    federation = federation_on(opened)
     vectors, _ = merging.choose(
-        entries,
+        arrived.entries,
         allow_unsigned=allow_unsigned,
         skip_refused=True,
         sites=sites,
         exclude=exclude,
     )
-    base = find_model(opened, federation, None).backbone
-    return choosing.choose(choosing.facts_of(vectors, entries, base))
+    base = find_model(arrived.hub, arrived.federation, None).backbone
+    return choosing.choose(choosing.facts_of(vectors, arrived.entries, base))
 
 
 def _is_plain(first: str, folders: tuple[Path, ...]) -> bool:

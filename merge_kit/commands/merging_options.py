@@ -56,6 +56,15 @@ def contribution_options(command: Any) -> Any:
     return command
 
 
+def contribution_flags(
+    sites: Sequence[str], exclude: Sequence[str], skip_refused: bool, allow_unsigned: bool
+) -> list[str]:
+    """These options as they stand on a command line."""
+    flags = [f"--site {site}" for site in sites] + [f"--exclude {site}" for site in exclude]
+    flags += ["--skip-refused"] * skip_refused + ["--allow-unsigned"] * allow_unsigned
+    return flags
+
+
 def device_option(command: Any) -> Any:
     """Add --device to a command."""
     return click.option(

@@ -75,16 +75,20 @@ def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
     for about in sorted({*measured, *names}, key=lambda about: (about not in names, about)):
         sites = [row["site"] for row in measured.get(about, [])]
         if sites or names.get(about) != "the base":
-            click.echo(_calibrated(names.get(about, f"backbone {about[7:19]}"), sites, admitted))
+            click.echo(_calibrated(_name(about, names), sites, admitted))
     for about, told in norms.items():
-        of = names.get(about, f"backbone {about[7:19]}")
-        click.echo(f"Norm statistics of {of}: {', '.join(row['site'] for row in told)}")
+        sites = [row["site"] for row in told]
+        click.echo(f"Norm statistics of {_name(about, names)}: {', '.join(sites)}")
     for row in rows:
         if row["problem"]:
             click.echo(f"Refused: {row['problem']}")
     if waiting:
         click.echo(f"Admitted and not heard of yet: {', '.join(waiting)}")
     next_step(_next(hub, rows))
+
+
+def _name(about: str, names: Mapping[str, str]) -> str:
+    return names.get(about, f"backbone {about[7:19]}")
 
 
 def _calibrated(model: str, sites: Sequence[str], admitted: Collection[str]) -> str:

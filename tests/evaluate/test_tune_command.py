@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -178,6 +180,6 @@ def test_an_earlier_recipe_is_kept(tune, tmp_path):
 
 def test_two_vectors_of_a_site_are_refused(hub, contribute, material):
     found, _ = material
-    twice = [*found.sources, found.sources[0]]
-    with pytest.raises(RecipeError, match="has several vectors"):
-        tuning._one_each(type(found)(found.base, "x", tuple(twice), found.roles))
+    twice = (*found.sources, found.sources[0])
+    with pytest.raises(RecipeError, match="has several vectors: coefficients are learnt for one"):
+        Coefficients(replace(found, sources=twice), make_recipe(START, "x"), CPU)
