@@ -22,7 +22,7 @@ from finetune.network import choose_device
 from finetune.own_head import own_head
 from finetune.progress import Progress
 from merge_kit.commands.options import listed, next_step, shown
-from merge_kit.commands.publish import send
+from merge_kit.commands.publish import hub_option, send
 from merge_kit.errors import LabelError, UsageError
 from merge_kit.hub import open_hub
 from merge_kit.publishing import prepare_all
@@ -53,6 +53,7 @@ from merge_kit.site import Site, open_site
     "--out", type=click.Path(path_type=Path), help="With --own-classes: folder of the model."
 )
 @click.option("--publish", is_flag=True, help="Send it to the hub at once.")
+@hub_option
 def calibrate(
     folder: Path,
     data: Path,
@@ -66,6 +67,7 @@ def calibrate(
     own_classes: str | None,
     out: Path | None,
     publish: bool,
+    hub: str | None,
     device: str,
     **split: Any,
 ) -> None:
@@ -141,9 +143,9 @@ def calibrate(
     what = "norm statistics" if norms else "moments"
     click.echo(f"  {what:<20} {made.size / 2**20:.1f} MiB in {made.folder}")
     if publish:
-        hub = open_hub(site.config.hub)
-        send(site, made.folder, hub, prepare_all(site, made.folder, hub))
-        next_step(f"see it with\n  merge-kit status {shown(site.config.hub)}")
+        opened = open_hub(hub or site.config.hub)
+        send(site, made.folder, opened, prepare_all(site, made.folder, opened))
+        next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")
         return
     next_step(
         f"see what would leave the site with\n"

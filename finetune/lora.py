@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 from finetune import network
 from finetune.feed import draw_seed
 from merge_kit.depth import block_of
-from merge_kit.encoding import Factors, product
 from merge_kit.errors import UsageError
+from merge_kit.forms import Factors, product
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 """What timm calls the linear layers of a block that are adapted."""

@@ -25,9 +25,9 @@ from finetune.losses import label_weights, loss_on_seen, rarity
 from finetune.pixels import augment
 from finetune.soup import Soup
 from finetune.tasks import Report, Task, restore_rows, stage, train_head
-from merge_kit.encoding import Factors
 from merge_kit.errors import TrainingError
 from merge_kit.files import canonical_json, sha256_bytes, write_atomic
+from merge_kit.forms import Factors
 from merge_kit.labelspace import cells_of
 
 CHECKPOINT_SECONDS = 60.0

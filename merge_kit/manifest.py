@@ -40,7 +40,7 @@ Timestamp = Annotated[
     AfterValidator(_check_time),
 ]
 MANIFEST_LIMIT = 1 << 20
-_OPTIONAL = ("about", "group_counts", "other_images", "training", "validation")
+_OPTIONAL = ("about", "group_counts", "other_images", "training", "validation", "compression")
 
 
 class Payload(Document):
@@ -102,6 +102,15 @@ class Privacy(Document):
     delta: float = Field(gt=0, lt=1)
 
 
+class Compression(Document):
+    """What a vector gave up to be smaller."""
+
+    method: Annotated[str, StringConstraints(pattern=r"^[a-z0-9.:+]{1,40}$")]
+    """As on the command line; see `merge_kit.compressing`."""
+    error: float = Field(ge=0)
+    """L2 norm of what was given up over that of the whole, over weights and heads."""
+
+
 class Draft(Document):
     """What a site's command knows of what it made; `publish` adds what that replaces."""
 
@@ -125,6 +134,8 @@ class Draft(Document):
     validation: Validation | None = None
     """What is `OF_A_MODEL` lacks it."""
     privacy: Privacy | None = None
+    compression: Compression | None = None
+    """None where the vector is whole."""
     software: Software
     created_at: Timestamp
 
@@ -136,6 +147,8 @@ class Draft(Document):
             raise ValueError(
                 "'training' and 'validation' are of a vector, moments and norm statistics have none"
             )
+        if self.compression and self.kind != "vector":
+            raise ValueError("'compression' is of a vector")
         return self
 
     @model_serializer(mode="wrap")

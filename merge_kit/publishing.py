@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from merge_kit import signing
+from merge_kit import manifest, signing, vector
+from merge_kit.compressing import Compression, compress
 from merge_kit.contributions import (
     MANIFEST,
     PAYLOAD,
@@ -16,7 +17,8 @@ from merge_kit.contributions import (
     list_entries,
     without_superseded,
 )
-from merge_kit.errors import ContributionError, VectorError
+from merge_kit.errors import ContributionError, UsageError, VectorError
+from merge_kit.federation import Federation
 from merge_kit.files import sha256_file, write_atomic
 from merge_kit.hub import Hub
 from merge_kit.manifest import (
@@ -24,11 +26,13 @@ from merge_kit.manifest import (
     Draft,
     Kind,
     Manifest,
+    Payload,
     parse_manifest,
     read_draft,
     suppressed_counts,
 )
 from merge_kit.methods.base import Statistics
+from merge_kit.parameters import roles_of
 from merge_kit.site import Site, check_pinned, federation_on
 
 VECTOR = "vector.safetensors"
@@ -68,7 +72,13 @@ class Parcel:
 
 
 def prepare_all(
-    site: Site, run: Path, hub: Hub, *, alongside: bool = False, statistics: bool = True
+    site: Site,
+    run: Path,
+    hub: Hub,
+    *,
+    alongside: bool = False,
+    statistics: bool = True,
+    how: Compression | None = None,
 ) -> list[Parcel]:
     """What a folder holds: a run's vector, then with `statistics` those that have been made of it;
     or a calibration's moments. See `prepare`.
@@ -77,7 +87,13 @@ def prepare_all(
     kinds += statistics_of(run) if statistics else ()
     if not kinds:  # an unfinished run, which `prepare` names
         kinds = ["vector"]
-    return [prepare(site, run, hub, kind, alongside=alongside) for kind in kinds]
+    if how and (beside := [kind for kind in kinds if kind != "vector"]):
+        raise UsageError(
+            f"{run} holds {' and '.join(beside)}, and only a vector can be compressed: hold "
+            "statistics, which speak of the whole vector, back with --no-statistics, or publish "
+            "without --compress."
+        )
+    return [prepare(site, run, hub, kind, alongside=alongside, how=how) for kind in kinds]
 
 
 def statistics_of(run: Path) -> list[Statistics]:
@@ -86,12 +102,19 @@ def statistics_of(run: Path) -> list[Statistics]:
 
 
 def prepare(
-    site: Site, run: Path, hub: Hub, kind: Kind = "vector", *, alongside: bool = False
+    site: Site,
+    run: Path,
+    hub: Hub,
+    kind: Kind = "vector",
+    *,
+    alongside: bool = False,
+    how: Compression | None = None,
 ) -> Parcel:
     """Check a run against the contract on the hub and make its final manifest.
 
     Once it has been published the manifest stays as it was: publishing again gives the same
-    contribution. A vector replaces the site's latest one unless `alongside`; statistics replace
+    contribution. With `how` a smaller file of the vector is made beside it, and that is what leaves
+    the site. A vector replaces the site's latest one unless `alongside`; statistics replace
     those of the same kind about the same vector, moments and norm statistics those of the same
     backbone.
 
@@ -121,6 +144,8 @@ def prepare(
         )
     federation = federation_on(hub)
     check_pinned(site.config, federation, hub.uri)
+    if how:
+        payload, draft = _compressed(run, payload, draft, federation, how)
     bound = federation.policy.maximum_norm
     if kind == "vector" and bound is not None and draft.payload.norm > bound:
         raise VectorError(
@@ -136,9 +161,25 @@ def prepare(
     own = [c for c in own if (c.kind, c.manifest.about) == (kind, draft.about)]
     minimum = federation.policy.minimum_class_count
     draft = Draft(**suppressed_counts(draft.model_dump(), minimum))
-    manifest = _manifest(run, draft, hub, [] if alongside and kind == "vector" else own)
-    replaces = next((c for c in own if f"sha256:{c.id}" == manifest.supersedes), None)
-    return Parcel(manifest, payload, replaces)
+    final = _manifest(run, draft, hub, [] if alongside and kind == "vector" else own)
+    replaces = next((c for c in own if f"sha256:{c.id}" == final.supersedes), None)
+    return Parcel(final, payload, replaces)
+
+
+def _compressed(
+    run: Path, whole: Path, draft: Draft, federation: Federation, how: Compression
+) -> tuple[Path, Draft]:
+    """A smaller file of a run's vector, and the draft that speaks of it."""
+    path = run / f"vector.{how.text.replace(':', '-').replace('+', '-')}.safetensors"
+    with vector.opened(whole) as file:
+        roles = roles_of(file.specs, federation.classifier)
+    error = compress(whole, path, roles, how)
+    with vector.opened(path) as file:
+        found = vector.measure(file)
+    assert found.norm is not None  # every value was read and found finite
+    payload = Payload(sha256=found.sha256, size=path.stat().st_size, norm=found.norm)
+    note = manifest.Compression(method=how.text, error=error)
+    return path, draft.model_copy(update={"payload": payload, "compression": note})
 
 
 def check_origin(site: Site, run: Path, draft: Draft) -> None:

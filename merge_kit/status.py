@@ -95,6 +95,7 @@ def _row(
         "macro_auroc": own.macro_auroc.model_dump(),
         "bytes": manifest.payload.size,
         "norm": manifest.payload.norm,
+        "compression": manifest.compression and manifest.compression.model_dump(),
         "cosine": cosines.get(entry.id),
         "statistics": sorted({s.kind for s in beside if speaks_of(s, found)}),
         "signature": found.trust.value,

@@ -13,20 +13,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from merge_kit.encoding import (
-    FACTORS,
-    FORMS,
-    ZERO,
-    Decoded,
-    Encoded,
-    Factors,
-    S,
-    encoded,
-    part_name,
-    product,
-)
+from merge_kit.encoding import Decoded, Encoded, S, encoded, part_name
 from merge_kit.errors import BaseMismatchError, NonFiniteError, VectorError
 from merge_kit.files import canonical_json
+from merge_kit.forms import FACTORS, FORMS, ZERO, Factors, product
 from merge_kit.parameters import Role, is_carried, role_of, vector_specs
 from merge_kit.schema import Digest, Document, SiteName, parse
 from merge_kit.tensorfile import StoredTensors, TensorFile, Tensors, TensorWriter, specs_of
@@ -290,7 +280,7 @@ def measure(file: Decoded[TensorFile]) -> Measured:
     digest = hashlib.sha256(stored.start)
     squares = {name: _hash_and_square(stored, name, digest) for name in stored.in_file_order()}
     squares = {name: total for name, total in squares.items() if name in file.specs}
-    squares |= {name: _square(file, name) for name in file.encoding}
+    squares |= {name: _square(file, name) for name in file.encoding if name in file.specs}
     if not all(map(math.isfinite, squares.values())):
         return Measured(sha256=f"sha256:{digest.hexdigest()}", norm=None)
     total = sum(squares[n] for n, spec in file.specs.items() if role_of(n, spec, ()) is Role.WEIGHT)

@@ -11,7 +11,7 @@ import click
 import jinja2
 import torch
 
-from evaluate.experiments import arrivals, results, running, tables
+from evaluate.experiments import arrivals, results, running, tables, wires
 from evaluate.experiments.config import Experiment, Split, read_experiment
 from evaluate.experiments.evaluating import REPORT, evaluate
 from evaluate.experiments.plan import Fold, Planner, fold_folder
@@ -147,6 +147,10 @@ def _write(
         drawn = arrivals.curves(whole[0], unions[whole[0].root].sites, told.arrivals.orders)
         picture = arrivals.draw(drawn, told.arrivals.merge)
         write_atomic(out / "arrivals.png", picture)
+    sent = None
+    if found := wires.curves(told, lines, results.vector_megabytes(whole[0], told)):
+        sent = wires.draw(found)
+        write_atomic(out / "bytes.png", sent)
     table = results.to_markdown(lines)
     write_atomic(out / f"{TABLE}.csv", results.to_csv(rows))
     write_atomic(out / f"{TABLE}.md", table)
@@ -161,6 +165,7 @@ def _write(
         ours={line.model for line in lines if results.merge_of(line.model) in told.merges},
         seeds=len(told.seeds),
         arrivals=base64.b64encode(picture).decode() if picture else None,
+        wires=base64.b64encode(sent).decode() if sent else None,
         reports=[
             (fold.root.name, os.path.relpath(fold.reports[REPORT] / "report.html", out))
             for fold in folds

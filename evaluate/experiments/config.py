@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from finetune.options import TrainingOptions, make_options
+from merge_kit.compressing import parse_compression
 from merge_kit.errors import UsageError
 from merge_kit.schema import Document, Place, SiteName, parse
 from merge_kit.yamlfile import read_yaml
@@ -48,6 +49,8 @@ class Merge(Document):
     """Whether the sites measure the merged model and its classifier is solved again."""
     head: str = ""
     """Options of `merge-kit head`, where it is."""
+    compress: str = ""
+    """How the sites' vectors travel (`merge-kit publish --compress`); empty for whole ones."""
     restore: str = ""
     """Whose images the norm statistics of the merged model are measured on again, before its
     classifier is solved: ``sites`` for what each site measures, or a choice of rows of the table,
@@ -133,8 +136,17 @@ def read_experiment(path: Path, root: Path) -> Experiment:
     for name, merge in found.merges.items():
         for text in (merge.options, merge.head):
             _split(text, f"{file.place.at('merges', name)}: '{name}'")
+        if merge.compress:
+            _check_compression(merge.compress, file.place.at("merges", name))
     _split(found.backbone.init, f"{file.place.at('backbone', 'init')}: 'init'")
     return found
+
+
+def _check_compression(text: str, where: str) -> None:
+    try:
+        parse_compression(text)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
 
 
 def _at(place: Place, key: str) -> str:

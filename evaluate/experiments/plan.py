@@ -109,15 +109,22 @@ def fold_folder(
     return out / f"{name}-{sha256_bytes(canonical_json(told))[7:15]}"
 
 
+def wire_hub(root: Path, how: str) -> Path:
+    """The hub of a federation whose vectors were compressed so; empty for whole ones."""
+    return root / (f"hub-{sha256_bytes(how.encode())[7:15]}" if how else "hub")
+
+
 class Planner:
     """Writes down the commands of one fold."""
 
     def __init__(self, experiment: Experiment, here: Path, union: Union, fold: Fold) -> None:
         self._told, self._union, self.fold = experiment, union, fold
-        self._hub = fold.root / "hub"
+        self._hub = wire_hub(fold.root, "")
         self._sites = [name for name in union.sites if name != fold.left_out]
         self._here = here
-        self._published: list[Job] = []
+        self._joined: list[Job] = []
+        self._published: dict[str, list[Job]] = {"": []}
+        """The jobs that put the vectors on a hub, by their compression."""
 
     def plan(self) -> Fold:
         """All commands but the evaluation."""
@@ -130,7 +137,7 @@ class Planner:
             tuned = self.fold.add(
                 "finetune", self._site(site), *self._images(site), *self._training(), after=measured
             )
-            self._published.append(self.fold.add("publish", self._site(site), after=[tuned]))
+            self._published[""].append(self.fold.add("publish", self._site(site), after=[tuned]))
         wanted = self._told.merges if self.fold.left_out is None else self._told.unseen
         for name in wanted:
             self._merge(name, name, self._sites)
@@ -142,63 +149,90 @@ class Planner:
 
     def _start(self) -> list[Job]:
         """Hub and sites; gives the jobs after which the base has been calibrated by all."""
-        base = self._told.backbone
-        weights = ("--weights", self._here / base.weights) if base.weights else ()
-        created = self.fold.add(
-            "init",
-            self._hub,
-            "--backbone",
-            base.name,
-            *weights,
-            "--classes",
-            ",".join(self._union.classes),
-            *shlex.split(base.init),
-        )
-        admitted = [created]
-        for site in self._sites:
-            joined = self.fold.add(
+        created = self._init(self._hub)
+        self._joined = [
+            self.fold.add(
                 "join", self._hub, "--site", site, "--folder", self._site(site), after=[created]
             )
-            # One after the other: each writes the federation's file.
-            admitted.append(
-                self.fold.add(
-                    "admit",
-                    self._hub,
-                    site,
-                    self._site(site) / PUBLIC_KEY_FILE,
-                    after=[joined, admitted[-1]],
-                )
-            )
+            for site in self._sites
+        ]
+        admitted = self._admit(self._hub, created)
         return [
             self.fold.add(
                 "calibrate",
                 self._site(site),
                 *self._images(site),
                 "--publish",
-                after=[admitted[-1]],
+                after=[admitted],
             )
             for site in self._sites
         ]
+
+    def _init(self, hub: Path, *more: object) -> Job:
+        base = self._told.backbone
+        weights = ("--weights", self._here / base.weights) if base.weights else ()
+        return self.fold.add(
+            "init",
+            hub,
+            "--backbone",
+            base.name,
+            *weights,
+            "--classes",
+            ",".join(self._union.classes),
+            *shlex.split(base.init),
+            *more,
+        )
+
+    def _admit(self, hub: Path, created: Job) -> Job:
+        """All sites, one after the other, as each writes the federation's file; the last one."""
+        done = created
+        for site, joined in zip(self._sites, self._joined, strict=True):
+            key = self._site(site) / PUBLIC_KEY_FILE
+            done = self.fold.add("admit", hub, site, key, after=[joined, done])
+        return done
+
+    def _wire(self, how: str) -> tuple[Path, list[Job]]:
+        """The hub with the vectors as they travel, and the jobs after which they lie there."""
+        hub = wire_hub(self.fold.root, how)
+        if how not in self._published:
+            # The same contract at another place: its vectors are those of the same runs.
+            admitted = self._admit(hub, self._init(hub, "--name", self._hub.name))
+            # A run's folder holds the manifest of what was published last: one after the other.
+            before = list(self._published.values())[-1]
+            self._published[how] = [
+                self.fold.add(
+                    "publish",
+                    self._site(site),
+                    "--hub",
+                    hub,
+                    "--compress",
+                    how,
+                    after=[admitted, earlier],
+                )
+                for site, earlier in zip(self._sites, before, strict=True)
+            ]
+        return hub, self._published[how]
 
     def _merge(self, name: str, choice: str, sites: Sequence[str], chosen: bool = False) -> None:
         """Merge the vectors of some sites and, if it is asked for, repair what merging breaks."""
         merge = self._told.merges[choice]
         only = [part for site in sites for part in ("--site", site)] if chosen else []
+        hub, published = self._wire(merge.compress)
         told = merge.model_dump(mode="json", exclude_defaults=True)
         plain = self._model(f"{name}{UNCALIBRATED}" if merge.calibrate else name, told)
         model = self._model(f"{name}-merged", told) if merge.restore else plain
         done = self.fold.add(
             "merge",
-            self._hub,
+            hub,
             *shlex.split(merge.options),
             *only,
             "--out",
             model,
             "--replace",
-            after=self._published,
+            after=published,
         )
         if merge.restore:
-            done = self._restore(merge.restore, model, plain, sites, only, done)
+            done = self._restore(merge.restore, model, plain, sites, only, done, hub)
         if not merge.calibrate:
             self.fold.models[name] = plain
             return
@@ -207,21 +241,22 @@ class Planner:
         out = self._model(name, told)
         self.fold.add(
             "head",
-            self._hub,
+            hub,
             plain,
             *only,
             *shlex.split(merge.head),
             "--out",
             out,
             "--replace",
-            after=self._visits(sites, plain, [done]),
+            after=self._visits(sites, plain, [done], hub),
         )
         self.fold.models[name] = out
 
     def _visits(
-        self, sites: Sequence[str], model: Path, after: Sequence[Job], *more: str
+        self, sites: Sequence[str], model: Path, after: Sequence[Job], hub: Path, *more: str
     ) -> list[Job]:
         """Every site measures a merged model."""
+        there = ("--hub", hub) if hub != self._hub else ()
         return [
             self.fold.add(
                 "calibrate",
@@ -231,6 +266,7 @@ class Planner:
                 model,
                 *more,
                 "--publish",
+                *there,
                 after=after,
             )
             for site in sites
@@ -244,11 +280,12 @@ class Planner:
         sites: Sequence[str],
         only: Sequence[str],
         done: Job,
+        hub: Path,
     ) -> Job:
         """The merged model with norm statistics that are measured again."""
         if whose == SITES:
-            measured = self._visits(sites, model, [done], "--norms")
-            how: tuple[object, ...] = ("--hub", self._hub, *only)
+            measured = self._visits(sites, model, [done], hub, "--norms")
+            how: tuple[object, ...] = ("--hub", hub, *only)
         else:
             measured = [done]
             how = (*self._images(), "--where", whose, "--split", "train")

@@ -13,11 +13,11 @@ from typing import Any
 
 from evaluate.experiments.config import Experiment
 from evaluate.experiments.evaluating import REPORT, SHARED
-from evaluate.experiments.plan import FIRST, POOLED, SITES, UNCALIBRATED, Fold
+from evaluate.experiments.plan import FIRST, POOLED, SITES, UNCALIBRATED, Fold, wire_hub
 from evaluate.experiments.rounds import RECORD
 from evaluate.experiments.tables import Union
 from merge_kit.contributions import list_entries
-from merge_kit.federation import read_federation
+from merge_kit.federation import FEDERATION_FILE, read_federation
 from merge_kit.hub import FolderHub
 
 FIGURES = ("union", "mean", "worst_site", "worst_class", "unseen", "ece")
@@ -126,16 +126,12 @@ class _Costs:
 
     def __init__(self, fold: Fold, experiment: Experiment) -> None:
         self._fold, self._told = fold, experiment
-        hub = FolderHub(fold.root / "hub")
-        sizes: dict[str, list[int]] = {"vector": [], "moments": [], "norms": []}
-        for entry in list_entries(hub, read_federation(hub.root)):
-            if entry.contribution:
-                sizes[entry.kind].append(entry.contribution.manifest.payload.size)
-        self._size = {kind: statistics.fmean(those or [0]) / 1e6 for kind, those in sizes.items()}
+        hows = {"", *(merge.compress for merge in experiment.merges.values())}
+        self._size = {how: _megabytes(fold, how) for how in hows}
 
     def of(self, name: str, sites: Sequence[str]) -> tuple[float | None, int | None]:
         """Megabytes a site, and how often it comes."""
-        moments, vector = self._size["moments"], self._size["vector"]
+        moments = self._size[""]["moments"]
         if name in (*sites, BASE, "hub"):
             return 0.0, 0
         if name == POOLED:
@@ -151,8 +147,26 @@ class _Costs:
             merge = merge and merge.model_copy(update={"calibrate": False})
         restored = merge is not None and merge.restore == SITES
         again = moments if merge and merge.calibrate else 0.0
-        size = moments + vector + again + (self._size["norms"] if restored else 0.0)
+        wire = self._size[merge.compress if merge else ""]
+        size = moments + wire["vector"] + again + (wire["norms"] if restored else 0.0)
         return size, 1 + bool(again) + restored
+
+
+def vector_megabytes(fold: Fold, experiment: Experiment) -> dict[str, float]:
+    """What a site's vector takes, by how it travels."""
+    hows = {merge.compress for merge in experiment.merges.values()}
+    return {how: _megabytes(fold, how)["vector"] for how in hows}
+
+
+def _megabytes(fold: Fold, how: str) -> dict[str, float]:
+    """The mean size of each kind of contribution, where vectors travel so; 0 of none."""
+    hub = FolderHub(wire_hub(fold.root, how))
+    found: dict[str, list[int]] = {"vector": [], "moments": [], "norms": []}
+    if hub.has(FEDERATION_FILE):  # a fold without this merge has no such hub
+        for entry in list_entries(hub, read_federation(hub.root)):
+            if entry.contribution:
+                found[entry.kind].append(entry.contribution.manifest.payload.size)
+    return {kind: statistics.fmean(sizes or [0]) / 1e6 for kind, sizes in found.items()}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

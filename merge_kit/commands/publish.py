@@ -10,19 +10,31 @@ import click
 
 from merge_kit import publishing, signing
 from merge_kit.commands.options import next_step, shown
+from merge_kit.compressing import parse_compression
 from merge_kit.contributions import folder_of
 from merge_kit.errors import UsageError
 from merge_kit.hub import Hub, open_hub
 from merge_kit.runs import latest_run
 from merge_kit.site import Site, open_site
 
+hub_option = click.option(
+    "--hub", help="Another address of the hub than the one that was joined, or a copy of it."
+)
+
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--run", type=click.Path(path_type=Path), help="Run folder [the latest finished].")
-@click.option("--hub", help="Another address of the same hub than the one that was joined.")
+@hub_option
 @click.option("--alongside", is_flag=True, help="Keep the site's earlier contribution as well.")
 @click.option("--no-statistics", is_flag=True, help="Hold the run's statistics back.")
+@click.option(
+    "--compress",
+    default="none",
+    show_default=True,
+    metavar="HOW",
+    help="Send a smaller vector: svd:0.95 (energy), topk:0.1 (share), bf16, int8; joined by '+'.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would leave the site, and stop.")
 def publish(
     folder: Path,
@@ -30,19 +42,21 @@ def publish(
     hub: str | None,
     alongside: bool,
     no_statistics: bool,
+    compress: str,
     dry_run: bool,
 ) -> None:
     """Publish the vector of a finished run of the site in FOLDER, and its statistics if it has any.
 
     Shows exactly what leaves the site: the tensors, the manifests below, and their signatures.
     """
+    how = parse_compression(compress)
     site = open_site(folder)
     chosen = run or latest_run(site.root)
     if chosen is None:
         raise UsageError(f"{folder} has no finished run: run 'merge-kit finetune {folder}' first.")
     opened = open_hub(hub or site.config.hub)
     parcels = publishing.prepare_all(
-        site, chosen, opened, alongside=alongside, statistics=not no_statistics
+        site, chosen, opened, alongside=alongside, statistics=not no_statistics, how=how
     )
     held = publishing.statistics_of(chosen) if no_statistics else []
     send(site, chosen, opened, parcels, held=held, dry_run=dry_run)
@@ -64,6 +78,8 @@ def send(
     for parcel in parcels:
         what, size = f"the {parcel.manifest.kind}", parcel.manifest.payload.size
         click.echo(f"  {what:<12} {parcel.payload} ({size / 2**20:.1f} MiB)")
+        if lost := parcel.manifest.compression:
+            click.echo(f"  compressed   {lost.method}, which leaves an error of {lost.error:.1%}")
     if held:
         click.echo(f"  held back    {', '.join(held)}")
     click.echo(f"  signed with  {signing.public_key(site.key_file)}")

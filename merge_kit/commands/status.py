@@ -69,6 +69,9 @@ def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
     if sound:
         console.print(_counts(federation, sound))
     for row in sound:
+        if lost := row["compression"]:
+            error = f"an error of {lost['error']:.1%} against the whole vector"
+            click.echo(f"Compressed {row['site']} {row['id'][:8]}: {lost['method']}, {error}")
         if row["statistics"]:
             kinds = " and ".join(row["statistics"])
             click.echo(f"Statistics of {row['site']} {row['id'][:8]}: {kinds}")

@@ -12,7 +12,7 @@ from torch import nn
 from finetune import levers, lora, losses, network, training
 from finetune.options import TrainingOptions
 from finetune.tasks import Task
-from merge_kit import encoding, signing, vector
+from merge_kit import forms, signing, vector
 from merge_kit import site as sites
 from merge_kit.creation import create
 from merge_kit.errors import UsageError
@@ -84,7 +84,7 @@ def adapted(model):
 
 
 def squares(trained):
-    return sum(float(encoding.product(f).square().sum()) for f in trained.factors.values())
+    return sum(float(forms.product(f).square().sum()) for f in trained.factors.values())
 
 
 def test_only_the_linear_layers_of_the_blocks_and_the_head_change(train, make_task):
@@ -101,7 +101,7 @@ def test_the_weights_are_the_base_and_the_product_of_the_factors(train):
     for name, pair in trained.factors.items():
         rows, columns = start[name].shape
         assert (pair.left.shape, pair.right.shape) == ((rows, 2), (2, columns))
-        assert torch.equal(trained.state[name], start[name] + encoding.product(pair))
+        assert torch.equal(trained.state[name], start[name] + forms.product(pair))
         assert pair.left.any()
 
 
@@ -127,7 +127,7 @@ def test_alpha_over_the_rank_scales_the_product():
         "x.parametrizations.weight.0.B": adapter.B.detach(),
     }
     dense, factors = lora.plain(state, 1, 5.0)
-    assert encoding.product(factors["x.weight"]).tolist() == expected
+    assert forms.product(factors["x.weight"]).tolist() == expected
     assert dense["x.weight"].tolist() == [[6.0, 11.0, 16.0], [-4.0, -9.0, -14.0]]
 
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_kit import encoding, vector
-from merge_kit.encoding import Factors
+from merge_kit import forms, vector
 from merge_kit.errors import MergeKitError, NonFiniteError, VectorError
 from merge_kit.files import canonical_json
+from merge_kit.forms import Factors
 from merge_kit.parameters import roles_of
 from merge_kit.tensorfile import TensorFile, specs_of, write_tensors
 from merge_kit.tensorheader import TensorSpec
@@ -68,7 +68,7 @@ def test_a_product_has_the_same_bits_however_it_is_cut(write, data):
         whole = file.read("w")
         file.read_into("w", begin, out)
     assert torch.equal(out, whole.reshape(-1)[begin:][: out.numel()])
-    assert torch.equal(whole, encoding.product(factors))
+    assert torch.equal(whole, forms.product(factors))
     exact = factors.left.double() @ factors.right.double()
     torch.testing.assert_close(whole.double(), exact, rtol=1e-6, atol=1e-9 * 1e3)
 
@@ -77,7 +77,7 @@ def test_a_convolution_has_the_factors_of_its_matrix(write):
     factors = pair(2, 3, 8)
     told = {"w": {"form": "factors", "dtype": "F32", "shape": [3, 2, 2, 2]}}
     with vector.opened(write(stored(factors), told)) as file:
-        assert torch.equal(file.read("w"), encoding.product(factors).reshape(3, 2, 2, 2))
+        assert torch.equal(file.read("w"), forms.product(factors).reshape(3, 2, 2, 2))
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("F32", torch.float32), ("I64", torch.int64)])
@@ -94,7 +94,7 @@ FAULTS = {
         {},
         {"w": {**ZERO, "form": "int4"}},
         ": tensor 'w' is stored as 'int4', which this version does not read (known are factors, "
-        "zero): install a newer merge-kit.",
+        "zero, bf16, int8, sparse): install a newer merge-kit.",
     ),
     "half is missing": (
         {"w@left": torch.ones(3, 2)},
@@ -203,7 +203,7 @@ def subtracted(tmp_path):
 
     def make(factors, head=2.0):
         tuned = {**BASE, "head.weight": torch.full((2, 3), head)}
-        tuned["a.weight"] = BASE["a.weight"] + encoding.product(factors)
+        tuned["a.weight"] = BASE["a.weight"] + forms.product(factors)
         write_tensors(tmp_path / "base", BASE)
         with TensorFile(tmp_path / "base") as base:
             small, dense = tmp_path / "small", tmp_path / "dense"
@@ -227,7 +227,7 @@ def test_a_vector_with_factors_stores_only_what_has_changed(subtracted):
 def test_one_reading_of_factors_finds_the_norm_of_the_product(subtracted):
     factors = pair(seed=3)
     small, _ = subtracted(factors)
-    expected = math.sqrt(float(encoding.product(factors).double().square().sum()) + 6 * 4.0)
+    expected = math.sqrt(float(forms.product(factors).double().square().sum()) + 6 * 4.0)
     with vector.opened(small) as file:
         assert vector.measure(file).norm == pytest.approx(expected, rel=1e-12)
         assert vector.norm(file, ROLES) == pytest.approx(expected, rel=1e-12)

@@ -58,6 +58,7 @@ def test_a_row_says_what_the_site_said(contribute, hub, rows):
         "macro_auroc": {"value": 0.8, "low": 0.7, "high": 0.9},
         "bytes": size,
         "norm": parcel.manifest.payload.norm,
+        "compression": None,
         "cosine": pytest.approx(1.0, abs=1e-12),
         "statistics": [],
         "signature": "admitted",

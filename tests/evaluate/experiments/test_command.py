@@ -17,6 +17,9 @@ from PIL import Image
 from evaluate.experiments.running import DONE
 from finetune import network
 from merge_kit.cli import main
+from merge_kit.contributions import list_entries
+from merge_kit.federation import read_federation
+from merge_kit.hub import FolderHub
 from tests.finetune.pictures import draw, write_csv
 from tests.merge_kit.helpers import load
 
@@ -32,6 +35,7 @@ training: {steps: 2, batch_size: 8, head_steps: 5, validations: 1}
 merges:
   mean: {}
   sum: {options: --method sum, calibrate: true}
+  sum-small: {options: --method sum, calibrate: true, compress: "topk:0.1+int8"}
 rounds: 2
 strategies: [fedavg, fedavg-common, fedprox, fedsgd, fedbn]
 unseen: [sum]
@@ -93,15 +97,29 @@ def test_the_table_has_every_way_with_its_cost(done):
     found = table(done)
     assert set(found) == {
         "north", "south", "best single site", "mean single site", "hub", "base", "first", "mean",
-        "sum", "sum-uncalibrated", "pooled", "fedavg", "fedavg-common", "fedprox", "fedsgd",
-        "fedbn", "ensemble-uniform", "ensemble-sqrt",
+        "sum", "sum-uncalibrated", "sum-small", "sum-small-uncalibrated", "pooled", "fedavg",
+        "fedavg-common", "fedprox", "fedsgd", "fedbn", "ensemble-uniform", "ensemble-sqrt",
     } - {"hub"}  # fmt: skip
     assert all(0 <= float(row["union"]) <= 1 for row in found.values())
     assert {name for name, row in found.items() if row["unseen"]} >= {"first", "sum"}
     assert found["fedsgd"]["rounds"] == "2"  # as many as steps
     assert float(found["sum"]["megabytes_per_site"]) > float(found["mean"]["megabytes_per_site"])
-    for name in ("table.md", "table.html", "arrivals.png"):
+    small, all_of_it = (float(found[n]["megabytes_per_site"]) for n in ("sum-small", "sum"))
+    assert small < all_of_it
+    for name in ("table.md", "table.html", "arrivals.png", "bytes.png"):
         assert (done / name).stat().st_size > 100
+
+
+def test_compressed_vectors_travel_by_a_hub_of_their_own_and_train_nothing(done):
+    whole_one, small = (
+        [e.contribution.manifest for e in list_entries(FolderHub(hub), read_federation(hub))]
+        for hub in sorted(whole(done).glob("hub*"))
+    )
+    vectors = [m for m in small if m.kind == "vector"]
+    assert {m.compression.method for m in vectors} == {"topk:0.1+int8"}
+    assert {m.site for m in vectors} == {"north", "south"}
+    assert len({m.federation for m in [*whole_one, *small]}) == 1
+    assert len(list(whole(done).glob("sites/*/runs/*/summary.json"))) == 2
 
 
 def test_the_figures_are_those_of_the_reports(done):
@@ -242,6 +260,7 @@ def test_a_command_that_fails_is_named_and_the_rest_can_go_on(cells, tmp_path, c
     ("old", "new", "sentence"),
     [
         ("unseen: [sum]", "unseen: [summ]", "'the document': 'summ' is none of the merges"),
+        ("+int8", "+int9", "line 12: 'topk:0.1+int9' is no way to compress a vector"),
         ("data: labels.csv", "data: absent.csv", "absent.csv does not exist: paths start from"),
         ("rounds: 2", "round: 2", "unknown key 'round'; did you mean 'rounds'?"),
         ("{steps: 2,", "{stepps: 2,", "unknown key 'stepps'; did you mean 'steps'?"),

@@ -133,3 +133,22 @@ def test_only_those_who_are_there_calibrate_what_arrived(plan):
     (job,) = [j for j in commands(fold, "head") if str(fold.models[name]) in j.argv]
     assert job.argv[job.argv.index("--site") + 1] == "a"
     assert len(job.after) == 1
+
+
+def test_each_way_to_travel_has_its_hub_once(plan):
+    small = {"options": "--method sum", "calibrate": True, "compress": "int8"}
+    fold = plan(merges={**TOLD["merges"], "small": small, "mean-small": {"compress": "int8"}})
+    hubs = [job.argv[1] for job in commands(fold, "init")]
+    assert len(hubs) == 2
+    sent = [job for job in commands(fold, "publish") if "--compress" in job.argv]
+    assert len(sent) == len(SITES)
+    first = {job.argv[1]: job.key for job in commands(fold, "publish") if job not in sent}
+    for job in sent:
+        assert job.argv[2:] == ("--hub", hubs[1], "--compress", "int8")
+        assert first[job.argv[1]] in job.after
+    merged = [job for job in commands(fold, "merge") if job.argv[1] == hubs[1]]
+    assert len(merged) == 2
+    assert all({job.key for job in sent} == set(job.after) for job in merged)
+    visits = [job for job in commands(fold, "calibrate") if "--hub" in job.argv]
+    assert len(visits) == len(SITES)
+    assert {job.key for job in plan().jobs} < {job.key for job in fold.jobs}
