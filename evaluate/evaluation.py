@@ -20,7 +20,7 @@ from evaluate.loading import Loaded
 from evaluate.mistakes import worst_mistakes
 from evaluate.models import AnyModel, Imported, Model
 from evaluate.page import render
-from evaluate.predicting import Predicted, Stage, predict
+from evaluate.predicting import Predicted, predict
 from evaluate.predictions import speaks_of, to_csv
 from evaluate.scopes import check_external
 from evaluate.scoring import Settings
@@ -28,6 +28,7 @@ from evaluate.similarity import similarity
 from evaluate.summary import Facts, summarise
 from evaluate.verdict import leader
 from finetune.network import choose_device
+from finetune.outputs import Stage
 from finetune.progress import Progress
 from merge_kit.files import in_turn, write_atomic
 

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import kept, predicting
 from evaluate.labelled import LabelledSet
 from evaluate.loading import load
 from evaluate.models import classes_in_common, find_apart, find_models
 from evaluate.predicting import Predicted, predict
-from finetune import network
+from finetune import kept, network, outputs
 from finetune.cases import load_cases
 from finetune.pixels import decode
 from merge_kit.errors import DataError, ImageError, MergeKitError
@@ -30,7 +29,7 @@ PATIENCE = 120.0
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predicting, "BATCH", 4)
+    monkeypatch.setattr(outputs, "BATCH", 4)
 
 
 @pytest.fixture
@@ -209,7 +208,7 @@ def test_images_are_decoded_once_for_models_that_look_at_them_alike(models, tabl
 
 def test_little_memory_changes_nothing(models, table, tmp_path, monkeypatch):
     run(models, table, tmp_path / "one")
-    monkeypatch.setattr(predicting, "HELD", 1)
+    monkeypatch.setattr(outputs, "HELD", 1)
     run(models, table, tmp_path / "two")
     one, two = (written(tmp_path / name) for name in ("one", "two"))
     assert {n: data for n, (_, data) in one.items()} == {n: data for n, (_, data) in two.items()}
