@@ -12,6 +12,7 @@ import torch
 from finetune import calibrating
 from finetune.cases import Case
 from finetune.image_options import (
+    annotated_option,
     image_options,
     own_classes_option,
     split_cases,
@@ -48,6 +49,7 @@ from merge_kit.site import Site, open_site
     is_flag=True,
     help="Count an image of a group for the class of it that the model finds most probable.",
 )
+@annotated_option
 @own_classes_option
 @click.option(
     "--out", type=click.Path(path_type=Path), help="With --own-classes: folder of the model."
@@ -63,6 +65,7 @@ def calibrate(
     model: Path | None,
     norms: bool,
     assign_groups: bool,
+    annotated: str | None,
     own_classes: str | None,
     out: Path | None,
     publish: bool,

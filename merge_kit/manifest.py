@@ -40,7 +40,10 @@ Timestamp = Annotated[
     AfterValidator(_check_time),
 ]
 MANIFEST_LIMIT = 1 << 20
-_OPTIONAL = ("about", "group_counts", "other_images", "training", "validation")
+_OPTIONAL = (
+    *("about", "annotated_counts", "group_counts", "images", "other_images"),
+    *("training", "validation"),
+)
 
 
 class Payload(Document):
@@ -119,6 +122,11 @@ class Draft(Document):
     """Training images whose label names a group of classes; None where there are none."""
     other_images: Count | None = None
     """Training images of classes that the federation does not have; None where there are none."""
+    annotated_counts: dict[str, Count] | None = None
+    """Where an image may have several classes: training images in which each was annotated, of
+    which `class_counts` have it; None where each image has one class."""
+    images: Count | None = None
+    """All training images; None where the other counts add up to them."""
     training: Training | None = None
     """What is `OF_A_MODEL` lacks it."""
     preprocessing: Digest
@@ -179,11 +187,12 @@ def _suppress(count: int | str, minimum: int) -> int | str:
 def suppressed_counts(fields: Mapping[str, Any], minimum: int) -> dict[str, Any]:
     """Fields of a manifest in which all that counts images may leave a site; see `suppress`."""
     told = dict(fields)
-    for name in ("class_counts", "group_counts"):
+    for name in ("class_counts", "group_counts", "annotated_counts"):
         if told.get(name) is not None:
             told[name] = suppress(told[name], minimum)
-    if told.get("other_images") is not None:
-        told["other_images"] = _suppress(told["other_images"], minimum)
+    for name in ("other_images", "images"):
+        if told.get(name) is not None:
+            told[name] = _suppress(told[name], minimum)
     return told
 
 
