@@ -127,10 +127,10 @@ class Labelling:
 
 def finding_counts(federation: Federation, targets: Tensor) -> dict[str, Any]:
     """The fields of a manifest that count images of findings, from targets (n, C)."""
-    present, known = (targets == 1).sum(dim=0).tolist(), (targets >= 0).sum(dim=0).tolist()
+    present, absent = ((targets == mark).sum(dim=0).tolist() for mark in (1, 0))
     return {
         "class_counts": dict(zip(federation.classes, present, strict=True)),
-        "annotated_counts": dict(zip(federation.classes, known, strict=True)),
+        "absent_counts": dict(zip(federation.classes, absent, strict=True)),
         "images": len(targets),
     }
 

@@ -8,7 +8,7 @@ finding's row is that of the pooled images that know it (see `merge_kit.moments`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +57,9 @@ class FindingMoments:
         return self.positives.sum(dim=0)
 
     @property
-    def known(self) -> Tensor:
-        """(C,): images in which each finding was annotated."""
-        return (self.annotated * self.sizes[:, None]).sum(dim=0)
+    def absent(self) -> Tensor:
+        """(C,): images that lack each finding."""
+        return (self.annotated * self.sizes[:, None] - self.positives).sum(dim=0)
 
     def of(self, finding: int) -> Moments:
         """The moments of two classes, absent and present, of the images that know a finding."""
@@ -67,10 +67,10 @@ class FindingMoments:
         size, total = self.sizes[rows].sum(), self.totals[rows].sum(dim=0)
         count = self.positives[rows, finding].sum()
         present = self.present[rows, finding].sum(dim=0)
-        # A sum is the same to the last bit as that of one pattern where there is one.
+        absent = total - present if size > count else torch.zeros_like(total)  # of no image: exact
         return Moments(
             self.grams[rows].sum(dim=0),
-            torch.stack([total - present, present]),
+            torch.stack([absent, present]),
             torch.stack([size - count, count]),
         )
 
@@ -163,19 +163,14 @@ def ridge(found: FindingMoments, penalty: float) -> Head:
     VectorError
         There is no image.
     """
-
-    def solve(two: Moments) -> tuple[Tensor, Tensor]:
-        head = moments.ridge(two, penalty)
-        return head.weight[1] - head.weight[0], head.bias[1] - head.bias[0]
-
-    return _each(found, solve)
+    return _each(found, lambda two: moments.ridge(two, penalty))
 
 
 def discriminant(found: FindingMoments, shrinkage: float, priors: Priors = "uniform") -> Head:
     """Linear discriminant analysis of present against absent, a finding each: the outputs are
-    logits of the finding; see `moments.discriminant`.
+    logits; see `moments.discriminant`.
 
-    A finding that no image knows, or that is present or absent in all that do, has a row of zeros.
+    A finding that no image knows, or that all have or lack that do, has a row of zeros.
 
     Raises
     ------
@@ -183,14 +178,32 @@ def discriminant(found: FindingMoments, shrinkage: float, priors: Priors = "unif
         There is no image.
     """
 
-    def solve(two: Moments) -> tuple[Tensor, Tensor] | None:
-        if not bool((two.counts > 0).all()):
-            return None
-        head = moments.discriminant(two, shrinkage, priors)
-        return head.weight[1] - head.weight[0], head.bias[1] - head.bias[0]
+    def solve(two: Moments) -> Head | None:
+        both = bool((two.counts > 0).all())
+        return moments.discriminant(two, shrinkage, priors) if both else None
 
     return _each(found, solve)
 
 
-def _each(found: FindingMoments, solve: object) -> Head:
-    raise NotImplementedError
+def _each(found: FindingMoments, solve: Callable[[Moments], Head | None]) -> Head:
+    """A row for each finding: by how much present is above absent."""
+    if not found.size:
+        raise VectorError("there is no image to make a head of: take at least one site's moments.")
+    classes, width = found.present.shape[1:]
+    weight = torch.zeros(classes, width, dtype=torch.float64)
+    bias = torch.zeros(classes, dtype=torch.float64)
+    for finding, two in found.problems():
+        if head := solve(two):
+            weight[finding] = head.weight[1] - head.weight[0]
+            bias[finding] = head.bias[1] - head.bias[0]
+    return Head(weight, bias)
+
+
+def apart(parts: Sequence[FindingMoments]) -> list[list[Moments]]:
+    """For each finding that is known of some image the moments of the sites that know it."""
+    classes = parts[0].annotated.shape[1] if parts else 0
+    found = [
+        [part.of(finding) for part in parts if bool(part.annotated[:, finding].any())]
+        for finding in range(classes)
+    ]
+    return [those for those in found if those]

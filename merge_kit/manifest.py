@@ -41,7 +41,7 @@ Timestamp = Annotated[
 ]
 MANIFEST_LIMIT = 1 << 20
 _OPTIONAL = (
-    *("about", "annotated_counts", "group_counts", "images", "other_images"),
+    *("about", "absent_counts", "group_counts", "images", "other_images"),
     *("training", "validation"),
 )
 
@@ -122,11 +122,11 @@ class Draft(Document):
     """Training images whose label names a group of classes; None where there are none."""
     other_images: Count | None = None
     """Training images of classes that the federation does not have; None where there are none."""
-    annotated_counts: dict[str, Count] | None = None
-    """Where an image may have several classes: training images in which each was annotated, of
-    which `class_counts` have it; None where each image has one class."""
+    absent_counts: dict[str, Count] | None = None
+    """Where an image may have several classes: training images that are known to lack each; None
+    where each image has one class."""
     images: Count | None = None
-    """All training images; None where the other counts add up to them."""
+    """Where an image may have several classes: training images in which any was annotated."""
     training: Training | None = None
     """What is `OF_A_MODEL` lacks it."""
     preprocessing: Digest
@@ -187,7 +187,7 @@ def _suppress(count: int | str, minimum: int) -> int | str:
 def suppressed_counts(fields: Mapping[str, Any], minimum: int) -> dict[str, Any]:
     """Fields of a manifest in which all that counts images may leave a site; see `suppress`."""
     told = dict(fields)
-    for name in ("class_counts", "group_counts", "annotated_counts"):
+    for name in ("class_counts", "group_counts", "absent_counts"):
         if told.get(name) is not None:
             told[name] = suppress(told[name], minimum)
     for name in ("other_images", "images"):
