@@ -254,6 +254,11 @@ def statistics(
     together with its vector. They give away more of the images than a vector does.
     """
     site = open_site(folder)
+    if site.federation.multi_label and "fisher" in kinds:
+        raise UsageError(
+            "--kind fisher is for images of one class each, and those of this federation may have "
+            "several: take gram, or a merge method that needs no statistics."
+        )
     chosen = run or latest_run(site.root)
     if chosen is None:
         raise UsageError(f"{folder} has no finished run: run 'merge-kit finetune {folder}' first.")
