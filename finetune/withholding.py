@@ -29,40 +29,42 @@ def withhold(targets: Tensor, minimum: int) -> Tensor:
     """
     found = targets.clone()
     while True:
-        known = found >= 0
-        patterns, which = torch.unique(known, dim=0, return_inverse=True)
-        drop = torch.zeros_like(known)
-        for place, pattern in enumerate(patterns):
-            columns = pattern.nonzero().flatten()
-            rows = (which == place).nonzero().flatten()
-            if not len(columns):
-                continue
-            marks = found[rows][:, columns] == 1
-            told = _faults(marks, minimum)
-            drop[rows[:, None], columns[told]] = True
-        if not bool(drop.any()):
+        patterns, which = torch.unique(found >= 0, dim=0, return_inverse=True)
+        sizes = patterns.sum(dim=1)
+        faults = torch.zeros_like(patterns)
+        for place in sizes.nonzero().flatten().tolist():
+            columns = patterns[place].nonzero().flatten()
+            marks = found[which == place][:, columns] == 1
+            faults[place, columns] = _fault(marks, minimum)
+        # What is left of the images of many findings may make enough of others with fewer.
+        first = sizes * faults.any(dim=1)
+        if not bool(first.any()):
             return found
-        found[drop] = -1
+        faults[first < first.max()] = False
+        found[faults[which]] = -1
 
 
-def _faults(marks: Tensor, minimum: int) -> Tensor:
-    """(k,) bool: which findings of marks (n, k) of one pattern to hold back; the simplest reason
-    first, for what is dropped may make others safe."""
+def _fault(marks: Tensor, minimum: int) -> Tensor:
+    """(k,) bool: which finding of marks (n, k) of one pattern to hold back, at most one: without
+    it others may be safe."""
     counts, size = marks.sum(dim=0), len(marks)
+    fault = torch.zeros(len(counts), dtype=torch.bool)
 
     def few(numbers: Tensor) -> Tensor:
         return (numbers > 0) & (numbers < minimum)
 
-    faults = few(counts) | few(size - counts)
-    if bool(faults.any()):
-        return faults
+    smaller = torch.minimum(counts, size - counts)
+    smaller = torch.where(smaller > 0, smaller, torch.where(counts > 0, counts, size))
+    if bool(few(smaller).any()):
+        fault[smaller.argmin()] = True
+        return fault
     exact = marks.double()
     differ = (exact.T @ (1 - exact) + (1 - exact).T @ exact).round()
     close = (few(differ) | few(size - differ)).nonzero()
     if len(close):
         first, second = close[0].tolist()
-        faults[first if counts[first] <= counts[second] else second] = True
-        return faults
+        fault[first if counts[first] <= counts[second] else second] = True
+        return fault
     kinds, numbers = torch.unique(marks, dim=0, return_counts=True)
     rows = torch.cat([kinds.double(), torch.ones(len(kinds), 1, dtype=torch.float64)], dim=1)
     leverage = (rows @ torch.linalg.pinv(rows)).diagonal()
@@ -70,5 +72,5 @@ def _faults(marks: Tensor, minimum: int) -> Tensor:
     if len(bare):
         own = kinds[bare[0]]
         candidates = own.nonzero().flatten() if bool(own.any()) else torch.arange(len(counts))
-        faults[candidates[counts[candidates].argmin()]] = True
-    return faults
+        fault[candidates[counts[candidates].argmin()]] = True
+    return fault

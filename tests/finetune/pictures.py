@@ -77,7 +77,7 @@ def write_findings(
     validation: int = 16,
 ) -> tuple[Path, NDArray[np.bool_]]:
     """PNG files, and a labels.csv with a column for each of `columns`, all but the last of which
-    is left empty in every fifth row; and what there is to see in the training images, (n, 3)."""
+    is left empty in every third row; and what there is to see in the training images, (n, 3)."""
     generator = np.random.default_rng(seed)
     marks = generator.random((count + validation, 3)) < 0.4
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def write_findings(
         file = f"{number:03}.png"
         Image.fromarray(pixels).save(folder / file)
         told = {name: str(int(marks[number, names.index(name)])) for name in columns}
-        if number % 5 == 0:
+        if number % 3 == 0:
             told |= dict.fromkeys(columns[:-1], "")
         rows.append({"file": file, **told, "split": "train" if number < count else "val"})
     return write_csv(folder / "labels.csv", rows), marks[:count]
