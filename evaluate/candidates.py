@@ -84,7 +84,8 @@ class Judge:
     model
         On `device`; its weights are overwritten.
     score
-        Labels (n,) and probabilities (n, C) give a figure.
+        Labels (n,), or targets (n, C) where an image may have several classes, and probabilities
+        (n, C) give a figure.
     groups
         (n,) the patient of each image, for the interval; see `bootstrap_intervals`.
     progress
@@ -104,7 +105,8 @@ class Judge:
     ) -> None:
         self._model, self._images, self._device = model, images, device
         self._score, self._groups = score, groups
-        self._labels = images.labels().numpy()
+        self._several = any(case.targets is not None for case in images.cases)
+        self._labels = (images.targets() if self._several else images.labels()).numpy()
         self._done, self._total = 0, candidates * len(images)
         self._progress = progress or (lambda done, of: None)
         self._progress(0, self._total)
@@ -119,7 +121,8 @@ class Judge:
             progress=lambda done, of: self._progress(self._done + done, self._total),
         )
         self._done += len(self._images)
-        probabilities = outputs.double().softmax(dim=1).numpy()
+        exact = outputs.double()
+        probabilities = (exact.sigmoid() if self._several else exact.softmax(dim=1)).numpy()
         if not np.isfinite(probabilities).all():
             return Interval(float("nan"), float("nan"), float("nan"), len(self._images))
         found = bootstrap_intervals(

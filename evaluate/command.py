@@ -14,7 +14,14 @@ from rich.console import Console
 from evaluate import loading, terminal
 from evaluate.earlier import PAGE, REPORT
 from evaluate.evaluation import Wishes, run
-from evaluate.models import AnyModel, classes_in_common, find_apart, find_models, labels_of
+from evaluate.models import (
+    AnyModel,
+    classes_in_common,
+    find_apart,
+    find_models,
+    labels_of,
+    several_labels,
+)
 from evaluate.predictions import plain_number
 from evaluate.scoring import Settings
 from finetune.image_options import image_options
@@ -36,7 +43,11 @@ _OPTIONS = (
         "--external", multiple=True, metavar="SITES", help="No model was trained on these sites."
     ),
     click.option("--by", default="", metavar="COLUMNS", help="Subgroups, such as sex,scanner."),
-    click.option("--multi-label", is_flag=True, help="A case may be of several classes, or none."),
+    click.option(
+        "--multi-label",
+        is_flag=True,
+        help="A case may be of several classes, or none [as the models' federation says].",
+    ),
     click.option("--ordered", is_flag=True, help="The classes are grades, from low to high."),
     click.option("--calibrate", is_flag=True, help="Fit a temperature on the validation images."),
     click.option(
@@ -97,6 +108,7 @@ def evaluate(models: tuple[str, ...], reference: str | None, groups: bool, **opt
     """
     found = find_models(models, **_roles(options))
     space = labels_of(found)
+    options["multi_label"] |= several_labels(found)
     if groups and not space.groups:
         raise UsageError("--groups: no model's config.json names groups of classes: leave it out.")
     if groups and options["multi_label"]:
@@ -122,6 +134,7 @@ def compare(models: tuple[str, ...], reference: str | None, **options: Any) -> N
     # The same name in other letters is the same class, as the first model writes it.
     every = {n.casefold(): n for model in reversed(found) for n in reversed(model.classes)}
     common = classes_in_common(found)
+    options["multi_label"] |= several_labels(found)
     options |= {"groups": {}, "grouped": False}
     _evaluate(found, list(every.values())[::-1], common, reference or found[0].name, options)
 

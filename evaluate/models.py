@@ -11,7 +11,13 @@ from typing import TypeAlias
 from evaluate.predictions import read_classes
 from merge_kit.configuration import CONFIG, read_config
 from merge_kit.errors import DataError, UsageError, VectorError
-from merge_kit.federation import FEDERATION_FILE, Preprocessing, groups_of, preprocessing_of
+from merge_kit.federation import (
+    FEDERATION_FILE,
+    Preprocessing,
+    groups_of,
+    is_multi_label,
+    preprocessing_of,
+)
 from merge_kit.labelspace import LabelSpace
 from merge_kit.provenance import PROVENANCE
 from merge_kit.runs import SUMMARY, latest_run
@@ -30,6 +36,8 @@ class Model:
     preprocessing: Preprocessing
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     """Groups of its classes, as its federation has them."""
+    multi_label: bool = False
+    """An image has any number of its classes, or none, as its federation says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +167,11 @@ def labels_of(models: Sequence[AnyModel]) -> LabelSpace:
     return LabelSpace(classes, trees[0][1] if trees else {})
 
 
+def several_labels(models: Sequence[AnyModel]) -> bool:
+    """Whether an image may have several classes, or none, by what any of the models says."""
+    return any(isinstance(model, Model) and model.multi_label for model in models)
+
+
 def place_of(model: AnyModel) -> Path:
     """Where a model lies."""
     return model.file if isinstance(model, Imported) else model.folder
@@ -220,4 +233,5 @@ def _read(name: str, role: str, folder: Path, classes: Sequence[str]) -> Model:
         LabelSpace(names, groups)
     except ValueError as error:
         raise VectorError(f"{path}: {error}: copy the whole folder again.") from error
-    return Model(name, role, folder, names, preprocessing, groups)
+    several = is_multi_label(config)
+    return Model(name, role, folder, names, preprocessing, groups, several)

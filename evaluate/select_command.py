@@ -19,6 +19,7 @@ from evaluate.selection import METRICS, OPTIMISTIC, SCALES, Candidate, Plan, Sel
 from finetune.cases import Case
 from finetune.image_options import image_options, table_cases
 from finetune.network import choose_device
+from finetune.objectives import seen_findings
 from finetune.pixels import Images, decode
 from finetune.progress import Progress
 from merge_kit import devices, engine, merging, writing
@@ -142,7 +143,14 @@ def select(
     chosen_device = choose_device(device)
     # A GPU that was found, not named, must not change what is merged.
     merging_device = devices.choose(device) if device.startswith("cuda") else CPU
-    cases = table_cases(federation.classes, data, images, mapping, where)
+    if federation.multi_label and metric == "log_loss":
+        raise UsageError(
+            "--metric log_loss is for images of one class each: take balanced_accuracy or "
+            "macro_auroc."
+        )
+    cases = table_cases(
+        federation.classes, data, images, mapping, where, multi_label=federation.multi_label
+    )
     cases = selection.validation_cases(cases, split, str(data))
     base = opened.fetch(BASE_WEIGHTS)
     arrived = gather(
@@ -240,7 +248,10 @@ def _search(
         size = plan.size(len({source.site for source in material.sources}))
         click.echo(f"{size} candidates on {len(images)} images, on {device}")
         if absent := _absent(images, federation.classes):
-            click.echo(f"Note: no image is of the class {absent}: it has no say.", err=True)
+            told = "no image is of the class"
+            if federation.multi_label:
+                told = "no images tell with and without apart for the class"
+            click.echo(f"Note: {told} {absent}: it has no say.", err=True)
         judge = Judge(
             base_network(federation, base).to(device),
             images,
@@ -305,7 +316,10 @@ def _patients(images: Images, site_column: str) -> list[str | None]:
 
 
 def _absent(images: Images, classes: Sequence[str]) -> str:
-    present = set(images.labels().tolist())
+    if any(case.targets is not None for case in images.cases):
+        present = set(seen_findings(images.targets()).nonzero().flatten().tolist())
+    else:
+        present = set(images.labels().tolist())
     return ", ".join(name for index, name in enumerate(classes) if index not in present)
 
 

@@ -123,6 +123,11 @@ def tune(
         )
     opened, chosen = open_hub(hub), choose_device(device)
     federation = federation_on(opened)
+    if federation.multi_label:
+        raise UsageError(
+            "tune is for images of one class each, and those of this federation may have several: "
+            "choose scale and sites with 'merge-kit select'."
+        )
     cases = _cases(federation, goal, split, data, images, mapping, where)
     base = opened.fetch(BASE_WEIGHTS)
     arrived = gather(

@@ -12,6 +12,7 @@ import torch
 from finetune import calibrating
 from finetune.cases import Case
 from finetune.image_options import (
+    annotated_option,
     image_options,
     own_classes_option,
     split_cases,
@@ -48,6 +49,7 @@ from merge_kit.site import Site, open_site
     is_flag=True,
     help="Count an image of a group for the class of it that the model finds most probable.",
 )
+@annotated_option
 @own_classes_option
 @click.option(
     "--out", type=click.Path(path_type=Path), help="With --own-classes: folder of the model."
@@ -64,6 +66,7 @@ def calibrate(
     model: Path | None,
     norms: bool,
     assign_groups: bool,
+    annotated: str | None,
     own_classes: str | None,
     out: Path | None,
     publish: bool,
@@ -95,6 +98,12 @@ def calibrate(
         own = split_cases(labelling.space.classes, data, images, mapping, where, **split)
         _own_head(site, own, model, labelling, out, chosen, skip_unreadable)
         return
+    several = site.federation.multi_label
+    if assign_groups and several:
+        raise UsageError(
+            "--assign-groups is for images of one class each: leave it out, what is not annotated "
+            "counts nowhere."
+        )
     if norms and assign_groups:
         raise UsageError("--assign-groups is for the classifier: norm statistics need no labels.")
     if out is not None:
@@ -102,7 +111,15 @@ def calibrate(
     space = site.federation.labels
     try:
         cases = split_cases(
-            space.classes, data, images, mapping, where, **split, groups=tuple(space.groups)
+            space.classes,
+            data,
+            images,
+            mapping,
+            where,
+            **split,
+            groups=tuple(space.groups),
+            multi_label=several,
+            annotated=annotated,
         )
     except LabelError as error:
         raise calibrating.explained(error, site) from error
@@ -122,10 +139,18 @@ def calibrate(
     if made.was_there:
         click.echo("This has been measured before; nothing was done again.")
     of = "the base" if model is None else str(model)
-    click.echo(f"Site '{site.name}': {sum(made.counts)} training images measured with {of}")
-    for name, count in zip(site.federation.classes, made.counts, strict=True):
-        click.echo(f"  {name:<20} {count:>8} images")
+    click.echo(f"Site '{site.name}': {made.images} training images measured with {of}")
+    for place, (name, count) in enumerate(zip(site.federation.classes, made.counts, strict=True)):
+        without = f", {made.absent[place]} without" if several else ""
+        click.echo(f"  {name:<20} {count:>8} images{without}")
     for name, count in made.held_back:
+        if several and not norms:
+            click.echo(
+                f"Held back: '{name}' in {count} image(s): fewer than "
+                f"{site.federation.policy.minimum_class_count} have it or lack it, or differ in it "
+                "from another class, and sums would give them away."
+            )
+            continue
         click.echo(
             f"Held back: '{name}' has {count} image(s), the federation's policy asks for "
             f"{site.federation.policy.minimum_class_count}: the sum of fewer would give them away."

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from finetune import network
 from finetune.cases import Case, case_key
+from finetune.labelling import finding_counts
 from finetune.normalizing import norm_sums
+from finetune.objectives import told_of
 from finetune.pixels import decode
 from finetune.run import alone, now, software
 from finetune.splits import split_of
-from merge_kit import moments, momentsfile, normstats
+from finetune.withholding import withhold
+from merge_kit import findings, moments, momentsfile, normstats
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.errors import DataError, LabelError, UsageError
 from merge_kit.federation import BASE_WEIGHTS
@@ -45,10 +48,14 @@ class Calibration:
     folder: Path
     size: int
     """Bytes that would leave the site."""
+    images: int
+    """Number of images in it."""
     counts: tuple[int, ...]
     """Images of each class in it."""
+    absent: tuple[int, ...]
+    """Where an image may have several classes, images in it that lack each; else nothing."""
     held_back: tuple[tuple[str, int], ...]
-    """Classes with fewer images than the policy asks for, and how many."""
+    """Classes with fewer images than the policy asks for, and how many of them are not in it."""
     coarse: int
     """Images whose label names a group and that are therefore in no sum over a class."""
     assigned: int
@@ -89,7 +96,8 @@ def calibrate(
     A class of fewer images than the policy's `minimum_class_count` is held back: its sum would give
     its images' features away. So is an image whose label names a group of classes: the classifier
     is made of sums over single classes. With `assign_groups` it counts for the class of its group
-    that the model's own classifier, which others have solved, finds most probable. The folder's
+    that the model's own classifier, which others have solved, finds most probable. Where an image
+    may have several classes, what `withhold` holds back is not told. The folder's
     name is a hash of the model and the images: what has been measured before is not measured again.
 
     Raises
@@ -103,9 +111,10 @@ def calibrate(
     """
     every = sorted(split_of(cases, "train"), key=lambda case: case.file)
     cases, size = every, len(site.federation.classes)
+    several = site.federation.multi_label
     if assign_groups:
         solved_by = _solved(site, model)
-    else:
+    elif not several:
         cases = [case for case in every if case.label < size]
     if not cases:
         raise DataError(
@@ -117,7 +126,7 @@ def calibrate(
     told: list[object] = [about, site.config.federation, _minimum(site)]
     told += [] if kind == "moments" else [kind]
     told += [solved_by] if assign_groups else []
-    told += [[case.file, case.label, case_key(case)] for case in cases]
+    told += [[case.file, *told_of(case), case_key(case)] for case in cases]
     folder = site.root / CALIBRATIONS / sha256_bytes(canonical_json(told))[7:19]
     with alone(folder):
         path, draft = folder / payload_file(kind), folder / draft_file(kind)
@@ -132,9 +141,9 @@ def calibrate(
                 progress=lambda done, of: stage("decoding", done, of),
             )
             opened = network.load(site.base_folder if model is None else model).to(device)
+            truth = images.targets() if several else images.labels()
             if kind == "norms":
-                labels = images.labels()
-                kept = _enough(site, labels)
+                kept = _enough(site, truth)
                 found = norm_sums(
                     opened,
                     images.take([int(index) for index in kept.nonzero()]),
@@ -145,21 +154,31 @@ def calibrate(
             else:
                 features = network.features(
                     opened, images, device, progress=lambda done, of: stage("features", done, of)
-                )
-                labels = images.labels()
+                ).flatten(1)
                 if assign_groups:
-                    labels = _assigned(opened, features, labels, site.federation.labels.meaning)
-                kept = _enough(site, labels)
-                told_of = moments.measure(features.flatten(1)[kept], labels[kept], size)
-                tensors = momentsfile.to_tensors(told_of)
-            _write(site, folder, kind, about, tensors, labels[kept])
-        stated = read_draft(draft, "calibrate").class_counts
-        counts = [int(stated[name]) for name in site.federation.classes]
+                    truth = _assigned(opened, features, truth, site.federation.labels.meaning)
+                if several:
+                    truth = withhold(truth, _minimum(site))
+                kept = _enough(site, truth)
+                tensors = momentsfile.to_tensors(
+                    findings.measure(features[kept], truth[kept])
+                    if several
+                    else moments.measure(features[kept], truth[kept], size)
+                )
+            counted = withhold(truth, _minimum(site)) if several else truth
+            _write(site, folder, kind, about, tensors, counted[kept])
+        stated = read_draft(draft, "calibrate")
+        counts, absent = (
+            tuple(int(those[name]) for name in site.federation.classes if name in those)
+            for those in (stated.class_counts, stated.absent_counts or {})
+        )
         return Calibration(
             folder,
             path.stat().st_size,
-            tuple(counts),
-            _held_back(site, cases, counts),
+            int(stated.images or 0) if several else sum(counts),
+            counts,
+            absent,
+            _held_back(site, cases, _known(counts, absent) if several else counts),
             len(every) - len(cases),
             sum(case.label >= size for case in cases),
             tuple(skipped),
@@ -167,19 +186,27 @@ def calibrate(
         )
 
 
-def _enough(site: Site, labels: Tensor) -> Tensor:
-    """(n,) bool: the images of classes that are large enough.
+def _enough(site: Site, truth: Tensor) -> Tensor:
+    """(n,) bool: the images of classes that are large enough, or in which any finding is annotated.
 
     Raises
     ------
     DataError
-        There is none.
+        There is none, or too few.
     """
-    size = len(site.federation.classes)
-    kept = torch.bincount(labels, minlength=size)[labels] >= _minimum(site)
+    minimum, size = _minimum(site), len(site.federation.classes)
+    if site.federation.multi_label:
+        kept = (truth >= 0).any(dim=1)
+        if int(kept.sum()) < minimum:
+            raise DataError(
+                f"no class has {minimum} training images with it and {minimum} without it, as the "
+                "federation's policy asks for: fewer would give their features away; add images."
+            )
+        return kept
+    kept = torch.bincount(truth, minlength=size)[truth] >= minimum
     if not bool(kept.any()):
         raise DataError(
-            f"no class has {_minimum(site)} training images, as the federation's policy "
+            f"no class has {minimum} training images, as the federation's policy "
             "asks for: fewer would give their features away; add images."
         )
     return kept
@@ -219,12 +246,20 @@ def _minimum(site: Site) -> int:
     return site.federation.policy.minimum_class_count
 
 
+def _known(counts: Sequence[int], absent: Sequence[int]) -> list[int]:
+    return [with_it + without for with_it, without in zip(counts, absent, strict=True)]
+
+
 def _held_back(
     site: Site, cases: Sequence[Case], counts: Sequence[int]
 ) -> tuple[tuple[str, int], ...]:
-    there = Counter(case.label for case in cases)
-    classes = enumerate(site.federation.classes)
-    return tuple((n, there[i]) for i, n in classes if there[i] and not counts[i])
+    if site.federation.multi_label:
+        told = [case.targets or () for case in cases]
+        there = Counter(i for targets in told for i, mark in enumerate(targets) if mark >= 0)
+    else:
+        there = Counter(case.label for case in cases)
+    missing = {name: there[i] - counts[i] for i, name in enumerate(site.federation.classes)}
+    return tuple((name, count) for name, count in missing.items() if count > 0)
 
 
 def _write(
@@ -233,7 +268,7 @@ def _write(
     kind: Measured,
     about: str,
     tensors: Mapping[str, Tensor],
-    labels: Tensor,
+    truth: Tensor,
 ) -> None:
     federation, path = site.federation, folder / payload_file(kind)
     origin = {
@@ -246,13 +281,16 @@ def _write(
     header = StatisticsHeader.model_validate(origin)
     write_tensors(path, tensors, (METADATA_KEY, canonical_json(header.model_dump()).decode()))
     norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
-    found = torch.bincount(labels, minlength=len(federation.classes)).tolist()
-    counts = dict(zip(federation.classes, found, strict=True))
+    if federation.multi_label:
+        counts = finding_counts(federation, truth)
+    else:
+        found = torch.bincount(truth, minlength=len(federation.classes)).tolist()
+        counts = {"class_counts": dict(zip(federation.classes, found, strict=True))}
     draft = Draft.model_validate(
         {
             **origin,
             "payload": Payload(sha256=sha256_file(path), size=path.stat().st_size, norm=norm),
-            "class_counts": counts,
+            **counts,
             "preprocessing": federation.preprocessing.hash,
             "software": software(),
             "created_at": now(),

@@ -81,6 +81,7 @@ def load_cases(
     require_labels: bool = True,
     multi_label: bool = False,
     groups: Sequence[str] = (),
+    annotated: Sequence[str] | None = None,
 ) -> list[Case]:
     """List the labelled images of `data`, in the order of the table or of the sorted file names.
 
@@ -98,8 +99,9 @@ def load_cases(
     With `multi_label` a case may be of several classes or of none (`Case.targets`): a CSV has a
     column for each class, holding 1, 0 or nothing (not annotated), and no column `label`; or it has
     `label` with "|" between the classes, where `label_map` gives "" to a label that means none of
-    them; or the labels of a .npz are (N, C) of 0 and 1. Such cases are for evaluation: training
-    takes one label a case.
+    them; or the labels of a .npz are (N, C) of 0 and 1. `annotated` names the classes of which
+    these labels speak: the others are not annotated in any case. None means all of them, or those
+    that have a column.
 
     A label may also name one of `groups`, which are counted behind the classes: the case is of one
     of the classes in that group.
@@ -116,6 +118,7 @@ def load_cases(
         require_labels=require_labels,
         multi_label=multi_label,
         groups=groups,
+        annotated=annotated,
     )
 
 
@@ -141,9 +144,12 @@ def cases_of(
     require_labels: bool = True,
     multi_label: bool = False,
     groups: Sequence[str] = (),
+    annotated: Sequence[str] | None = None,
 ) -> list[Case]:
     """The cases of a table that has been read; see `load_cases`."""
-    labels = find_labels(table, classes, label_map or {}, require_labels, multi_label, groups)
+    labels = find_labels(
+        table, classes, label_map or {}, require_labels, multi_label, groups, annotated
+    )
     rows = _select(table, where or {})
     refuse_unknown_labels(table, rows, labels, require_labels)
     _refuse_wrong_files(rows)

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from finetune import run as runs
 from finetune import run_statistics
 from finetune.image_options import (
+    annotated_option,
     image_options,
     own_classes_option,
     split_cases,
@@ -63,6 +64,7 @@ def training_options(command: Any) -> Any:
 @click.argument("folder", type=click.Path(path_type=Path))
 @image_options
 @split_options
+@annotated_option
 @own_classes_option
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of training options.")
 @training_options
@@ -79,6 +81,7 @@ def finetune(
     val_fraction: float,
     test_fraction: float,
     split_seed: int,
+    annotated: str | None,
     own_classes: str | None,
     config: Path | None,
     device: str,
@@ -89,8 +92,9 @@ def finetune(
     The head is trained first, then the whole network at a low learning rate. A run that was killed
     goes on when the same command is given again. Nothing leaves the site.
 
-    A label may name a class of the federation or one of its groups. With --own-classes the site has
-    a task of its own: it shares the backbone, and its classifier never leaves it.
+    A label may name a class of the federation or one of its groups. Where an image may have several
+    classes, the table has a column for each that the site has annotated. With --own-classes the
+    site has a task of its own: it shares the backbone, and its classifier never leaves it.
     """
     site = open_site(folder)
     labelling = Labelling(site.federation)
@@ -116,6 +120,8 @@ def finetune(
         test_fraction=test_fraction,
         split_seed=split_seed,
         groups=tuple(space.groups),
+        multi_label=labelling.multi_label,
+        annotated=annotated,
     )
     target = runs.run_folder(site, cases, options, chosen, labelling.own_classes)
     click.echo(f"Site '{site.name}': {len(cases)} images, on {chosen}; run {target}")
@@ -248,6 +254,11 @@ def statistics(
     together with its vector. They give away more of the images than a vector does.
     """
     site = open_site(folder)
+    if site.federation.multi_label and "fisher" in kinds:
+        raise UsageError(
+            "--kind fisher is for images of one class each, and those of this federation may have "
+            "several: take gram, or a merge method that needs no statistics."
+        )
     chosen = run or latest_run(site.root)
     if chosen is None:
         raise UsageError(f"{folder} has no finished run: run 'merge-kit finetune {folder}' first.")

@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from finetune.losses import rarity
 from finetune.network import chunks
 from finetune.options import TrainingOptions
 from finetune.pixels import Images
@@ -25,25 +24,20 @@ def draw_seed(seed: int, purpose: str, step: int) -> int:
     return (mixed * 31 + sum(purpose.encode()) * 2_654_435_761) % (2**63)
 
 
-def epoch_order(
-    labels: Tensor, epoch: int, options: TrainingOptions, meaning: Tensor | None = None
-) -> Tensor:
-    """Indices of one epoch: a permutation, or with ``sampling`` draws that favour no class.
-
-    `meaning` is as in `finetune.losses`: an image of a group is drawn as its classes are.
-    """
+def epoch_order(chances: Tensor, epoch: int, options: TrainingOptions) -> Tensor:
+    """Indices of one epoch: a permutation, or with ``sampling`` draws by chances (n,) that favour
+    no class (`finetune.objectives`)."""
     generator = torch.Generator().manual_seed(draw_seed(options.seed, "order", epoch))
     if options.balance != "sampling":
-        return torch.randperm(len(labels), generator=generator)
-    chances = rarity(labels, meaning)[labels]
-    return torch.multinomial(chances, len(labels), replacement=True, generator=generator)
+        return torch.randperm(len(chances), generator=generator)
+    return torch.multinomial(chances, len(chances), replacement=True, generator=generator)
 
 
 class Feed:
     """The batches of each step.
 
-    `updates` is the number of steps in an epoch, `total` the number of steps of the run; `meaning`
-    is as in `finetune.losses`.
+    `updates` is the number of steps in an epoch, `total` the number of steps of the run; `chances`
+    are as for `epoch_order`.
     """
 
     def __init__(
@@ -52,11 +46,10 @@ class Feed:
         options: TrainingOptions,
         updates: int,
         total: int,
-        meaning: Tensor | None = None,
+        chances: Tensor,
     ) -> None:
-        self._images, self._options, self._meaning = images, options, meaning
+        self._images, self._options, self._chances = images, options, chances
         self._updates, self._total = updates, total
-        self._labels = images.labels()
         self._order: tuple[int, Tensor] | None = None
         self._reader = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
@@ -77,7 +70,7 @@ class Feed:
     def _indices(self, step: int) -> list[list[int]]:
         epoch, position = divmod(step, self._updates)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._labels, epoch, self._options, self._meaning))
+            self._order = (epoch, epoch_order(self._chances, epoch, self._options))
         size = self._options.batch_size * self._options.accumulate
         chosen: list[int] = self._order[1][position * size : (position + 1) * size].tolist()
         parts = chunks(len(chosen), self._options.batch_size)

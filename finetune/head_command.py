@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from finetune.image_options import image_options, table_cases
+from finetune.image_options import annotated_option, image_options, table_cases
 from finetune.network import choose_device
 from finetune.standing_in import labelled_images, own_moments
 from merge_kit import reheading
@@ -36,6 +36,7 @@ from merge_kit.writing import check_target
     image_options,
     optional="Labelled images at the merger, which count like a site's: as for 'calibrate'.",
 )
+@annotated_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the model.")
 @click.option("--replace", is_flag=True, help="Replace an existing model of merge-kit.")
 def head(
@@ -51,6 +52,7 @@ def head(
     mapping: tuple[str, ...],
     where: tuple[str, ...],
     skip_unreadable: bool,
+    annotated: str | None,
     device: str,
     out: Path,
     replace: bool,
@@ -75,7 +77,15 @@ def head(
     federation = federation_on(opened)
     labelled = None
     if data is not None:
-        cases = table_cases(federation.classes, data, images, mapping, where)
+        cases = table_cases(
+            federation.classes,
+            data,
+            images,
+            mapping,
+            where,
+            multi_label=federation.multi_label,
+            annotated=annotated,
+        )
         labelled, skipped = labelled_images(federation, cases, skip_unreadable=skip_unreadable)
         for sentence in skipped:
             click.echo(f"Left out: {sentence}", err=True)
@@ -112,8 +122,12 @@ def head(
     wanted = {"shrinkage", "priors"} if solved.options.solver == "discriminant" else {"penalty"}
     told = solved.options.model_dump(include=wanted)
     click.echo(f"  {solved.options.solver}, {', '.join(f'{k} {v}' for k, v in told.items())}")
-    for name, count in zip(federation.classes, solved.counts.tolist(), strict=True):
-        click.echo(f"  {name:<20} {count:>8.0f} images{'' if count else ': nobody knows it yet'}")
+    for place, (name, count) in enumerate(
+        zip(federation.classes, solved.counts.tolist(), strict=True)
+    ):
+        without = "" if solved.absent is None else f", {solved.absent[place]:.0f} without"
+        nobody = "" if count else ": nobody knows it yet"
+        click.echo(f"  {name:<20} {count:>8.0f} images{without}{nobody}")
     click.echo(f"  fingerprint {merged}")
     next_step(f"evaluate it with\n  merge-kit evaluate {shown(out)} --data <labels.csv>")
 

@@ -10,7 +10,8 @@ import click
 
 from finetune.cases import Case, load_cases
 from finetune.splits import assign_splits
-from merge_kit.commands.options import pairs
+from merge_kit.commands.options import listed, pairs
+from merge_kit.errors import DataError, UsageError
 
 _DATA = "CSV with file,label[,site,patient,split]; folder of class folders; MedMNIST .npz"
 _OPTIONS = (
@@ -75,6 +76,16 @@ def own_classes_option(command: Any) -> Any:
     )(command)
 
 
+def annotated_option(command: Any) -> Any:
+    """Add --annotated to a command: None where it is not given."""
+    return click.option(
+        "--annotated",
+        metavar="A,B",
+        help="Where an image may have several classes: those that the labels speak of "
+        "[all, or those with a column].",
+    )(command)
+
+
 def table_cases(
     classes: Sequence[str],
     data: Path,
@@ -83,16 +94,40 @@ def table_cases(
     where: tuple[str, ...],
     *,
     groups: Sequence[str] = (),
+    multi_label: bool = False,
+    annotated: str | None = None,
 ) -> list[Case]:
-    """The cases of a table, as these options describe them; raises as `load_cases`."""
-    return load_cases(
+    """The cases of a table, as these options describe them, without those of which nothing is
+    annotated.
+
+    Raises
+    ------
+    UsageError
+        Classes are said to be annotated where each image has one class.
+    MergeKitError
+        As `load_cases`.
+    """
+    if annotated is not None and not multi_label:
+        raise UsageError(
+            "--annotated is for federations in which an image may have several classes ('merge-kit "
+            "init --multi-label'): leave it out."
+        )
+    cases = load_cases(
         data,
         classes=classes,
         images=images,
         label_map=pairs(mapping, "--map"),
         where=pairs(where, "--where"),
         groups=groups,
+        multi_label=multi_label,
+        annotated=None if annotated is None else listed(annotated),
     )
+    if not multi_label:
+        return cases
+    known = [case for case in cases if any(target >= 0 for target in case.targets or ())]
+    if not known:
+        raise DataError(f"{data} annotates no class in any image: write 1 or 0 in its columns.")
+    return known
 
 
 def split_cases(
@@ -106,15 +141,26 @@ def split_cases(
     test_fraction: float,
     split_seed: int,
     groups: Sequence[str] = (),
+    multi_label: bool = False,
+    annotated: str | None = None,
 ) -> list[Case]:
     """A site's cases with their splits, as these options describe them.
 
     Raises
     ------
     MergeKitError
-        As `load_cases` and `assign_splits`.
+        As `table_cases` and `assign_splits`.
     """
-    cases = table_cases(classes, data, images, mapping, where, groups=groups)
+    cases = table_cases(
+        classes,
+        data,
+        images,
+        mapping,
+        where,
+        groups=groups,
+        multi_label=multi_label,
+        annotated=annotated,
+    )
     return assign_splits(
         cases, seed=split_seed, val_fraction=val_fraction, test_fraction=test_fraction
     )

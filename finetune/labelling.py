@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from finetune import network
+from finetune.losses import seen_classes
+from finetune.objectives import seen_findings
+from finetune.options import TrainingOptions
+from finetune.pixels import Images
+from finetune.tasks import Task
 from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.labelspace import LabelSpace
@@ -38,11 +43,33 @@ class Labelling:
         return LabelSpace(self.own_classes) if self.own_classes else self.federation.labels
 
     @property
+    def multi_label(self) -> bool:
+        """An image has any number of the classes, or none."""
+        return self.federation.multi_label and not self.own_classes
+
+    def task(
+        self,
+        model: nn.Module,
+        train: Images,
+        validation: Images,
+        options: TrainingOptions,
+        device: torch.device,
+    ) -> Task:
+        """What the site's images let it learn."""
+        if self.multi_label:
+            seen = seen_findings(train.targets())
+            return Task(model, train, validation, seen, options, device, multi_label=True)
+        labels = train.labels()
+        meaning = self.meaning(torch.cat([labels, validation.labels()]))
+        seen = seen_classes(labels, len(self.space.classes), meaning)
+        return Task(model, train, validation, seen, options, device, meaning)
+
+    @property
     def config(self) -> str:
         """The config.json of the site's own model."""
         if not self.own_classes:
             return self.federation.model_config_json
-        changes = {"classes": self.own_classes, "groups": {}}
+        changes = {"classes": self.own_classes, "groups": {}, "multi_label": False}
         return self.federation.model_copy(update=changes).model_config_json
 
     def meaning(self, labels: Tensor) -> Tensor | None:
@@ -66,21 +93,46 @@ class Labelling:
                         found[name] = base.read(name)
         return found
 
+    def truth(self, images: Images) -> Tensor:
+        """Labels (n,), or where an image may have several classes targets (n, C)."""
+        return images.targets() if self.multi_label else images.labels()
+
     def counts(self, labels: Tensor) -> dict[str, Any]:
-        """The fields of a manifest that count the training images, small numbers hidden."""
+        """The fields of a manifest that count the training images, small numbers hidden.
+
+        Parameters
+        ----------
+        labels
+            What `truth` gives of them.
+        """
         federation = self.federation
+        minimum = federation.policy.minimum_class_count
+        if self.multi_label:
+            return suppressed_counts(finding_counts(federation, labels), minimum)
         found = torch.bincount(labels, minlength=len(self.space.names)).tolist()
         if self.own_classes:
             told: dict[str, Any] = {
                 "class_counts": dict.fromkeys(federation.classes, 0),
                 "other_images": len(labels),
             }
+            if federation.multi_label:
+                told |= finding_counts(federation, labels.new_empty(0, len(federation.classes)))
         else:
             size = len(federation.classes)
             told = {"class_counts": dict(zip(federation.classes, found[:size], strict=True))}
             if any(found[size:]):
                 told["group_counts"] = dict(zip(federation.groups, found[size:], strict=True))
-        return suppressed_counts(told, federation.policy.minimum_class_count)
+        return suppressed_counts(told, minimum)
+
+
+def finding_counts(federation: Federation, targets: Tensor) -> dict[str, Any]:
+    """The fields of a manifest that count images of findings, from targets (n, C)."""
+    present, absent = ((targets == mark).sum(dim=0).tolist() for mark in (1, 0))
+    return {
+        "class_counts": dict(zip(federation.classes, present, strict=True)),
+        "absent_counts": dict(zip(federation.classes, absent, strict=True)),
+        "images": len(targets),
+    }
 
 
 def own_labelling(federation: Federation, names: Sequence[str]) -> Labelling:

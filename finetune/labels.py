@@ -27,6 +27,8 @@ class Labels:
     """Labels that mean none of the classes."""
     numbers: int = 0
     """How many of `classes` a number may name: all but the groups at their end."""
+    annotated: frozenset[int] | None = None
+    """Of several labels a case: the classes that these speak of; None for all."""
 
     def of(self, row: Row) -> tuple[int, tuple[int, ...] | None]:
         """The label (-1 for none, or where there may be several) and the targets of a row."""
@@ -39,6 +41,8 @@ class Labels:
         if named := named_labels(row, multi_label=True):
             here = {self.known[label] for label in named if label not in self.nothing}
             targets = [int(index in here) for index in range(len(self.classes))]
+        if self.annotated is not None:
+            targets = [t if i in self.annotated else -1 for i, t in enumerate(targets)]
         return -1, tuple(targets)
 
 
@@ -49,11 +53,12 @@ def find_labels(
     require_labels: bool,
     multi_label: bool,
     groups: Sequence[str] = (),
+    annotated: Sequence[str] | None = None,
 ) -> Labels:
     """How to read the labels of a table, as `finetune.cases.load_cases` tells.
 
     Raises LabelError when the table has none and they are required, or when an entry of `label_map`
-    names no class or a label that never occurs.
+    or `annotated` names no class, or a label or column that is not there.
     """
     numbers, classes = len(classes), (*classes, *groups)
     exact = {name: index for index, name in enumerate(classes)}
@@ -100,7 +105,31 @@ def find_labels(
             "add a column 'label', or sort the images into folders of classes."
         )
     known = {label: index_of(label) for label in present}
-    return Labels(classes, known, multi_label, columns, nothing, numbers)
+    spoken_of = None
+    if annotated is not None:
+        spoken_of = frozenset(_annotated(table, name, by_name(name), columns, classes)
+                              for name in annotated)  # fmt: skip
+    return Labels(classes, known, multi_label, columns, nothing, numbers, spoken_of)
+
+
+def _annotated(
+    table: Table,
+    name: str,
+    index: int | None,
+    columns: Mapping[str, int],
+    classes: Sequence[str],
+) -> int:
+    if index is None:
+        raise LabelError(
+            f"--annotated {name} names no class of this federation ({nearest(name, classes)}): "
+            "correct it."
+        )
+    if columns and index not in columns.values():
+        raise LabelError(
+            f"--annotated names the class '{classes[index]}', for which {table.name} has no "
+            "column: add the column, or leave the class out."
+        )
+    return index
 
 
 def labels_in(table: Table, *, multi_label: bool = False) -> set[str]:
@@ -176,6 +205,12 @@ def refuse_unknown_labels(
                 f"{place}: label {label!r} is no class of this federation ({known}): "
                 f"correct it or pass --map {label}=CLASS."
             )
+        elif labels.annotated is not None and label not in labels.nothing:
+            if labels.known[label] not in labels.annotated:
+                raise LabelError(
+                    f"{place}: label {label!r} is a class that --annotated does not name: name it "
+                    f"there, or pass --map {label}= where it means none of those."
+                )
 
 
 def _names_several(label: str, labels: Labels) -> bool:

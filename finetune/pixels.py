@@ -49,6 +49,10 @@ class Images:
         """(n,) int64."""
         return torch.tensor([case.label for case in self.cases], dtype=torch.int64)
 
+    def targets(self) -> Tensor:
+        """(n, C) int8 of cases that may have several classes: 1, 0, or -1 for not annotated."""
+        return torch.tensor([case.targets for case in self.cases], dtype=torch.int8)
+
     def batch(self, indices: Sequence[int]) -> Tensor:
         """(b, 3, S, S) uint8, channels last in memory."""
         return torch.from_numpy(self.pixels[list(indices)]).permute(0, 3, 1, 2)

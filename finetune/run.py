@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from finetune import curves, losses, network, scores, training
+from finetune import curves, network, scores, training
 from finetune.cases import Case, case_key
 from finetune.labelling import Labelling
+from finetune.objectives import told_of
 from finetune.options import TrainingOptions
 from finetune.pixels import Images, decode
 from finetune.splits import split_of
@@ -87,7 +88,7 @@ def run_folder(
         "federation": site.config.federation,
         "options": options.model_dump(mode="json"),
         "device": device.type,
-        "cases": sorted([c.file, c.label, c.split, c.patient, case_key(c)] for c in cases),
+        "cases": sorted([c.file, *told_of(c), c.split, c.patient, case_key(c)] for c in cases),
         **({"own_classes": list(own_classes)} if own_classes else {}),
     }
     return site.root / RUNS / sha256_bytes(canonical_json(told)).removeprefix("sha256:")[:12]
@@ -167,14 +168,11 @@ def finetune(
             put(head, model)
             options = options.model_copy(update={"head_steps": 0})
         report({"event": "head", "text": head if isinstance(head, str) else head.told})
-        labels = material.train.labels()
-        meaning = labelling.meaning(torch.cat([labels, material.validation.labels()]))
-        seen = losses.seen_classes(labels, len(labelling.space.classes), meaning)
-        task = Task(model, material.train, material.validation, seen, options, device, meaning)
+        task = labelling.task(model, material.train, material.validation, options, device)
         trained = training.train(task, folder / CHECKPOINT, log)
         model.load_state_dict(trained.state)
         outputs = network.logits(model, material.validation, device)
-        told, chances = training.judged(outputs, task)
+        told, chances = task.objective().judged(outputs)
         figures = scores.bootstrap_intervals(
             told,
             chances,
@@ -187,7 +185,7 @@ def finetune(
         published = replace(trained, state=labelling.shared(site, trained.state))
         norm = _write_vector(site, published, folder / VECTOR)
         digest = head.digest if isinstance(head, StartingHead) else None
-        counts = labelling.counts(labels)
+        counts = labelling.counts(labelling.truth(material.train))
         draft = _draft(site, folder / VECTOR, norm, task, trained, figures, digest, counts)
         write_atomic(folder / DRAFT, draft.model_dump_json(indent=2))
         write_atomic(folder / CASES, _case_table(material.cases, labelling.space.names))
@@ -318,13 +316,15 @@ def _estimate(interval: scores.Interval) -> Estimate:
 
 
 def _case_table(cases: Sequence[Case], names: Sequence[str]) -> str:
+    """One class a case, or a column for each class as in a table that is read."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "label", "patient", "group", "split"])
+    several = any(case.targets is not None for case in cases)
+    writer.writerow(["file", *(names if several else ["label"]), "patient", "group", "split"])
     for case in cases:
-        writer.writerow(
-            [case.file, names[case.label], case.patient or "", case.group or "", case.split]
-        )
+        marks = ["" if target < 0 else target for target in case.targets or ()]
+        told = marks if several else [names[case.label]]
+        writer.writerow([case.file, *told, case.patient or "", case.group or "", case.split])
     return text.getvalue()
 
 

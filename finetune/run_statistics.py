@@ -83,7 +83,7 @@ def find_images(
     files = _training_files(run)
     files = [files[i] for i in statistics.draw(len(files), examples, draft.training.seed)]
     found, skipped = decode(
-        _locate(run, files, data, images),
+        _locate(run, files, data, images, several=site.federation.multi_label),
         site.federation.preprocessing,
         cache=site.root / "cache",
         skip_unreadable=bool(_read_json(run / SUMMARY).get("skipped")),
@@ -111,8 +111,10 @@ def _training_files(run: Path) -> list[str]:
     return files
 
 
-def _locate(run: Path, files: Sequence[str], data: Path | None, images: Path | None) -> list[Case]:
-    """Where the images lie now; labels are not needed."""
+def _locate(
+    run: Path, files: Sequence[str], data: Path | None, images: Path | None, *, several: bool
+) -> list[Case]:
+    """Where the images lie now; labels are not needed, but `several` may be in a MedMNIST file."""
     if data is None:
         record = _read_json(run / RECORD)
         if not record.get("data"):
@@ -126,7 +128,9 @@ def _locate(run: Path, files: Sequence[str], data: Path | None, images: Path | N
                 f"the images of {run} were in {images or data}, which is not there: say with "
                 "--data where they are now."
             )
-    sources = {row.fields["file"]: row.source for row in read_table(data, images).rows}
+    sources = {
+        row.fields["file"]: row.source for row in read_table(data, images, multi_label=several).rows
+    }
     for file in files:
         source = sources.get(file)
         if source is None or not (isinstance(source, ArrayItem) or os.path.isfile(source)):

@@ -4,6 +4,10 @@ Pure functions of two arrays: labels (n,) of integers in [0, C), and probabiliti
 order of the probabilities matters, so logits give the same figures. A score that the data cannot
 give (no case, no case of a class, nothing but one class) is nan, never an error.
 
+In the place of labels `balanced_accuracy`, `macro_auroc` and their intervals take targets (n, C) of
+cases that have any number of classes, with the probability of each class by itself: see
+`finetune.finding_scores`.
+
 Intervals are percentile bootstrap intervals (Efron and Tibshirani 1993, chapter 13). Whole patients
 are drawn, with replacement, where the patients are known (the cluster bootstrap: Field and Welsh
 2007, doi:10.1111/j.1467-9868.2007.00593.x), else single cases. The draw is not stratified by class:
@@ -21,6 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from finetune import finding_scores
 from finetune.confusions import accuracies, confusion_cells, confusions, recalls
 from finetune.ranking import auroc, count, rank
 from merge_kit.errors import DataError
@@ -60,7 +65,8 @@ def accuracy(labels: Labels, probabilities: Probabilities) -> float:
 def balanced_accuracy(labels: Labels, probabilities: Probabilities) -> float:
     """Return the mean recall over the classes present in `labels`; nan for no case.
 
-    Brodersen et al. 2010, doi:10.1109/ICPR.2010.764; not adjusted for chance.
+    Brodersen et al. 2010, doi:10.1109/ICPR.2010.764; not adjusted for chance. Of targets the mean
+    over the classes of the mean of sensitivity and specificity at probability 0.5.
     """
     labels, probabilities = _checked(labels, probabilities)
     return float(_weighted_balanced_accuracy(labels, probabilities, _ones(labels))[0])
@@ -249,7 +255,8 @@ def fitting(labels: ArrayLike, probabilities: ArrayLike) -> tuple[NDArray[np.int
 
 
 def _checked(labels: Labels, probabilities: Probabilities) -> tuple[Labels, Floats]:
-    numbers, values = fitting(labels, probabilities)
+    several = np.ndim(labels) == 2
+    numbers, values = (finding_scores.fitting if several else fitting)(labels, probabilities)
     if not np.isfinite(values).all():
         row = int(np.argmin(np.isfinite(values).all(axis=1)))
         raise DataError(f"Expected finite probabilities, but those of case {row} are not.")
@@ -286,6 +293,9 @@ def _weighted_recalls(labels: Labels, probabilities: Floats, weights: Floats) ->
 
 
 def _weighted_balanced_accuracy(labels: Labels, probabilities: Floats, weights: Floats) -> Floats:
+    if labels.ndim == 2:
+        found = finding_scores.balanced_accuracies(labels, probabilities, weights)
+        return mean_of_defined(found)
     return mean_of_defined(_weighted_recalls(labels, probabilities, weights))
 
 
@@ -295,6 +305,8 @@ def _weighted_aurocs(labels: Labels, probabilities: Floats, weights: Floats) -> 
 
 
 def _weighted_macro_auroc(labels: Labels, probabilities: Floats, weights: Floats) -> Floats:
+    if labels.ndim == 2:
+        return mean_of_defined(finding_scores.aurocs(labels, probabilities, weights))
     return mean_of_defined(_weighted_aurocs(labels, probabilities, weights))
 
 

@@ -25,7 +25,9 @@ def assign_splits(
     """Give every case a split, in the order of `cases`; the result has passed `check_splits`.
 
     Splits that the table gives are kept; where it gives no "val", that is taken out of "train".
-    Otherwise the cases are drawn by scikit-learn's StratifiedGroupKFold: stratified by label, with
+    Otherwise the cases are drawn by scikit-learn's StratifiedGroupKFold: stratified by label (of
+    several labels by the rarest that a case has, the first step of Sechidis, Tsoumakas and Vlahavas
+    2011, doi:10.1007/978-3-642-23808-6_10), with
     all cases of a patient (or of a near-duplicate `group`, or that both connect) on one side. A
     class is never taken out of training completely: one with few patients may be missing from
     validation and test, and where too few patients are left for a split, that is an error. The
@@ -63,7 +65,7 @@ def check_splits(cases: Sequence[Case]) -> None:
     """Raise LabelError unless one can train on `cases`.
 
     That is: no patient and no group is in two splits, training and validation are not empty, and
-    training holds more than one class.
+    training holds more than one class, or of several labels a case one that some have and some not.
     """
     for name in ("patient", "group"):
         first: dict[str, Case] = {}
@@ -84,7 +86,13 @@ def check_splits(cases: Sequence[Case]) -> None:
                 f"the {word} split is empty ({_summary(cases)}): "
                 f"give more images or patients, or say in the table which are {split}."
             )
-    if len({case.label for case in training}) < 2:
+    if training[0].targets is not None:
+        if not any({0, 1} <= set(told) for told in zip(*_targets(training), strict=True)):
+            raise LabelError(
+                f"the training split holds no class with images that have it and images that do "
+                f"not ({_summary(cases)}): annotate both."
+            )
+    elif len({case.label for case in training}) < 2:
         raise LabelError(
             f"the training split holds a single class ({_summary(cases)}): "
             "give images of other classes, from other patients, too."
@@ -113,7 +121,7 @@ def _draw(pool: Sequence[Case], fraction: float, seed: int) -> list[int]:
     others, those are taken whose share of each class is nearest to `fraction`: with few patients
     some folds are empty, or hold all of a class.
     """
-    classes, labels = np.unique([case.label for case in pool], return_inverse=True)
+    classes, labels = np.unique(_strata(pool), return_inverse=True)
     units = np.array(_units(pool))
     holders = [np.unique(units[labels == label]) for label in range(len(classes))]
     only = [unit[0] for unit in holders if len(unit) == 1]
@@ -137,6 +145,21 @@ def _draw(pool: Sequence[Case], fraction: float, seed: int) -> list[int]:
         taken.append(min(rest, key=lambda fold: cost([*taken, fold])))
     emptied, _ = cost(taken)
     return [] if emptied else [place for fold in taken for place in parts[fold].tolist()]
+
+
+def _targets(cases: Sequence[Case]) -> list[tuple[int, ...]]:
+    return [case.targets or () for case in cases]
+
+
+def _strata(pool: Sequence[Case]) -> list[int]:
+    """By what cases are spread: the label, or the rarest of several; -1 for none of them."""
+    if not pool or pool[0].targets is None:
+        return [case.label for case in pool]
+    positive = np.array(_targets(pool)) == 1
+    counts = positive.sum(axis=0)
+    rarest = np.where(positive, counts, len(pool) + 1).argmin(axis=1)
+    found: list[int] = np.where(positive.any(axis=1), rarest, -1).tolist()
+    return found
 
 
 def _folds(

@@ -11,7 +11,7 @@ from finetune import network
 from finetune.cases import Case, contents_digest
 from finetune.pixels import Images, decode
 from finetune.splits import split_of
-from merge_kit import moments
+from merge_kit import findings, moments
 from merge_kit.federation import Federation
 from merge_kit.solving import Own
 
@@ -54,5 +54,7 @@ def own_moments(
     """
     opened = network.load(model).to(device)
     features = network.features(opened, images, device).flatten(1)
+    if federation.multi_label:
+        return Own(findings.measure(features, images.targets()), contents_digest(images.cases))
     found = moments.measure(features, images.labels(), len(federation.classes))
     return Own(found, contents_digest(images.cases))

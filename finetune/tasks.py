@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune import network
-from finetune.losses import label_weights, loss_on_seen
+from finetune.objectives import ClassObjective, FindingObjective, Objective
 from finetune.options import TrainingOptions
 from finetune.pixels import Images
 
@@ -24,11 +24,20 @@ class Task:
     train: Images
     validation: Images
     seen: Tensor
-    """(C,) bool: classes that the site has training images of."""
+    """(C,) bool: classes that the site has training images of; of findings those that some of them
+    have and some do not."""
     options: TrainingOptions
     device: torch.device
     meaning: Tensor | None = None
     """(L, C) bool: the classes that each label stands for; None where every label is a class."""
+    multi_label: bool = False
+    """An image has any number of the classes, or none."""
+
+    def objective(self) -> Objective:
+        """What is to be lowered."""
+        if self.multi_label:
+            return FindingObjective(self.train, self.validation, self.seen)
+        return ClassObjective(self.train, self.validation, self.seen, self.meaning)
 
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -46,9 +55,8 @@ def train_head(task: Task, report: Report) -> None:
     inputs = network.features(
         task.model, task.train, task.device, progress=stage(report, "features")
     ).to(task.device)
-    labels, seen = task.train.labels().to(task.device), task.seen.to(task.device)
-    meaning = None if task.meaning is None else task.meaning.to(task.device)
-    weights = None if options.balance == "none" else label_weights(labels, seen, meaning)
+    objective = task.objective()
+    seen, weighted = task.seen.to(task.device), options.balance != "none"
     start = {name: p.detach().clone() for name, p in head.named_parameters()}
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=options.head_learning_rate, weight_decay=0.0
@@ -59,7 +67,7 @@ def train_head(task: Task, report: Report) -> None:
             rate = 0.5 * (1 + math.cos(math.pi * step / options.head_steps))
             optimizer.param_groups[0]["lr"] = options.head_learning_rate * rate
             optimizer.zero_grad()
-            loss = loss_on_seen(head(inputs).flatten(1), labels, seen, weights, meaning)
+            loss = objective.loss(head(inputs).flatten(1), None, weighted=weighted)
             penalty = options.head_decay * rows[seen].square().sum()
             torch.autograd.backward(loss + penalty)
             optimizer.step()

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -21,14 +19,13 @@ from torch import Tensor, nn
 
 from finetune import levers, lora, network, scores
 from finetune.feed import Feed, draw_seed
-from finetune.losses import label_weights, loss_on_seen, rarity
+from finetune.objectives import told_of
 from finetune.pixels import augment
 from finetune.soup import Soup
 from finetune.tasks import Report, Task, restore_rows, stage, train_head
 from merge_kit.errors import TrainingError
 from merge_kit.files import canonical_json, sha256_bytes, write_atomic
 from merge_kit.forms import Factors
-from merge_kit.labelspace import cells_of
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -127,12 +124,10 @@ class _Loop:
         self.best_state: dict[str, Tensor] = {}
         self.best_step = 0
         self.loss_sum, self.loss_count = 0.0, 0
-        self.labels = task.train.labels()
+        self.objective, self.weighted = task.objective(), options.balance == "weights"
+        self.masses = self.objective.masses(weighted=self.weighted)
         self.identity = task_identity(task)
-        self.feed = Feed(task.train, options, self.updates, self.total, task.meaning)
-        self.masses = torch.ones(len(self.labels), dtype=torch.float64)
-        if options.balance == "weights":
-            self.masses = rarity(self.labels, task.meaning)[self.labels]
+        self.feed = Feed(task.train, options, self.updates, self.total, self.objective.chances)
         head = network.head_of(self.model)
         self.head_start = {n: p.detach().clone() for n, p in head.named_parameters()}
 
@@ -168,11 +163,6 @@ class _Loop:
         generator = torch.Generator().manual_seed(draw_seed(options.seed, "augment", self.step))
         # Dropout and stochastic depth draw from torch's global generator.
         torch.manual_seed(draw_seed(options.seed, "model", self.step))
-        seen = self.task.seen.to(self.task.device)
-        weights = None
-        if options.balance == "weights":
-            weights = label_weights(self.labels, self.task.seen, self.task.meaning)
-            weights = weights.to(self.task.device)
         mass = sum(float(self.masses[indices].sum()) for indices, _ in batches)
         ready = [
             (
@@ -188,10 +178,10 @@ class _Loop:
             for indices, pixels in batches
         ]
         with self.soup.between(self.model, self.step) if self.soup else nullcontext():
-            total = self._gradients(ready, mass, seen, weights)
+            total = self._gradients(ready, mass)
             if options.sharpness:
                 descend = levers.climb(self.model, options.sharpness)
-                self._gradients(ready, mass, seen, weights)
+                self._gradients(ready, mass)
                 descend()
         if not math.isfinite(total):
             raise TrainingError(
@@ -211,24 +201,17 @@ class _Loop:
             {"event": "step", "step": self.step, "of": self.total, "loss": total, "lr": rate}
         )
 
-    def _gradients(
-        self,
-        batches: Sequence[tuple[Tensor, list[int]]],
-        mass: float,
-        seen: Tensor,
-        weights: Tensor | None,
-    ) -> float:
+    def _gradients(self, batches: Sequence[tuple[Tensor, list[int]]], mass: float) -> float:
         """Add the gradients of a step's batches up; gives the mean loss."""
         options, total = self.task.options, 0.0
-        meaning = None if self.task.meaning is None else self.task.meaning.to(self.task.device)
         for batch, indices in batches:
-            labels = self.labels[indices].to(self.task.device)
             # One image alone has no batch statistics: torch refuses it where a map is one pixel.
             network.training_mode(self.model, options.norm if len(indices) > 1 else "frozen")
             with network.autocast(self.task.device, options.precision):
                 outputs = self.model(batch)
-            loss = loss_on_seen(outputs.float(), labels, seen, weights, meaning)
-            share = float(self.masses[indices].sum()) / mass  # as in the mean over the whole step
+            loss = self.objective.loss(outputs.float(), indices, weighted=self.weighted)
+            # As in the mean over the whole step, in which nothing may be known of any image.
+            share = float(self.masses[indices].sum()) / mass if mass else 0.0
             torch.autograd.backward(loss * share)
             total += float(loss.detach()) * share
         return total
@@ -351,15 +334,13 @@ class _Loop:
 
 def task_identity(task: Task) -> str:
     """Digest of the images and labels in their order: what a checkpoint goes on with."""
-    told = [[case.file, case.label] for case in (*task.train.cases, *task.validation.cases)]
-    return sha256_bytes(canonical_json(told))
+    cases = (*task.train.cases, *task.validation.cases)
+    return sha256_bytes(canonical_json([[case.file, *told_of(case)] for case in cases]))
 
 
 def validate(model: nn.Module, task: Task, report: Report) -> Figures:
-    """Figures on the site's validation images.
-
-    The loss is over the images of classes with training images; the scores are those of `judged`.
-    """
+    """Figures on the site's validation images: see `finetune.objectives`."""
+    objective = task.objective()
     outputs = network.logits(
         model, task.validation, task.device, progress=stage(report, "validation")
     )
@@ -368,40 +349,12 @@ def validate(model: nn.Module, task: Task, report: Report) -> Figures:
             "the outputs on the validation images are not finite: "
             "lower --learning-rate, or use --precision float32."
         )
-    labels, meaning = task.validation.labels(), task.meaning
-    known = task.seen[labels] if meaning is None else (meaning[labels] & task.seen).any(dim=1)
-    loss = 0.0
-    if known.any():
-        loss = float(loss_on_seen(outputs[known], labels[known], task.seen, None, meaning))
-    told, probabilities = judged(outputs, task)
+    truth, probabilities = objective.judged(outputs)
     return Figures(
-        loss,
-        scores.balanced_accuracy(told, probabilities),
-        scores.macro_auroc(told, probabilities),
+        objective.validation_loss(outputs),
+        scores.balanced_accuracy(truth, probabilities),
+        scores.macro_auroc(truth, probabilities),
     )
-
-
-def judged(outputs: Tensor, task: Task) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Labels (n,) and probabilities (n, K) by which the validation images are scored.
-
-    Classes without training images are never predicted. Where a label names a group, its classes
-    are one: their probabilities are summed for all images, so that every label can be right or
-    wrong (see `labelspace.cells_of`).
-
-    Parameters
-    ----------
-    outputs
-        (n, C): of the validation images.
-    """
-    labels = task.validation.labels()
-    chances = outputs.masked_fill(~task.seen, -torch.inf).softmax(dim=1).double()
-    if task.meaning is not None:
-        cells = cells_of(labels, task.meaning)
-        labels = cells[task.meaning[labels].int().argmax(dim=1)]
-        chances = chances.new_zeros(len(chances), int(cells.max()) + 1).index_add_(
-            1, cells, chances
-        )
-    return labels.numpy(), chances.numpy()
 
 
 def _or_none(value: float) -> float | None:

@@ -210,6 +210,17 @@ def _check_contract(manifest: Manifest, federation: Federation, folder: str) -> 
         raise ContributionError(
             f"{folder} counts the classes wrongly: '{odd[0]}' is missing or unknown."
         )
+    absent = manifest.absent_counts
+    if federation.multi_label and absent is None:
+        raise ContributionError(
+            f"{folder} does not say how many images lack each class: its site must train again "
+            "with a version of merge-kit that knows images of several classes."
+        )
+    expected = set(federation.classes) if federation.multi_label else set()
+    if odd := sorted(set(absent or ()) ^ expected):
+        raise ContributionError(
+            f"{folder} counts what images lack wrongly: '{odd[0]}' is missing or unknown."
+        )
     coarse = manifest.group_counts
     if coarse is not None and (odd := sorted(set(coarse) ^ set(federation.groups))):
         raise ContributionError(
@@ -300,10 +311,11 @@ def _check_statistics(
     _check_digest(contribution, measured.sha256)
     about, where = contribution.manifest.about, contribution.label
     _check_origin(contribution, statistics.check_header(file, kind, about, where), federation)
-    statistics.check_specs(file, kind, expected, roles)
+    several = federation.multi_label
+    statistics.check_specs(file, kind, expected, roles, multi_label=several)
     if measured.norm is None or kind not in measured.sound:
         # A second reading finds and names what is wrong.
-        return statistics.check(file, kind, expected, roles), checked
+        return statistics.check(file, kind, expected, roles, multi_label=several), checked
     return measured.norm, checked
 
 

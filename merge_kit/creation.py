@@ -32,6 +32,7 @@ def create(
     preprocessing: Mapping[str, Any],
     policy: Policy,
     groups: Mapping[str, Sequence[str]] | None = None,
+    multi_label: bool = False,
     seed: int = 0,
     allow_pickle: bool = False,
 ) -> Federation:
@@ -45,6 +46,8 @@ def create(
         Values that replace the backbone's own data config; None leaves one as it is.
     groups
         Names for several classes at once: see `labelspace.LabelSpace`.
+    multi_label
+        An image has any number of the classes, or none.
 
     Raises
     ------
@@ -57,6 +60,11 @@ def create(
         twice = next(c for c in classes if list(classes).count(c) > 1)
         raise FederationError(f"the class '{twice}' is named twice: name each class once.")
     tree = {name: tuple(members) for name, members in (groups or {}).items()}
+    if tree and multi_label:
+        raise UsageError(
+            "--group is for images of one class each: leave it out with --multi-label, and name "
+            "what a coarse label says as a class of its own."
+        )
     try:
         LabelSpace(tuple(classes), tree)
     except ValueError as fault:  # before the backbone is fetched
@@ -81,6 +89,7 @@ def create(
                 "classifier": classifier,
                 "classes": tuple(classes),
                 "groups": tree,
+                "multi_label": multi_label,
                 "preprocessing": chosen.model_dump(mode="json"),
                 "weights_source": _source(architecture, weights, model),
                 "base_fingerprint": fingerprint_file(draft / BASE_WEIGHTS),

@@ -97,6 +97,7 @@ def preprocessing_of(config: ModelConfig) -> Preprocessing:
     except (ValueError, KeyError, TypeError) as error:
         raise VectorError(f"{config.path} is no timm configuration ({error}).") from error
     own.pop("groups", None)
+    own.pop("multi_label", None)
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
     values = {**own, **{key: seen[key] for key in keys if key in seen}}
     return parse(Preprocessing, values, str(config.path), VectorError)
@@ -117,6 +118,23 @@ def groups_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         raise VectorError(f"{config.path} is no timm configuration ({error}).") from error
 
 
+def is_multi_label(config: ModelConfig) -> bool:
+    """Whether a model's config.json says that an image may have several of its classes, or none.
+
+    Raises
+    ------
+    VectorError
+        It says neither yes nor no.
+    """
+    own = config.data.get("merge_kit", {})
+    found = own.get("multi_label", False) if isinstance(own, dict) else None
+    if not isinstance(found, bool):
+        raise VectorError(
+            f"{config.path} is no timm configuration ('multi_label' is neither true nor false)."
+        )
+    return found
+
+
 _FIXED = {
     "format",
     "name",
@@ -126,6 +144,7 @@ _FIXED = {
     "classes",
     "groups",
     "label_schema",
+    "multi_label",
     "preprocessing",
     "weights_source",
     "base_fingerprint",
@@ -143,6 +162,8 @@ class Federation(Document):
     classes: tuple[ClassName, ...] = Field(min_length=2)
     groups: dict[ClassName, tuple[ClassName, ...]] = Field(default_factory=dict)
     """Names of several classes or groups at once, for sites with coarser labels."""
+    multi_label: bool = False
+    """The classes are findings: an image has any number of them, or none."""
     label_schema: int = 1
     preprocessing: Preprocessing
     weights_source: str
@@ -159,13 +180,18 @@ class Federation(Document):
         if len({site.public_key for site in self.sites}) != len(self.sites):
             raise ValueError("two sites have the same key")
         LabelSpace(self.classes, self.groups)
+        if self.groups and self.multi_label:
+            raise ValueError(
+                "'groups' are for images of one class each, 'multi_label' for images of several"
+            )
         return self
 
     @model_serializer(mode="wrap")
     def _without_an_empty_field(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A contract must keep the hash that it had before there were groups.
+        # A contract must keep the hash that it had before there were groups, or findings.
         fields: dict[str, Any] = serialize(self)
-        return {key: value for key, value in fields.items() if key != "groups" or value}
+        later = ("groups", "multi_label")
+        return {key: value for key, value in fields.items() if key not in later or value}
 
     @property
     def labels(self) -> LabelSpace:
@@ -191,6 +217,8 @@ class Federation(Document):
         own: dict[str, Any] = {"sixteen_bit": seen.sixteen_bit}
         if self.groups:
             own["groups"] = {name: list(members) for name, members in self.groups.items()}
+        if self.multi_label:
+            own["multi_label"] = True
         config = {
             "architecture": self.architecture,
             "num_classes": len(self.classes),

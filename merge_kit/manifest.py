@@ -40,7 +40,10 @@ Timestamp = Annotated[
     AfterValidator(_check_time),
 ]
 MANIFEST_LIMIT = 1 << 20
-_OPTIONAL = ("about", "group_counts", "other_images", "training", "validation", "compression")
+_OPTIONAL = (
+    *("about", "absent_counts", "group_counts", "images", "other_images"),
+    *("training", "validation", "compression"),
+)
 
 
 class Payload(Document):
@@ -128,6 +131,11 @@ class Draft(Document):
     """Training images whose label names a group of classes; None where there are none."""
     other_images: Count | None = None
     """Training images of classes that the federation does not have; None where there are none."""
+    absent_counts: dict[str, Count] | None = None
+    """Where an image may have several classes: training images that are known to lack each; None
+    where each image has one class."""
+    images: Count | None = None
+    """Where an image may have several classes: training images in which any was annotated."""
     training: Training | None = None
     """What is `OF_A_MODEL` lacks it."""
     preprocessing: Digest
@@ -192,11 +200,12 @@ def _suppress(count: int | str, minimum: int) -> int | str:
 def suppressed_counts(fields: Mapping[str, Any], minimum: int) -> dict[str, Any]:
     """Fields of a manifest in which all that counts images may leave a site; see `suppress`."""
     told = dict(fields)
-    for name in ("class_counts", "group_counts"):
+    for name in ("class_counts", "group_counts", "absent_counts"):
         if told.get(name) is not None:
             told[name] = suppress(told[name], minimum)
-    if told.get("other_images") is not None:
-        told["other_images"] = _suppress(told["other_images"], minimum)
+    for name in ("other_images", "images"):
+        if told.get(name) is not None:
+            told[name] = _suppress(told[name], minimum)
     return told
 
 

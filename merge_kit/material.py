@@ -13,7 +13,7 @@ from merge_kit.contributions import Contribution, check_payload
 from merge_kit.errors import MergeKitError
 from merge_kit.federation import Federation, check_base
 from merge_kit.heads import group_shares
-from merge_kit.manifest import count_of
+from merge_kit.manifest import Manifest, count_of
 from merge_kit.methods.base import Statistics
 from merge_kit.notes import Notes
 from merge_kit.parameters import Role, roles_of, vector_specs
@@ -121,29 +121,39 @@ def opened(
 def _source(contribution: Contribution, file: Tensors, federation: Federation) -> Source:
     manifest, training = contribution.manifest, contribution.manifest.training
     assert training is not None  # every vector's manifest tells it
-    counts = manifest.class_counts
     coarse = {name: count_of(count) for name, count in (manifest.group_counts or {}).items()}
     return Source(
         id=contribution.id,
         site=contribution.site,
         file=file,
-        class_counts=tuple(count_of(counts[name]) for name in federation.classes),
+        class_counts=tuple(count_of(_learnt(manifest, name)) for name in federation.classes),
         steps=training.steps,
         score=_score(contribution),
         group_shares=group_shares(federation.labels, coarse) if coarse else (),
         other_images=sum(coarse.values()) + count_of(manifest.other_images or 0),
+        images=None if manifest.images is None else count_of(manifest.images),
     )
+
+
+def _learnt(manifest: Manifest, name: str) -> int | str:
+    """Images of a class that its head row was trained on: none where none is known to lack it, for
+    then there was nothing to tell it from."""
+    if manifest.absent_counts is not None and manifest.absent_counts[name] == 0:
+        return 0
+    return manifest.class_counts[name]
 
 
 def _score(contribution: Contribution) -> float | None:
     """How far above chance a site's own model is for certain, on its own validation images.
 
     (b - 1/K) / (1 - 1/K), b the lower end of the 95 % interval of its balanced accuracy, or the
-    figure itself where it has none, K the classes that the site knows; 0 where it is negative.
+    figure itself where it has none, K the classes that the site knows, or 2 where an image has or
+    lacks each; 0 where it is negative.
     """
     manifest = contribution.manifest
     found = manifest.validation.balanced_accuracy if manifest.validation else None
     known = sum(1 for count in manifest.class_counts.values() if count != 0)
+    known = known if manifest.absent_counts is None else 2
     if found is None or found.value is None or known < 2:
         return None
     figure = found.value if found.low is None else found.low

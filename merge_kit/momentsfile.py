@@ -1,18 +1,25 @@
-"""Moments as they travel: three tensors in a safetensors file, checked before they are used."""
+"""Moments as they travel: tensors in a safetensors file, checked before they are used.
+
+Those of findings have a further first dimension: the patterns in which they were annotated.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from merge_kit.errors import VectorError
+from merge_kit.findings import FindingMoments
 from merge_kit.moments import Moments
 from merge_kit.tensorfile import Tensors
 from merge_kit.tensorheader import TensorSpec
 
+AnyMoments: TypeAlias = Moments | FindingMoments
 _GRAM, _SUMS, _COUNTS = "gram", "sums", "counts"
+_ANNOTATED, _SIZES, _TOTALS = "annotated", "sizes", "totals"
 NAMES = {_GRAM, _SUMS, _COUNTS}
 _ROUNDING = 1e-9
 
@@ -28,8 +35,34 @@ def specs(features: int, classes: int) -> dict[str, TensorSpec]:
     }
 
 
-def to_tensors(moments: Moments) -> dict[str, Tensor]:
+def finding_specs(patterns: int, features: int, classes: int) -> dict[str, TensorSpec]:
+    """What a file of moments of findings holds, by pattern: which are annotated, uint8 (P, C), in
+    ascending order; the number of images, int64 (P,); of those that have each finding, int64
+    (P, C); the lower triangle of the Gram matrix, float64 (P, d (d + 1) / 2); the sum of the
+    features, float64 (P, d), and of those that have each finding, float64 (P, C, d).
+    """
+    return {
+        _ANNOTATED: TensorSpec(torch.uint8, (patterns, classes)),
+        _COUNTS: TensorSpec(torch.int64, (patterns, classes)),
+        _GRAM: TensorSpec(torch.float64, (patterns, features * (features + 1) // 2)),
+        _SIZES: TensorSpec(torch.int64, (patterns,)),
+        _SUMS: TensorSpec(torch.float64, (patterns, classes, features)),
+        _TOTALS: TensorSpec(torch.float64, (patterns, features)),
+    }
+
+
+def to_tensors(moments: AnyMoments) -> dict[str, Tensor]:
     """The tensors of the file."""
+    if isinstance(moments, FindingMoments):
+        rows, columns = _triangle(moments.totals.shape[1])
+        return {
+            _ANNOTATED: moments.annotated.to(torch.uint8),
+            _COUNTS: moments.positives.long(),
+            _GRAM: moments.grams[:, rows, columns],
+            _SIZES: moments.sizes.long(),
+            _SUMS: moments.present,
+            _TOTALS: moments.totals,
+        }
     rows, columns = _triangle(moments.sums.shape[1])
     return {
         _COUNTS: moments.counts.long(),
@@ -38,8 +71,10 @@ def to_tensors(moments: Moments) -> dict[str, Tensor]:
     }
 
 
-def read(file: Tensors) -> Moments:
-    """The moments in a file whose tensors are as `specs` has them."""
+def read(file: Tensors) -> AnyMoments:
+    """The moments in a file whose tensors are as `specs` or `finding_specs` has them."""
+    if _ANNOTATED in file.specs:
+        return _read_findings(file)
     sums, packed = file.read(_SUMS), file.read(_GRAM)
     rows, columns = _triangle(sums.shape[1])
     gram = sums.new_empty(sums.shape[1], sums.shape[1])
@@ -47,7 +82,38 @@ def read(file: Tensors) -> Moments:
     return Moments(gram, sums, file.read(_COUNTS).double())
 
 
-def check_specs(found: Mapping[str, TensorSpec], features: int, classes: int, where: str) -> None:
+def _read_findings(file: Tensors) -> FindingMoments:
+    packed, totals = file.read(_GRAM), file.read(_TOTALS)
+    rows, columns = _triangle(totals.shape[1])
+    grams = totals.new_empty(len(totals), totals.shape[1], totals.shape[1])
+    grams[:, rows, columns] = grams[:, columns, rows] = packed
+    return FindingMoments(
+        file.read(_ANNOTATED).bool(),
+        grams,
+        totals,
+        file.read(_SIZES).double(),
+        file.read(_SUMS),
+        file.read(_COUNTS).double(),
+    )
+
+
+def specs_like(found: Mapping[str, TensorSpec], *, multi_label: bool) -> dict[str, TensorSpec]:
+    """What a file of moments holds that has as many features and classes, and patterns."""
+    sums = found.get(_SUMS)
+    shape = sums.shape if sums else ()
+    if len(shape) != (3 if multi_label else 2):
+        return {}
+    return finding_specs(shape[0], shape[2], shape[1]) if multi_label else specs(shape[1], shape[0])
+
+
+def check_specs(
+    found: Mapping[str, TensorSpec],
+    features: int,
+    classes: int,
+    where: str,
+    *,
+    multi_label: bool = False,
+) -> None:
     """Compare names, shapes and dtypes.
 
     Raises
@@ -55,7 +121,12 @@ def check_specs(found: Mapping[str, TensorSpec], features: int, classes: int, wh
     VectorError
         Names the tensor.
     """
-    check_exactly(found, specs(features, classes), where, "which moments do not have")
+    expected = specs(features, classes)
+    if multi_label:
+        told = found.get(_SIZES)
+        patterns = told.shape[0] if told and len(told.shape) == 1 else 1
+        expected = finding_specs(patterns, features, classes)
+    check_exactly(found, expected, where, "which moments do not have")
 
 
 def check_exactly(
@@ -84,12 +155,14 @@ def check_exactly(
             )
 
 
-def fault(moments: Moments) -> str | None:
+def fault(moments: AnyMoments) -> str | None:
     """What no images can have given, or None.
 
     By the Cauchy-Schwarz inequality each feature's sum of squares is at least that of its classes'
     means; were it less, a head could be made to say anything.
     """
+    if isinstance(moments, FindingMoments):
+        return _fault_of_findings(moments)
     counts, sums, squares = moments.counts, moments.sums, moments.gram.diagonal()
     if not all(bool(t.isfinite().all()) for t in (sums, moments.gram)):
         return "holds NaN or infinite values"
@@ -98,6 +171,33 @@ def fault(moments: Moments) -> str | None:
     if not moments.size:
         return "is of no image"
     explained = (sums.square() / counts.clamp(min=1)[:, None]).sum(dim=0)
+    if bool((squares < explained - _ROUNDING * squares.abs().clamp(min=1)).any()):
+        return "holds sums of squares that are too small for its sums"
+    return None
+
+
+def _fault_of_findings(moments: FindingMoments) -> str | None:
+    annotated, totals, present = moments.annotated, moments.totals, moments.present
+    if not all(bool(t.isfinite().all()) for t in (moments.grams, totals, present)):
+        return "holds NaN or infinite values"
+    if not moments.size:
+        return "is of no image"
+    if not torch.equal(torch.unique(annotated, dim=0), annotated):
+        return "holds patterns that are not in ascending order, or one twice"
+    if not bool(annotated.any(dim=1).all()) or bool((moments.sizes <= 0).any()):
+        return "holds a pattern of no class or of no image"
+    count, size = moments.positives, moments.sizes[:, None].expand_as(moments.positives)
+    if bool((count[~annotated] != 0).any()) or bool((present[~annotated] != 0).any()):
+        return "holds sums of classes that it says are not annotated"
+    absent = totals[:, None, :] - present
+    squares = moments.grams.diagonal(dim1=1, dim2=2)[:, None, :]
+    slack = _ROUNDING * squares.abs().clamp(min=1) * size[:, :, None]
+    wrong = (count < 0) | (count > size) | (present != 0).any(dim=2) & (count == 0)
+    wrong |= (absent.square() > slack).any(dim=2) & (count == size)
+    if bool(wrong.any()):
+        return "holds counts that do not fit its sums"
+    explained = present.square() / count.clamp(min=1)[:, :, None]
+    explained = explained + absent.square() / (size - count).clamp(min=1)[:, :, None]
     if bool((squares < explained - _ROUNDING * squares.abs().clamp(min=1)).any()):
         return "holds sums of squares that are too small for its sums"
     return None

@@ -177,6 +177,11 @@ def compare(found: Sequence[Candidate]) -> list[Candidate]:
         replace(one, error=unseen_error([told[site] for site in sorted(common)]))
         for one, told in zip(found, parts, strict=True)
     ]
+    if len(found) > 1 and candidates[0].error is None:  # then it is of all
+        raise ContributionError(
+            "no class was annotated at two of the sites that have calibrated all models: choosing "
+            "among them takes one that was; name one model."
+        )
     return sorted(candidates, key=lambda one: (one.error is None, one.error or 0.0))
 
 

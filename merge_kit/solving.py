@@ -10,11 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from merge_kit import moments, momentsfile
+from merge_kit import findings, moments, momentsfile
 from merge_kit.contributions import Contribution
 from merge_kit.errors import ContributionError, VectorError
 from merge_kit.federation import Federation
+from merge_kit.findings import FindingMoments
 from merge_kit.moments import Head, Moments, Priors
+from merge_kit.momentsfile import AnyMoments
 from merge_kit.remembered import check_unchanged
 from merge_kit.schema import Digest, Document
 from merge_kit.tensorfile import Fingerprint, TensorFile, Tensors
@@ -52,7 +54,7 @@ class Backbone(Document):
 class Own:
     """Moments of labelled images that lie at the merger, which count like a site's."""
 
-    moments: Moments
+    moments: AnyMoments
     digest: str
     """Of the sorted digests of their contents."""
 
@@ -68,6 +70,8 @@ class Solved:
     """Sorted by id."""
     counts: Tensor
     """(C,): images of each class."""
+    absent: Tensor | None = None
+    """(C,): of findings the images that lack each."""
     own: Own | None = None
 
 
@@ -85,31 +89,69 @@ def backbone_of(file: Tensors, classifier: Sequence[str]) -> Backbone:
     return Backbone(fingerprint=str(found))
 
 
-def solve(parts: Sequence[Moments], options: HeadOptions) -> tuple[Head, HeadOptions]:
+def solve(parts: Sequence[AnyMoments], options: HeadOptions) -> tuple[Head, HeadOptions]:
     """The classifier from the moments of sites, each in its place; and the options as they were.
+
+    Of findings each row is solved from the images that know it, all with the same numbers.
 
     Raises
     ------
     VectorError
         There is no image.
     """
-    total = moments.add(parts)
+    total = _add(parts)
     if options.solver == "ridge":
         penalty = options.penalty
         if penalty == "auto":
-            penalties = _less_than_interpolating(total)
-            errors = moments.generalised_cross_validation(total, penalties)
-            penalty = penalties[int(errors.argmin())]
+            penalty = _least_error(_problems([total]))
         chosen = options.model_copy(update={"penalty": penalty})
+        if isinstance(total, FindingMoments):
+            return findings.ridge(total, penalty), chosen
         return moments.ridge(total, penalty), chosen
     shrinkage = options.shrinkage
     if shrinkage == "auto":
-        folds = _folds([part for part in parts if part.size])
+        several = [folds for one in _problems(parts) if len(folds := _folds(one)) > 1]
         shrinkage = ALONE
-        if len(folds) > 1:
-            shrinkage = SHRINKAGES[int(moments.held_out(folds, SHRINKAGES).argmax())]
+        if several:
+            likelihoods = [moments.held_out(folds, SHRINKAGES) for folds in several]
+            shrinkage = SHRINKAGES[int(torch.stack(likelihoods).sum(dim=0).argmax())]
     chosen = options.model_copy(update={"shrinkage": shrinkage})
+    if isinstance(total, FindingMoments):
+        return findings.discriminant(total, shrinkage, options.priors), chosen
     return moments.discriminant(total, shrinkage, options.priors), chosen
+
+
+def _add(parts: Sequence[AnyMoments]) -> AnyMoments:
+    of_findings = [part for part in parts if isinstance(part, FindingMoments)]
+    if of_findings:
+        return findings.add(of_findings)
+    return moments.add([part for part in parts if isinstance(part, Moments)])
+
+
+def _problems(parts: Sequence[AnyMoments]) -> list[list[Moments]]:
+    """The moments of the parts with images: of all classes at once, or for each finding apart."""
+    of_findings = [part for part in parts if isinstance(part, FindingMoments)]
+    found = [[part for part in parts if isinstance(part, Moments)]]
+    if of_findings:
+        found = findings.apart(of_findings)
+    return [[part for part in one if part.size] for one in found]
+
+
+def _least_error(problems: Sequence[Sequence[Moments]]) -> float:
+    """The penalty of the least generalised cross-validation error, every problem counting alike.
+
+    None that comes near to interpolating one of them: see `generalised_cross_validation`.
+    """
+    totals = [total for one in problems for total in one]
+    few = [_less_than_interpolating(total) for total in totals]
+    penalties = [p for p in PENALTIES if all(p in kept for kept in few)] or [PENALTIES[-1]]
+    errors = torch.zeros(len(penalties), dtype=torch.float64)
+    for total in totals:
+        spread = float((total.counts - total.counts.square() / total.size).sum()) / total.size
+        if spread > 0 or len(totals) == 1:
+            found = moments.generalised_cross_validation(total, penalties)
+            errors += found / spread if len(totals) > 1 else found
+    return penalties[int(errors.argmin())]
 
 
 def _less_than_interpolating(total: Moments) -> list[float]:
@@ -130,7 +172,7 @@ def _folds(parts: Sequence[Moments]) -> list[Moments]:
     return [moments.add(group) for group in groups]
 
 
-def read_parts(found: Sequence[Contribution]) -> dict[str, Moments]:
+def read_parts(found: Sequence[Contribution]) -> dict[str, AnyMoments]:
     """The moments of each site; of several contributions of one site their sum.
 
     Raises
@@ -138,19 +180,22 @@ def read_parts(found: Sequence[Contribution]) -> dict[str, Moments]:
     TensorFileError
         A file changed after it was checked.
     """
-    parts: dict[str, list[Moments]] = {}
+    parts: dict[str, list[AnyMoments]] = {}
     for contribution in sorted(found, key=lambda c: c.id):
         with TensorFile(contribution.payload) as file:
             parts.setdefault(contribution.site, []).append(momentsfile.read(file))
             if contribution.checked:
                 check_unchanged(file, contribution.checked)
-    return {site: moments.add(those) for site, those in sorted(parts.items())}
+    return {site: _add(those) for site, those in sorted(parts.items())}
 
 
-def unseen_error(parts: Sequence[Moments]) -> float | None:
-    """As `moments.unseen_error`, of more than five sites in groups; None of one site."""
-    folds = _folds([part for part in parts if part.size])
-    return moments.unseen_error(folds) if len(folds) > 1 else None
+def unseen_error(parts: Sequence[AnyMoments]) -> float | None:
+    """As `moments.unseen_error`, of more than five sites in groups; of findings the mean over those
+    that two sites know; None of one site, or where no finding is such."""
+    several = [folds for one in _problems(parts) if len(folds := _folds(one)) > 1]
+    if not several:
+        return None
+    return sum(moments.unseen_error(folds) for folds in several) / len(several)
 
 
 def solve_from(
@@ -174,7 +219,10 @@ def solve_from(
     parts = [*read_parts(found).values(), *([own.moments] if own else ())]
     head, chosen = solve(parts, options)
     counts = torch.stack([part.counts for part in parts]).sum(dim=0)
-    return Solved(head, chosen, tuple(sorted(found, key=lambda c: c.id)), counts, own)
+    lacking = [part.absent for part in parts if isinstance(part, FindingMoments)]
+    absent = torch.stack(lacking).sum(dim=0) if lacking else None
+    moments_of = tuple(sorted(found, key=lambda c: c.id))
+    return Solved(head, chosen, moments_of, counts, absent, own)
 
 
 def head_tensors(

@@ -118,11 +118,8 @@ def measure(file: TensorFile) -> Measured:
 
 
 def _fault_of_moments(file: TensorFile) -> str | None:
-    sums = file.specs.get("sums")
-    if sums is None or len(sums.shape) != 2:
-        return "holds no moments"
-    classes, features = sums.shape
-    if momentsfile.specs(features, classes) != file.specs:
+    alike = (momentsfile.specs_like(file.specs, multi_label=flag) for flag in (False, True))
+    if dict(file.specs) not in alike:
         return "holds no moments"
     return momentsfile.fault(momentsfile.read(file))
 
@@ -134,13 +131,20 @@ def _fault_of_norms(file: TensorFile) -> str | None:
 
 
 def check_specs(
-    file: TensorFile, kind: Kind, expected: Mapping[str, TensorSpec], roles: Mapping[str, Role]
+    file: TensorFile,
+    kind: Kind,
+    expected: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
+    *,
+    multi_label: bool = False,
 ) -> None:
     """Compare names, shapes and dtypes with what the base asks for; as in `check`."""
     if kind == "moments":
         heads = [n for n, r in roles.items() if r is Role.HEAD and n.endswith("weight")]
         classes, features = expected[heads[0]].shape[:2]
-        momentsfile.check_specs(file.specs, features, classes, str(file.path))
+        momentsfile.check_specs(
+            file.specs, features, classes, str(file.path), multi_label=multi_label
+        )
     elif kind == "norms":
         normstats.check_specs(file.specs, expected, roles, str(file.path))
     elif kind == "fisher":
@@ -150,7 +154,12 @@ def check_specs(
 
 
 def check(
-    file: TensorFile, kind: Kind, expected: Mapping[str, TensorSpec], roles: Mapping[str, Role]
+    file: TensorFile,
+    kind: Kind,
+    expected: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
+    *,
+    multi_label: bool = False,
 ) -> float:
     """Check names, shapes, dtypes and every value; gives the L2 norm of all values.
 
@@ -162,13 +171,15 @@ def check(
     ----------
     expected
         What a vector of this base holds.
+    multi_label
+        Moments are those of findings.
 
     Raises
     ------
     VectorError
         Names the tensor and what is wrong with it.
     """
-    check_specs(file, kind, expected, roles)
+    check_specs(file, kind, expected, roles, multi_label=multi_label)
     faults = {"moments": _fault_of_moments, "norms": _fault_of_norms}
     if kind in faults and (fault := faults[kind](file)):
         raise VectorError(f"{file.path} {fault}: the site must calibrate again.")

@@ -89,6 +89,7 @@ def _row(
         "created": manifest.created_at,
         "age_days": (now - created.replace(tzinfo=timezone.utc)).total_seconds() / 86400,
         "class_counts": manifest.class_counts,
+        "absent_counts": manifest.absent_counts or {},
         "group_counts": manifest.group_counts or {},
         "other_images": manifest.other_images or 0,
         "balanced_accuracy": own.balanced_accuracy.model_dump(),

@@ -33,12 +33,16 @@ class Source:
     """Images whose label names a group of classes, shared equally among these; empty for none."""
     other_images: float = 0.0
     """Images that are in no class count: labels that name a group, or classes of the site's own."""
+    images: float | None = None
+    """All training images, where one may be in several class counts or in none."""
     score: float | None = None
     """How far above chance the site's own model is, from 0 to 1; None where it does not say."""
 
     @property
     def examples(self) -> float:
         """Number of training images."""
+        if self.images is not None:
+            return self.images + self.other_images
         return sum(self.class_counts) + self.other_images
 
 

@@ -138,7 +138,12 @@ def read_experiment(path: Path, root: Path) -> Experiment:
             _split(text, f"{file.place.at('merges', name)}: '{name}'")
         if merge.compress:
             _check_compression(merge.compress, file.place.at("merges", name))
-    _split(found.backbone.init, f"{file.place.at('backbone', 'init')}: 'init'")
+    init = _split(found.backbone.init, f"{file.place.at('backbone', 'init')}: 'init'")
+    if "--multi-label" in init:
+        raise UsageError(
+            f"{file.place.at('backbone', 'init')}: experiments are on images of one class each: "
+            "leave --multi-label out, and run the commands of such a federation one by one."
+        )
     return found
 
 
@@ -153,8 +158,8 @@ def _at(place: Place, key: str) -> str:
     return place.at("backbone", key) if key == "weights" else place.at(key)
 
 
-def _split(text: str, where: str) -> None:
+def _split(text: str, where: str) -> list[str]:
     try:
-        shlex.split(text)
+        return shlex.split(text)
     except ValueError as error:
         raise UsageError(f"{where} has a quotation mark without its pair: close it.") from error

@@ -25,6 +25,11 @@ from merge_kit.schema import parse
     help="A coarser label that sites may use (repeatable).",
 )
 @click.option(
+    "--multi-label",
+    is_flag=True,
+    help="Classes are findings: an image has any number of them, or none.",
+)
+@click.option(
     "--weights",
     default="pretrained",
     show_default=True,
@@ -63,6 +68,7 @@ def init(
     backbone: str,
     classes: str,
     group: tuple[str, ...],
+    multi_label: bool,
     weights: str,
     model_arg: tuple[str, ...],
     input_size: int | None,
@@ -103,6 +109,7 @@ def init(
         },
         policy=parse(Policy, policy, "policy", UsageError),
         groups={name: listed(text) for name, text in pairs(group, "--group").items()},
+        multi_label=multi_label,
         seed=seed,
         allow_pickle=allow_pickle,
     )
@@ -111,7 +118,8 @@ def init(
     click.echo(
         f"  backbone  {federation.architecture}, {size} px, from {federation.weights_source}"
     )
-    click.echo(f"  classes   {', '.join(federation.classes)}")
+    several = " (an image has any number of them)" if federation.multi_label else ""
+    click.echo(f"  classes   {', '.join(federation.classes)}{several}")
     for name, members in federation.groups.items():
         click.echo(f"  group     {name}: {', '.join(members)}")
     click.echo(f"  base      {federation.base_fingerprint}")

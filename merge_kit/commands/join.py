@@ -22,6 +22,8 @@ def join(hub: str, name: str, folder: Path | None) -> None:
     click.echo(f"Site '{joined.name}' of the federation '{joined.federation.name}'")
     click.echo(f"  folder    {joined.root}")
     click.echo(f"  classes   {', '.join(joined.federation.classes)}")
+    if joined.federation.multi_label:
+        click.echo("            (an image has any number of them, or none)")
     for name, members in joined.federation.groups.items():
         click.echo(f"  group     {name}: {', '.join(members)}")
     click.echo(f"  base      {joined.federation.base_fingerprint} (checked)")

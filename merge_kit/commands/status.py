@@ -47,6 +47,7 @@ def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
             "federation": federation.name,
             "contract": federation.contract_hash,
             "base": federation.base_fingerprint,
+            "multi_label": federation.multi_label,
             "admitted": [site.name for site in federation.sites],
             "contributions": clean,
             "calibrations": [
@@ -162,17 +163,26 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def _counts(federation: Federation, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="training images of each class", title_justify="left", box=box.SIMPLE)
+    of = " that have / lack" if federation.multi_label else " of"
+    table = Table(title=f"training images{of} each class", title_justify="left", box=box.SIMPLE)
     table.add_column("class")
     for row in rows:
         table.add_column(f"{row['site']} {row['id'][:4]}", justify="right")
     for name in federation.classes:
-        table.add_row(name, *[str(row["class_counts"][name]) for row in rows])
+        table.add_row(name, *[_count(row, name) for row in rows])
     for name in federation.groups:
         table.add_row(f"{name} (group)", *[str(row["group_counts"].get(name, 0)) for row in rows])
     if any(row["other_images"] for row in rows):
         table.add_row("of other classes", *[str(row["other_images"]) for row in rows])
     return table
+
+
+def _count(row: Mapping[str, Any], name: str) -> str:
+    """Images of a class, and where one may have several those that lack it."""
+    count, absent = row["class_counts"][name], row["absent_counts"].get(name)
+    if absent is None:
+        return str(count)
+    return f"{count} / {absent}" if count or absent else "-"
 
 
 def _age(days: float) -> str:

@@ -56,3 +56,37 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def draw_findings(marks: NDArray[np.bool_], side: int = 32, seed: int = 0) -> NDArray[np.uint8]:
+    """(n, side, side, 3) uint8 of images with any of three findings, (n, 3): a brighter channel."""
+    generator = np.random.default_rng(seed)
+    noise = generator.normal(0, 40, (len(marks), side, side, 3))
+    light = generator.normal(0, 12, (len(marks), 1, 1, 1))
+    levels = 90 + 55 * marks[:, None, None, :]
+    return (levels + noise + light).clip(0, 255).astype(np.uint8)
+
+
+def write_findings(
+    folder: Path,
+    names: Sequence[str],
+    count: int,
+    *,
+    columns: Sequence[str],
+    seed: int = 0,
+    validation: int = 16,
+) -> tuple[Path, NDArray[np.bool_]]:
+    """PNG files, and a labels.csv with a column for each of `columns`, all but the last of which
+    is left empty in every third row; and what there is to see in the training images, (n, 3)."""
+    generator = np.random.default_rng(seed)
+    marks = generator.random((count + validation, 3)) < 0.4
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, pixels in enumerate(draw_findings(marks, seed=seed)):
+        file = f"{number:03}.png"
+        Image.fromarray(pixels).save(folder / file)
+        told = {name: str(int(marks[number, names.index(name)])) for name in columns}
+        if number % 3 == 0:
+            told |= dict.fromkeys(columns[:-1], "")
+        rows.append({"file": file, **told, "split": "train" if number < count else "val"})
+    return write_csv(folder / "labels.csv", rows), marks[:count]

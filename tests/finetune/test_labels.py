@@ -129,3 +129,48 @@ def test_content_keys_speak_of_the_bytes_and_not_of_the_place() -> None:
     np.savez("n.npz", test_images=np.arange(16, dtype=np.uint8).reshape(1, 4, 4), test_labels=[1])
     (other,) = load_cases(Path("n.npz"), classes=CLASSES)
     assert content_key(other) == before[0] != before[1]
+
+
+# Which classes the labels speak of
+
+
+def test_labels_speak_of_the_classes_that_are_said_to_be_annotated() -> None:
+    cases = load("file,label\n0.png,mass\n1.png,oedema|mass\n", annotated=["Mass", "oedema"])
+    assert [case.targets for case in cases] == [(0, 1, -1), (1, 1, -1)]
+    cases = load("file,mass,nodule\n0.png,1,0\n1.png,,1\n", annotated=["nodule"])
+    assert [case.targets for case in cases] == [(-1, -1, 0), (-1, -1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "annotated", "sentence"),
+    [
+        (
+            "file,label\n0.png,mass\n",
+            ["mas"],
+            "--annotated mas names no class of this federation (nearest: mass): correct it.",
+        ),
+        (
+            "file,mass\n0.png,1\n",
+            ["mass", "nodule"],
+            "--annotated names the class 'Nodule', for which t.csv has no column: add the column, "
+            "or leave the class out.",
+        ),
+        (
+            "file,label\n0.png,mass\n1.png,nodule\n",
+            ["mass"],
+            "t.csv line 3: label 'nodule' is a class that --annotated does not name: name it "
+            "there, or pass --map nodule= where it means none of those.",
+        ),
+    ],
+)
+def test_what_contradicts_the_annotated_classes_is_refused(text, annotated, sentence) -> None:
+    with pytest.raises(LabelError) as caught:
+        load(text, annotated=annotated)
+    assert str(caught.value) == sentence
+
+
+def test_a_label_may_mean_none_of_the_annotated_classes() -> None:
+    cases = load(
+        "file,label\n0.png,mass\n1.png,nodule\n", annotated=["mass"], label_map={"nodule": ""}
+    )
+    assert [case.targets for case in cases] == [(-1, 1, -1), (-1, 0, -1)]

@@ -77,6 +77,8 @@ def test_all_classes_that_occur_weigh_alike(labels):
 def test_sampling_draws_a_group_as_often_as_its_classes_together():
     labels = torch.tensor([AB] * 900 + [C] * 60 + [D] * 40)
     options = TrainingOptions(balance="sampling")
-    drawn = Counter(labels[feed.epoch_order(labels, 0, options, MEANING)].tolist())
+    drawn = Counter(
+        labels[feed.epoch_order(losses.rarity(labels, MEANING)[labels], 0, options)].tolist()
+    )
     assert 440 < drawn[AB] < 560
     assert all(200 < drawn[label] < 300 for label in (C, D))

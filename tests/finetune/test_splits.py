@@ -195,3 +195,44 @@ def test_fractions_that_leave_nothing_are_refused(val: float, test: float) -> No
 
 def test_a_patient_may_have_many_images_in_one_split() -> None:
     check_splits([*cases_of("0101", split="train"), Case("v", Path("v"), 0, "v", None, "val")])
+
+
+# Cases of several classes
+
+
+def findings(*targets: tuple[int, ...], each: int = 1, name: str = "") -> list[Case]:
+    return [
+        Case(f"{name}{i}_{j}.png", Path(f"{name}{i}_{j}.png"), -1, targets=told)
+        for i, told in enumerate(targets)
+        for j in range(each)
+    ]
+
+
+def test_cases_of_several_classes_are_spread_by_the_rarest_of_them() -> None:
+    cases = findings((1, 0, -1), (1, 1, -1), (0, 0, 0), each=40) + findings(
+        (0, 1, 1), each=20, name="rare"
+    )
+    assigned = assign_splits(cases, seed=0)
+    for first, size in (("0", 40), ("1", 40), ("2", 40)):
+        here = Counter(c.split for c in assigned if c.file.startswith(f"{first}_"))
+        assert (here["train"], here["val"], here["test"]) == (size * 0.6, size * 0.15, size * 0.25)
+    rare = Counter(c.split for c in assigned if c.targets == (0, 1, 1))
+    assert rare == {"train": 12, "val": 3, "test": 5}
+    by_name = {case.file: case.split for case in assigned}
+    again = assign_splits(cases[::-1], seed=0)
+    assert {case.file: case.split for case in again} == by_name
+
+
+def test_training_needs_a_class_that_some_images_have_and_some_do_not() -> None:
+    cases = [
+        replace(case, split=split)
+        for case, split in zip(
+            findings((1, -1), (1, 0), (0, 1)), ("train", "train", "val"), strict=True
+        )
+    ]
+    with pytest.raises(LabelError) as caught:
+        check_splits(cases)
+    assert str(caught.value) == (
+        "the training split holds no class with images that have it and images that do not "
+        "(train 2, val 1, test 0): annotate both."
+    )
