@@ -9,20 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from evaluate.labelled import LabelledSet
 from evaluate.models import AnyModel, Imported, Model
 from evaluate.predictions import Predictions, read_imported
 from evaluate.processes import Group
-from finetune import kept, network
-from finetune.outputs import Network, Outputs, Stage
+from finetune import kept
+from finetune.outputs import Network, Outputs, Stage, load_exactly
 from merge_kit.checkpoints import Checkpoint
 from merge_kit.configuration import CONFIG
-from merge_kit.errors import DataError, UsageError, VectorError
+from merge_kit.errors import DataError, UsageError
 from merge_kit.files import sha256_file
 from merge_kit.plain import Sound, sound
-from merge_kit.remembered import check_unchanged, look
+from merge_kit.remembered import look
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,22 +119,9 @@ def _network(model: Model, precision: str) -> tuple[Network, str]:
         fingerprint = look(file, Sound, sound)[0].fingerprint
     config = sha256_file(model.folder / CONFIG)
     key = kept.model_key(fingerprint, config, model.preprocessing.hash, precision)
-    load = partial(_load, model.folder, fingerprint)
+    load = partial(load_exactly, model.folder, fingerprint)
     size = len(model.classes)
     return Network(model.name, model.folder, key, size, model.preprocessing, load), fingerprint
-
-
-def _load(folder: Path, fingerprint: str) -> nn.Module:
-    with Checkpoint(folder) as file:
-        found, checked = look(file, Sound, sound)
-        loaded = network.load(folder)
-        check_unchanged(file, checked)
-    if found.fingerprint != fingerprint:
-        raise VectorError(
-            f"{folder} changed while it was used: let whatever writes there finish, "
-            "then run the same command again."
-        )
-    return loaded
 
 
 def _predictions(

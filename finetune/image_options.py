@@ -67,6 +67,32 @@ def split_options(command: Any) -> Any:
     return command
 
 
+def unlabelled_options(command: Any) -> Any:
+    """Add --data, --images, --where, --split and --skip-unreadable for images without labels."""
+    options = (
+        click.option(
+            "--data",
+            required=True,
+            type=click.Path(path_type=Path),
+            help="Images, whose labels are not read: a folder, or a table as for 'finetune'.",
+        ),
+        _OPTIONS[0],
+        click.option("--where", multiple=True, metavar="COLUMN=VALUE", help="Only these rows."),
+        click.option(
+            "--split",
+            "split_of",
+            type=click.Choice(["train", "val", "test", "all"]),
+            default="train",
+            show_default=True,
+            help="Which rows, where the table tells.",
+        ),
+        _OPTIONS[3],
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def own_classes_option(command: Any) -> Any:
     """Add --own-classes to a command: None where it is not given."""
     return click.option(

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from finetune import kept, network
 from finetune.cases import Case
 from finetune.pixels import Images, read_pixels, stored_size
+from merge_kit.checkpoints import Checkpoint
 from merge_kit.errors import MergeKitError, VectorError
 from merge_kit.federation import Preprocessing
+from merge_kit.plain import Sound, sound
+from merge_kit.remembered import check_unchanged, look
 
 Batch: TypeAlias = Sequence[int]
 """Places of images."""
@@ -51,6 +54,26 @@ class Network:
     def logits(self) -> Tensor:
         """(n, K) float32 of all images; those of unreadable images mean nothing."""
         return torch.cat([self.outputs[start] for start in sorted(self.outputs)])
+
+
+def load_exactly(folder: Path, fingerprint: str) -> nn.Module:
+    """A timm folder, with the very weights of a fingerprint.
+
+    Raises
+    ------
+    VectorError
+        They are not there any more.
+    """
+    with Checkpoint(folder) as file:
+        found, checked = look(file, Sound, sound)
+        loaded = network.load(folder)
+        check_unchanged(file, checked)
+    if found.fingerprint != fingerprint:
+        raise VectorError(
+            f"{folder} changed while it was used: let whatever writes there finish, "
+            "then run the same command again."
+        )
+    return loaded
 
 
 class Outputs:

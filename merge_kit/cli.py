@@ -29,6 +29,10 @@ COMMANDS = {
     "publish": ("merge_kit.commands.publish:publish", "Sign a vector and put it on the hub."),
     "status": ("merge_kit.commands.status:status", "Show what lies on a hub."),
     "merge": ("merge_kit.commands.merge:merge", "Merge contributions into one model."),
+    "distill": (
+        "finetune.distill_command:distill",
+        "Merge what the sites' models know, on images without labels.",
+    ),
     "restore": (
         "finetune.restore_command:restore",
         "Measure a merged model's norm statistics again, on its own weights.",

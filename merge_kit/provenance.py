@@ -99,6 +99,26 @@ class NormRecord(Document):
         return self
 
 
+class OtherTeacher(Document):
+    """A model that taught and is no contribution."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=255)]
+    fingerprint: Digest
+    weight: float
+
+
+class DistilRecord(Document):
+    """What a distilled model learnt from, beside the contributions."""
+
+    start: Digest
+    """Fingerprint of the weights that it started from."""
+    images: OwnImages
+    """Without labels."""
+    labelled: OwnImages | None = None
+    """By which it was learnt how much each teacher counts."""
+    others: tuple[OtherTeacher, ...] = ()
+
+
 class Refused(Document):
     """An entry of the hub that was left out; whoever put it there chose its names."""
 
@@ -131,6 +151,9 @@ class Provenance(Document):
     """Where the classifier was solved from moments."""
     norms: NormRecord | None = None
     """Where norm statistics were measured again, before that."""
+    distilled: DistilRecord | None = None
+    """Where a student learnt what the contributions' models say; then `recipe` is a distillation's,
+    and a contribution's weight its share of what was said."""
 
     @field_validator("contributions")
     @classmethod
@@ -141,6 +164,10 @@ class Provenance(Document):
 
     @model_validator(mode="after")
     def _something_was_made(self) -> Provenance:
+        if self.distilled:
+            if self.recipe is None or not (self.contributions or self.distilled.others):
+                raise ValueError("a distilled model has a recipe and teachers")
+            return self
         if bool(self.contributions) != (self.recipe is not None):
             raise ValueError("a recipe goes with contributions")
         if self.recipe is None and (self.head is None or self.norms):

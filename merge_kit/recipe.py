@@ -13,8 +13,11 @@ from merge_kit.errors import RecipeError
 from merge_kit.methods import METHODS, Method, WeightScheme
 from merge_kit.methods.base import Sparsify
 from merge_kit.schema import Document, Place, SiteName, parse, shown, suggestion
-from merge_kit.yamlfile import dump_yaml, read_yaml
+from merge_kit.yamlfile import YamlFile, dump_yaml, read_yaml
 
+DISTILL: Literal["distill"] = "distill"
+"""The method of recipes that merge what sites know and not their weights: they take images, and
+`finetune.distillation` reads them."""
 Share = Annotated[float, Field(ge=0, le=1)]
 # Products of a few such numbers stay within what float64 holds.
 Factor = Annotated[float, Field(ge=-1e100, le=1e100)]
@@ -185,6 +188,11 @@ def _filled(data: Mapping[str, Any], place: Place, defaults: Mapping[str, Any]) 
 def _method(name: object, known: list[str], where: str) -> Method:
     if not isinstance(name, str):
         raise RecipeError(f"{where}: 'method' must be a name; known are {', '.join(known)}.")
+    if name == DISTILL:
+        raise RecipeError(
+            f"{where}: '{DISTILL}' takes images and is not a merge of weights: give its recipe to "
+            "'merge-kit merge <hub> --recipe <file> --data <images>'."
+        )
     if name not in known:
         raise RecipeError(f"{where}: unknown method '{shown(name)}'{suggestion(name, known)}")
     return METHODS[name]
@@ -210,6 +218,18 @@ def read_recipe(path: Path, defaults: Mapping[str, Any] | None = None) -> Recipe
     RecipeError
         As `make_recipe`, or the file cannot be read as YAML.
     """
+    file = read_document(path)
+    return make_recipe(file.data, file.place, defaults)
+
+
+def read_document(path: Path) -> YamlFile:
+    """What a recipe file holds, or one that comes with merge-kit by its name alone.
+
+    Raises
+    ------
+    RecipeError
+        It is not there, or cannot be read as YAML.
+    """
     if not path.exists():
         shipped = shipped_recipes()
         if path.suffix == "" and str(path) not in shipped:
@@ -218,5 +238,4 @@ def read_recipe(path: Path, defaults: Mapping[str, Any] | None = None) -> Recipe
                 f"{suggestion(str(path), list(shipped))}"
             )
         path = shipped.get(str(path), path)
-    file = read_yaml(path, RecipeError)
-    return make_recipe(file.data, file.place, defaults)
+    return read_yaml(path, RecipeError)

@@ -65,6 +65,11 @@ def find_model(hub: Hub, federation: Federation, folder: Path | None) -> Model:
         check_base(federation, weights, str(weights))
         return Model(weights, _backbone(weights, federation), None)
     record = record_of(folder, federation)
+    if record.distilled and record.recipe and record.recipe.get("student"):
+        raise ProvenanceError(
+            f"{folder} is of another backbone than the federation's: its classifier cannot be "
+            "solved from moments; give a model of the federation's backbone."
+        )
     with TensorFile(folder / WEIGHTS) as file:
         if (found := fingerprint(read_all(file))) != record.merged:
             raise BaseMismatchError(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from merge_kit import engine
+from merge_kit import distilled, engine
 from merge_kit.accounting import check_card, check_config, open_weights, report, same_version
 from merge_kit.blocks import in_order, one_thread_each
 from merge_kit.checks import Check, Report
+from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution
 from merge_kit.devices import CPU, Device
 from merge_kit.errors import MergeKitError, ProvenanceError
@@ -67,7 +68,7 @@ def verify(
     """
     federation = federation_on(hub).model_copy(update={"policy": Policy()})
     base_check, base = find_base(record, federation, hub)
-    config = check_config(folder, federation.model_config_json, "the contract")
+    config = _config(folder, record, federation)
     checks = [_contract(record, federation), config, base_check]
     local = {(copy.site, copy.id): copy for copy in copies}
 
@@ -106,6 +107,12 @@ def verify(
     return report(folder, record.software, checks, again, device)
 
 
+def _config(folder: Path, record: Provenance, federation: Federation) -> Check:
+    if record.distilled and record.recipe and record.recipe.get("student"):
+        return Check(CONFIG, "unknown", "is of a backbone that the contract does not know")
+    return check_config(folder, federation.model_config_json, "the contract")
+
+
 def _contract(record: Provenance, federation: Federation) -> Check:
     stated, found = record.federation, federation.contract_hash
     if (stated.name, stated.hash) == (federation.name, found):
@@ -137,6 +144,8 @@ def _merge_again(
     model: TensorFile | None,
     device: Device,
 ) -> list[Check]:
+    if record.distilled:
+        return _taken(folder, record, federation, model)
     checks: list[Check] = []
     recipe: Recipe | None = None
     try:
@@ -176,6 +185,28 @@ def _merge_again(
         assert recipe is not None  # or there would be a head
         card = with_norms(_card(record, federation, found.vectors, recipe), told_of)
     return [*checks, check_card(folder, card, same_version=same_version(record.software))]
+
+
+def _taken(
+    folder: Path, record: Provenance, federation: Federation, model: TensorFile | None
+) -> list[Check]:
+    """Of a model that was trained: what is stated of it, but not that its weights follow."""
+    assert record.distilled is not None
+    text = (
+        f"was distilled on {record.distilled.images.count} images that lie with the merger: its "
+        "weights are taken as they are"
+    )
+    checks = [Check("rebuilt", "unknown", text)]
+    told = record.model_dump(mode="json")
+    if record.head:
+        if model:
+            checks.append(_backbone(record.head, model, federation))
+        expected = head_card(federation, told)
+    else:
+        student = (record.recipe or {}).get("student")
+        name = student["name"] if student else federation.architecture
+        expected = distilled.card(federation, told, name)
+    return [*checks, check_card(folder, expected, same_version=same_version(record.software))]
 
 
 def _head_again(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
@@ -23,13 +23,13 @@ from merge_kit.commands.merging_options import (
 from merge_kit.commands.options import next_step, shown
 from merge_kit.contributions import Entry, list_entries, read_local
 from merge_kit.devices import CPU, Device
-from merge_kit.errors import UsageError
+from merge_kit.errors import RecipeError, UsageError
 from merge_kit.estimate import estimate
 from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE, Federation
 from merge_kit.hub import Hub, open_hub
 from merge_kit.material import Material
 from merge_kit.material import opened as opened_material
-from merge_kit.recipe import Recipe
+from merge_kit.recipe import DISTILL, Recipe, read_document
 from merge_kit.reheading import find_model
 from merge_kit.remembered import Checked
 from merge_kit.settling import settled
@@ -37,7 +37,38 @@ from merge_kit.site import federation_on
 from merge_kit.writing import Written, check_keeps, check_target, expected_reads
 
 
-@click.command()
+class _Merge(click.Command):
+    """Leaves a recipe of distillation, which takes images, to the command for it."""
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """The context of the command that runs."""
+        if parent is not None and _is_distillation(args):
+            group = parent.command
+            assert isinstance(group, click.Group)  # or it would have no commands
+            other = group.get_command(parent, DISTILL)
+            assert other is not None
+            return other.make_context(DISTILL, args, parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+def _is_distillation(arguments: Sequence[str]) -> bool:
+    """Whether the recipe that a command line names is one of distillation."""
+    for place, text in enumerate(arguments):
+        name, separator, value = text.partition("=")
+        if name == "--recipe" and (separator or place + 1 < len(arguments)):
+            path = Path(value if separator else arguments[place + 1])
+            with suppress(RecipeError):  # which the merge will say
+                return bool(read_document(path).data.get("method") == DISTILL)
+    return False
+
+
+@click.command(cls=_Merge)
 @click.argument("hub", metavar="HUB_OR_BASE")
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
 @recipe_options
@@ -76,6 +107,7 @@ def merge(
 ) -> None:
     """Merge what has arrived on a hub into one model; or only the contributions in FOLDERS.
 
+    A recipe of distillation merges what the sites' models know instead: see 'merge-kit distill'.
     Without a federation: merge the checkpoints or task vectors in FOLDERS, made from a base.
 
     \b

@@ -1,0 +1,318 @@
+"""A student learns what an ensemble of teachers says of images without labels (FedDF)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from finetune import ensembling, network
+from finetune.cases import Case, content_key
+from finetune.distillation import Distillation, Weighting
+from finetune.feed import draw_seed
+from finetune.losses import rarity
+from finetune.objectives import Objective, Truth
+from finetune.options import TrainingOptions
+from finetune.outputs import Network, Outputs, Stage
+from finetune.pixels import Images
+from finetune.tasks import Report, Task
+from finetune.teachers import Teacher
+from finetune.training import train
+from merge_kit.backbone import NO_WEIGHTS, PRETRAINED
+from merge_kit.errors import DataError, UsageError
+from merge_kit.files import sha256_file
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What the teachers together say of n images."""
+
+    logits: Tensor
+    """(n, C) float64; minus infinity of a class that nobody knows."""
+    features: Tensor | None
+    """(n, d) float32, their mean features where they are asked for."""
+    shares: tuple[float, ...]
+    """How much each teacher had to say, over all images and classes; they sum to 1."""
+    cases: tuple[Case, ...]
+    """The images that can be read."""
+    left_out: tuple[str, ...]
+
+    def take(self, rows: Sequence[int]) -> Lesson:
+        """Of some of the images."""
+        chosen = list(rows)
+        return Lesson(
+            self.logits[chosen],
+            None if self.features is None else self.features[chosen],
+            self.shares,
+            tuple(self.cases[row] for row in chosen),
+            self.left_out,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A few labelled images, by which it is learnt how much each teacher counts."""
+
+    cases: tuple[Case, ...]
+
+
+def lesson(
+    teachers: Sequence[Teacher],
+    cases: Sequence[Case],
+    recipe: Distillation,
+    device: torch.device,
+    cache: Path | None,
+    *,
+    labelled: Labelled | None = None,
+    skip_unreadable: bool = False,
+    progress: Stage | None = None,
+) -> Lesson:
+    """Ask every teacher about every image, once: what they say is kept in `cache`.
+
+    Raises
+    ------
+    MergeKitError
+        An image cannot be read and `skip_unreadable` is false; no image can be read; or none is of
+        a class that a teacher knows.
+    """
+    said, run = _asked(teachers, cases, device, cache, skip_unreadable, progress)
+    rows = np.flatnonzero(run.readable).tolist()
+    if not rows:
+        raise DataError("no image can be read: check the image folder and the file formats.")
+    known = torch.stack([teacher.known for teacher in teachers])
+    classes = known.shape[1]
+    heard = torch.stack(
+        [
+            ensembling.spread(found[rows, : len(teacher.rows)], teacher.rows, classes)
+            for teacher, found in zip(teachers, said, strict=True)
+        ]
+    )
+    weights = _weights(
+        teachers, heard, known, recipe.teachers, device, cache, labelled, skip_unreadable, progress
+    )
+    given = weights.expand(len(teachers), len(rows), classes).where(known[:, None, :], 0.0)
+    total = given.sum(dim=(1, 2))
+    shares = (total / total.sum()).tolist() if total.sum() else [1 / len(teachers)] * len(teachers)
+    features = None
+    if recipe.features:
+        # Features are of an image and not of a class.
+        each = given.mean(dim=2, keepdim=True)
+        each = each / each.sum(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        told = [
+            found[rows, len(teacher.rows) :] for teacher, found in zip(teachers, said, strict=True)
+        ]
+        features = sum(part * share for part, share in zip(told, each, strict=True))
+        assert isinstance(features, Tensor)  # of one teacher at least
+        features = features.float()
+    kept = tuple(cases[row] for row in rows)
+    mixed = ensembling.combined(heard, known, weights)
+    return Lesson(mixed, features, tuple(shares), kept, tuple(run.problems.values()))
+
+
+def _asked(
+    teachers: Sequence[Teacher],
+    cases: Sequence[Case],
+    device: torch.device,
+    cache: Path | None,
+    skip_unreadable: bool,
+    progress: Stage | None,
+) -> tuple[list[Tensor], Outputs]:
+    keys = [content_key(case) for case in cases]
+    run = Outputs(
+        cases,
+        keys,
+        device,
+        cache,
+        skip_unreadable=skip_unreadable,
+        progress=progress,
+    )
+    networks = [_fresh(teacher.network) for teacher in teachers]
+    run.complete(networks, run.batches)
+    return [one.logits() for one in networks], run
+
+
+def _fresh(one: Network) -> Network:
+    """The same network, asked about other images."""
+    return Network(one.name, one.place, one.key, one.size, one.preprocessing, one.load)
+
+
+def _weights(
+    teachers: Sequence[Teacher],
+    heard: Tensor,
+    known: Tensor,
+    rule: Weighting,
+    device: torch.device,
+    cache: Path | None,
+    labelled: Labelled | None,
+    skip_unreadable: bool,
+    progress: Stage | None,
+) -> Tensor:
+    """How much each teacher counts, for `ensembling.combined`: (N, 1 or n, 1 or C) float64."""
+    if (rule == "stacking") != (labelled is not None):
+        raise UsageError(
+            "'teachers: stacking' learns from a few labelled images, and nothing else does: give "
+            "--labelled with it, and only with it."
+        )
+    if labelled is not None:
+        said, run = _asked(teachers, labelled.cases, device, cache, skip_unreadable, progress)
+        rows = np.flatnonzero(run.readable).tolist()
+        told = torch.stack(
+            [
+                ensembling.spread(found[rows, : len(one.rows)], one.rows, known.shape[1])
+                for one, found in zip(teachers, said, strict=True)
+            ]
+        )
+        labels = torch.tensor([labelled.cases[row].label for row in rows])
+        return ensembling.stacked(told, known, labels)
+    if rule == "confidence":
+        return ensembling.certainty(heard, known)
+    if rule == "uniform":
+        return torch.ones(len(teachers), 1, 1, dtype=torch.float64)
+    counts = torch.stack([teacher.counts for teacher in teachers])
+    # A model that does not tell its images counts like the mean of those that do.
+    own = counts.nanmean(dim=0).nan_to_num(1.0)
+    counts = torch.where(counts.isnan(), own, counts)
+    if rule == "classes":
+        return counts[:, None, :]
+    sizes = counts.sum(dim=1)
+    return (sizes.sqrt() if rule == "sqrt-examples" else sizes)[:, None, None]
+
+
+class DistilledObjective:
+    """Kullback-Leibler divergence from the teachers' probabilities to the student's, both at a
+    temperature T, times T^2 (arXiv 1503.02531, section 2); and, where it is asked for, the squared
+    distance of the features over the mean squared length of the teachers'.
+
+    Validation is on what the teachers find most probable: how often the student agrees.
+    """
+
+    def __init__(
+        self, model: nn.Module, train: Lesson, validation: Lesson, recipe: Distillation
+    ) -> None:
+        self._train, self._held, self._temperature = train, validation, recipe.temperature
+        parts = (train.logits, validation.logits)
+        self._targets, self._told = ((p / recipe.temperature).softmax(dim=1).float() for p in parts)
+        self._labels = train.logits.argmax(dim=1)
+        self.chances = rarity(self._labels)[self._labels]
+        self._share = recipe.features
+        self._features = torch.empty(0)
+        if self._share:
+            assert train.features is not None  # the teachers were asked for them
+            self._length = train.features.square().sum(dim=1).mean()
+            network.head_of(model).register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._features = inputs[0].flatten(1).float()
+
+    def masses(self, *, weighted: bool) -> Tensor:
+        """See `Objective`."""
+        return self.chances if weighted else torch.ones(len(self._labels), dtype=torch.float64)
+
+    def loss(self, outputs: Tensor, indices: Sequence[int] | None, *, weighted: bool) -> Tensor:
+        """See `Objective`."""
+        chosen = list(range(len(self._labels)) if indices is None else indices)
+        losses = self._divergence(outputs, self._targets[chosen])
+        if self._share and indices is not None:
+            assert self._train.features is not None
+            theirs = self._train.features[chosen].to(outputs.device)
+            distance = (self._features - theirs).square().sum(dim=1) / self._length
+            losses = losses + self._share * distance
+        if not weighted:
+            return losses.mean()
+        weights = self.chances[chosen].to(losses)
+        return (weights * losses).sum() / weights.sum()
+
+    def _divergence(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        logs = (outputs / self._temperature).log_softmax(dim=1)
+        found = functional.kl_div(logs, targets.to(logs), reduction="none").sum(dim=1)
+        return found * self._temperature**2
+
+    def validation_loss(self, outputs: Tensor) -> float:
+        """Of the images that nothing is learnt from."""
+        return float(self._divergence(outputs, self._told).mean())
+
+    def judged(self, outputs: Tensor) -> tuple[Truth, NDArray[np.float64]]:
+        """What the teachers find most probable (n,), and the student's probabilities (n, C)."""
+        return self._held.logits.argmax(dim=1).numpy(), outputs.double().softmax(dim=1).numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class DistilledTask(Task):
+    """A student's training."""
+
+    lesson: DistilledObjective | None = None
+
+    def objective(self) -> Objective:
+        """What is to be lowered."""
+        assert self.lesson is not None
+        return self.lesson
+
+
+def split(found: Lesson, share: float, seed: int) -> tuple[Lesson, Lesson]:
+    """Images to learn from and images to hold back, drawn by the seed; at least one of each.
+
+    Raises
+    ------
+    DataError
+        There are fewer than two.
+    """
+    count = len(found.cases)
+    if count < 2:
+        raise DataError("one image is not enough to learn from and to check by: give more.")
+    held = min(max(1, round(share * count)), count - 1)
+    generator = torch.Generator().manual_seed(draw_seed(seed, "transfer", 0))
+    order = torch.randperm(count, generator=generator).tolist()
+    return found.take(sorted(order[held:])), found.take(sorted(order[:held]))
+
+
+def distil(
+    model: nn.Module,
+    images: tuple[Images, Images],
+    lessons: tuple[Lesson, Lesson],
+    recipe: Distillation,
+    options: TrainingOptions,
+    device: torch.device,
+    checkpoint: Path,
+    report: Report,
+) -> dict[str, Tensor]:
+    """The student's weights after its training, which goes on where a killed one stopped.
+
+    Parameters
+    ----------
+    images
+        As the student sees them: those of `lessons`.
+
+    Raises
+    ------
+    TrainingError
+        The loss is not finite, or the checkpoint is damaged.
+    DataError
+        Features of the teachers have another width than the student's.
+    """
+    width = getattr(network.head_of(model), "in_features", None)
+    theirs = lessons[0].features
+    if theirs is not None and width != theirs.shape[1]:
+        raise DataError(
+            f"the student's features have {width} numbers, the teachers' {theirs.shape[1]}: leave "
+            "'features' at 0."
+        )
+    seen = lessons[0].logits.isfinite().any(dim=0)
+    lesson = DistilledObjective(model, *lessons, recipe)
+    task = DistilledTask(model, *images, seen, options, device, lesson=lesson)
+    return train(task, checkpoint, report).state
+
+
+def told_of(recipe: Distillation) -> Mapping[str, Any]:
+    """A recipe as a provenance states it: with every default, and without a path."""
+    told = {**recipe.model_dump(mode="json"), "training": recipe.options().model_dump(mode="json")}
+    student = recipe.student
+    if student and student.weights not in (PRETRAINED, NO_WEIGHTS):
+        told["student"]["weights"] = f"local file {sha256_file(Path(student.weights))}"
+    return told

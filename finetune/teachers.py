@@ -1,0 +1,183 @@
+"""The teachers of a distillation: the sites' models, as their vectors give them, and others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from finetune import kept, network
+from finetune.outputs import Network, load_exactly
+from merge_kit import vector
+from merge_kit.checkpoints import Checkpoint
+from merge_kit.configuration import CONFIG, read_config
+from merge_kit.contributions import Contribution
+from merge_kit.errors import DataError, VectorError
+from merge_kit.federation import Federation, is_multi_label, preprocessing_of
+from merge_kit.files import sha256_bytes, sha256_file
+from merge_kit.heads import group_shares
+from merge_kit.manifest import count_of
+from merge_kit.plain import Sound, sound
+from merge_kit.remembered import check_unchanged, look
+from merge_kit.tensorfile import TensorFile
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A model that says something of each image."""
+
+    name: str
+    fingerprint: str
+    """Of a site the payload's digest, of another model that of its tensors."""
+    network: Network
+    rows: tuple[int, ...]
+    """For each of its outputs the federation's class, -1 where that has none."""
+    known: Tensor
+    """(C,) bool."""
+    counts: Tensor
+    """(C,) float64, training images of each class; NaN where a model does not tell."""
+    features: int
+    """Width of the features that its outputs end with; 0 where they are not asked for."""
+
+
+class _WithFeatures(nn.Module):
+    """A model that puts out its classifier's inputs behind the classes: (b, K + d)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model, self._inputs = model, torch.empty(0)
+        network.head_of(model).register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = inputs[0].flatten(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The model's outputs and features, side by side."""
+        outputs = self._model(images)
+        return torch.cat([outputs, self._inputs.to(outputs)], dim=1)
+
+
+def site_teachers(
+    federation: Federation,
+    base: Path,
+    contributions: Sequence[Contribution],
+    precision: str,
+    *,
+    features: bool,
+) -> tuple[list[Teacher], list[str]]:
+    """The models of the sites' vectors; and a sentence for each site that cannot teach.
+
+    A site that trained under the federation's own classifier knows what all of these sites know;
+    one with a classifier of its own the classes that it has images of.
+
+    Parameters
+    ----------
+    base
+        The folder of the base.
+    precision
+        As `Outputs.precision` resolves it.
+    features
+        Whether features are put out behind the classes.
+    """
+    width = _width(base) if features else 0
+    counted = [_counts(c, federation) for c in contributions]
+    anywhere = torch.stack(counted).sum(dim=0) > 0
+    teachers, silent = [], []
+    for found, counts in zip(contributions, counted, strict=True):
+        manifest = found.manifest
+        assert manifest.training is not None  # of a vector
+        known = anywhere if manifest.training.head else counts > 0
+        if not counts.sum():
+            silent.append(f"{found.label} has no image of the federation's classes to teach from.")
+            continue
+        payload = manifest.payload.sha256
+        told = f"{federation.base_fingerprint} {payload}{' features' if features else ''}"
+        config = sha256_bytes(federation.model_config_json.encode())
+        key = kept.model_key(told, config, federation.preprocessing.hash, precision)
+        load = partial(_site_model, base, found, features)
+        size = len(federation.classes) + width
+        loaded = Network(found.site, found.payload, key, size, federation.preprocessing, load)
+        rows = tuple(range(len(federation.classes)))
+        teachers.append(Teacher(found.site, payload, loaded, rows, known, counts, width))
+    return teachers, silent
+
+
+def other_teacher(
+    name: str, folder: Path, federation: Federation, precision: str, *, features: bool
+) -> Teacher:
+    """A timm folder of any architecture, which shares classes with the federation by their names.
+
+    Raises
+    ------
+    VectorError
+        The folder holds no model, or one that does not name its classes.
+    DataError
+        It has no class in common with the federation, or several for an image.
+    """
+    config = read_config(folder)
+    if config is None or not config.label_names:
+        raise VectorError(
+            f"the teacher {folder} names no classes: give a timm folder whose config.json has "
+            "'label_names'."
+        )
+    if is_multi_label(config):
+        raise DataError(f"the teacher {folder} gives an image several classes: leave it out.")
+    known_names = {label.casefold(): place for place, label in enumerate(federation.classes)}
+    rows = tuple(known_names.get(label.casefold(), -1) for label in config.label_names)
+    if all(row < 0 for row in rows):
+        raise DataError(
+            f"the teacher {folder} has no class in common with the federation "
+            f"({', '.join(config.label_names[:5])}): leave it out, or rename its 'label_names'."
+        )
+    known = torch.tensor([place in rows for place in range(len(federation.classes))])
+    with Checkpoint(folder) as file:
+        fingerprint = look(file, Sound, sound)[0].fingerprint
+    width = _width(folder) if features else 0
+    seen = preprocessing_of(config)
+    told = f"{fingerprint}{' features' if features else ''}"
+    key = kept.model_key(told, sha256_file(folder / CONFIG), seen.hash, precision)
+    load = partial(_other_model, folder, fingerprint, features)
+    loaded = Network(name, folder, key, len(rows) + width, seen, load)
+    counts = torch.full((len(federation.classes),), torch.nan, dtype=torch.float64)
+    return Teacher(name, fingerprint, loaded, rows, known, counts, width)
+
+
+def _other_model(folder: Path, fingerprint: str, features: bool) -> nn.Module:
+    model = load_exactly(folder, fingerprint)
+    return _WithFeatures(model) if features else model
+
+
+def _site_model(base: Path, found: Contribution, features: bool) -> nn.Module:
+    model = network.load(base)
+    with (
+        TensorFile(base / "model.safetensors") as start,
+        vector.opened(found.payload) as file,
+    ):
+        if found.checked is not None:
+            check_unchanged(file, found.checked)
+        state = {
+            name: vector.apply(start.read(name), file.read(name))
+            if name in file.specs
+            else start.read(name)
+            for name in start.specs
+        }
+    model.load_state_dict(state)
+    return _WithFeatures(model) if features else model
+
+
+def _width(folder: Path) -> int:
+    head = network.head_of(network.load(folder))
+    return int(getattr(head, "in_features", 0) or getattr(head, "in_channels"))  # noqa: B009
+
+
+def _counts(found: Contribution, federation: Federation) -> Tensor:
+    """(C,) float64: images of each class; those of a group in equal shares."""
+    told = found.manifest
+    coarse = {name: count_of(count) for name, count in (told.group_counts or {}).items()}
+    own = [count_of(told.class_counts[name]) for name in federation.classes]
+    shares = group_shares(federation.labels, coarse)
+    return torch.tensor(own, dtype=torch.float64) + torch.tensor(shares, dtype=torch.float64)
