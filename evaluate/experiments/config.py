@@ -51,6 +51,9 @@ class Merge(Document):
     """Options of `merge-kit head`, where it is."""
     compress: str = ""
     """How the sites' vectors travel (`merge-kit publish --compress`); empty for whole ones."""
+    transfer: str = ""
+    """Whose images, without labels, a recipe of distillation learns from: a choice of rows of the
+    table, such as ``site=north`` (of the split train), or another table or folder of images."""
     restore: str = ""
     """Whose images the norm statistics of the merged model are measured on again, before its
     classifier is solved: ``sites`` for what each site measures, or a choice of rows of the table,
@@ -136,6 +139,12 @@ def read_experiment(path: Path, root: Path) -> Experiment:
     for name, merge in found.merges.items():
         for text in (merge.options, merge.head):
             _split(text, f"{file.place.at('merges', name)}: '{name}'")
+        images = root / merge.transfer
+        if merge.transfer and "=" not in merge.transfer and not images.exists():
+            raise UsageError(
+                f"{file.place.at('merges', name)}: {images} does not exist: 'transfer' is a folder "
+                "or a table from --root, or rows such as site=north."
+            )
         if merge.compress:
             _check_compression(merge.compress, file.place.at("merges", name))
     init = _split(found.backbone.init, f"{file.place.at('backbone', 'init')}: 'init'")

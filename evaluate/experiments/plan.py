@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evaluate.experiments.config import Experiment
 from evaluate.experiments.tables import Union
+from finetune.cases import contents_digest, load_unlabelled
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.site import PUBLIC_KEY_FILE
 
@@ -61,13 +62,18 @@ class Fold:
         """Whether all sites are there and train as all else says: the one with the yardsticks."""
         return self.left_out is None and self.variant is None
 
-    def add(self, *argv: object, after: Sequence[Job] = ()) -> Job:
-        """One more command."""
+    def add(self, *argv: object, after: Sequence[Job] = (), about: str = "") -> Job:
+        """One more command; `about` stands for the content of what it reads from elsewhere."""
         texts = tuple(str(part) for part in argv)
         # The folder's name is a hash of data, backbone and training: it stands for all of them,
         # wherever they lie.
         moved = [self._inside(text) for text in texts]
-        told = [moved, self.root.name, sorted(job.key for job in after)]
+        told = [
+            moved,
+            self.root.name,
+            sorted(job.key for job in after),
+            *([about] if about else []),
+        ]
         key = sha256_bytes(canonical_json(told))[7:23]
         phase = max((job.phase for job in after), default=0) + 1
         job = Job(texts, key, tuple(job.key for job in after), phase)
@@ -225,11 +231,13 @@ class Planner:
             "merge",
             hub,
             *shlex.split(merge.options),
+            *self._transfer(merge.transfer),
             *only,
             "--out",
             model,
             "--replace",
             after=published,
+            about=self._content(merge.transfer),
         )
         if merge.restore:
             done = self._restore(merge.restore, model, plain, sites, only, done, hub)
@@ -251,6 +259,19 @@ class Planner:
             after=self._visits(sites, plain, [done], hub),
         )
         self.fold.models[name] = out
+
+    def _transfer(self, whose: str) -> tuple[object, ...]:
+        """The images that a student learns from."""
+        if not whose:
+            return ()
+        if "=" in whose:
+            return (*self._images(), "--where", whose, "--split", "train")
+        return ("--data", self._here / whose)
+
+    def _content(self, whose: str) -> str:
+        if not whose or "=" in whose:  # the table is a part of the fold's own name
+            return ""
+        return contents_digest(load_unlabelled(self._here / whose))
 
     def _visits(
         self, sites: Sequence[str], model: Path, after: Sequence[Job], hub: Path, *more: str

@@ -135,6 +135,29 @@ def test_only_those_who_are_there_calibrate_what_arrived(plan):
     assert len(job.after) == 1
 
 
+def test_a_student_learns_from_rows_or_from_other_images(plan, tmp_path):
+    from PIL import Image
+
+    other = tmp_path / "data" / "other"
+    other.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(other / "a.png")
+    distilled = {"options": "--recipe distill", "transfer": "other"}
+    rows = {"options": "--recipe distill", "transfer": "site=a", "calibrate": True}
+    fold = plan(merges={**TOLD["merges"], "other": distilled, "rows": rows})
+    by_out = {job.argv[job.argv.index("--out") + 1].rsplit("/", 1)[1]: job
+              for job in commands(fold, "merge")}  # fmt: skip
+    (first,) = (job for name, job in by_out.items() if name.startswith("other-"))
+    assert first.argv[2:6] == ("--recipe", "distill", "--data", str(other))
+    (second,) = (job for name, job in by_out.items() if name.startswith("rows-"))
+    assert second.argv[second.argv.index("--where") + 1] == "site=a"
+    assert second.argv[second.argv.index("--split") + 1] == "train"
+    Image.new("RGB", (8, 8), "red").save(other / "a.png")
+    again = plan(merges={**TOLD["merges"], "other": distilled, "rows": rows})
+    keys, changed = {job.key for job in fold.jobs}, {job.key for job in again.jobs}
+    assert first.key in keys - changed
+    assert len(keys - changed) == 1
+
+
 def test_each_way_to_travel_has_its_hub_once(plan):
     small = {"options": "--method sum", "calibrate": True, "compress": "int8"}
     fold = plan(merges={**TOLD["merges"], "small": small, "mean-small": {"compress": "int8"}})
