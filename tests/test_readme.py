@@ -63,9 +63,12 @@ def test_links_in_the_documents_lead_somewhere():
 
 def test_each_recipe_in_configs_is_complete_and_named_after_its_method():
     from merge_kit.methods import METHODS
-    from merge_kit.recipe import read_recipe
+    from merge_kit.recipe import DISTILL, read_recipe
 
-    found = {path.stem: read_recipe(path) for path in (ROOT / "configs" / "merge").glob("*.yaml")}
+    paths = sorted((ROOT / "configs" / "merge").glob("*.yaml"))
+    # Those of distillation are read by tests of their own.
+    paths = [path for path in paths if not path.stem.startswith(DISTILL)]
+    found = {path.stem: read_recipe(path) for path in paths}
     assert {name: recipe.method for name, recipe in found.items()} == {n: n for n in METHODS}
 
 
