@@ -400,6 +400,21 @@ def test_a_class_that_too_few_have_is_held_back(place, ok, tmp_path):
     assert tensors["annotated"].tolist() == [[0, 1, 0]]
 
 
+def test_of_too_few_images_nothing_leaves_the_site(place, refused, tmp_path):
+    rows = rows_of(table_of(place, "north"))
+    seen = 0
+    for row in rows:
+        kept = row["split"] == "val" or (seen := seen + 1) <= 9
+        row |= {} if kept else {"red": "", "green": ""}
+    table = write_csv(tmp_path / "few.csv", rows)
+    images = ("--images", place / "images" / "north", "--device", "cpu")
+    site = Path(shutil.copytree(place / "north", tmp_path / "north"))
+    assert refused("calibrate", site, "--data", table, *images, code=1) == (
+        "no class has 5 training images with it and 5 without it, as the federation's policy asks "
+        "for: fewer would give their features away; add images."
+    )
+
+
 def test_verify_solves_it_again(place, solved, ok, run_cli, tmp_path):
     assert "Verified" in ok("verify", solved, "--hub", place / "hub")
     changed = Path(shutil.copytree(solved, tmp_path / "changed"))
@@ -430,6 +445,7 @@ def test_norm_statistics_are_restored_from_sums_of_findings_sites(place, ok, tmp
         data = ("--data", table_of(place, name), "--model", place / "merged", "--norms")
         text = ok("calibrate", site, *data, "--publish")
         assert "60 training images measured" in text
+        assert "Held back" not in text
     restored = tmp_path / "restored"
     ok("restore", place / "merged", "--hub", hub, "--out", restored)
     before, after = (load(d / "model.safetensors") for d in (place / "merged", restored))
@@ -503,6 +519,10 @@ def test_what_is_of_one_class_each_names_the_way_out(place, refused, tmp_path):
     assert refused("statistics", place / "north", "--kind", "fisher") == (
         "--kind fisher is for images of one class each, and those of this federation may have "
         "several: take gram, or a merge method that needs no statistics."
+    )
+    assert refused("rounds", place / "north", "--data", table, "--out", tmp_path / "r") == (
+        "rounds are of images of one class each, and those of this federation may have several: "
+        "merge what the sites have published with 'merge-kit merge'."
     )
     assert refused("select", place / "hub", "--data", table, "--metric", "log_loss") == (
         "--metric log_loss is for images of one class each: take balanced_accuracy or macro_auroc."
