@@ -127,6 +127,13 @@ def test_a_pattern_costs_one_gram_matrix():
     assert told.grams.shape == (1, WIDTH, WIDTH)
 
 
+def test_a_finding_with_one_side_alone_has_no_logit():
+    targets = torch.tensor([[1, 0, 1], [1, 1, -1], [1, 0, 1], [1, 1, -1]])
+    head = findings.discriminant(measure(torch.randn(4, 3), targets), 0.5)
+    assert head.weight.any(dim=1).tolist() == [False, True, False]
+    assert (head.bias != 0).tolist() == [False, True, False]
+
+
 def test_no_image_gives_no_head():
     none = measure(torch.zeros(2, 4), torch.full((2, 3), -1))
     assert none.size == 0
