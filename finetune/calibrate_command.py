@@ -93,7 +93,8 @@ def calibrate(
                 "no --publish."
             )
         labelling = own_labelling(site.federation, listed(own_classes))
-        own = split_cases(labelling.space.classes, data, images, mapping, where, **split)
+        classes = labelling.space.classes
+        own = split_cases(classes, data, images, mapping, where, **split, annotated=annotated)
         _own_head(site, own, model, labelling, out, chosen, skip_unreadable)
         return
     several = site.federation.multi_label
