@@ -95,7 +95,8 @@ def calibrate(
                 "no --publish."
             )
         labelling = own_labelling(site.federation, listed(own_classes))
-        own = split_cases(labelling.space.classes, data, images, mapping, where, **split)
+        classes = labelling.space.classes
+        own = split_cases(classes, data, images, mapping, where, **split, annotated=annotated)
         _own_head(site, own, model, labelling, out, chosen, skip_unreadable)
         return
     several = site.federation.multi_label
@@ -143,8 +144,8 @@ def calibrate(
     for place, (name, count) in enumerate(zip(site.federation.classes, made.counts, strict=True)):
         without = f", {made.absent[place]} without" if several else ""
         click.echo(f"  {name:<20} {count:>8} images{without}")
-    for name, count in made.held_back:
-        if several and not norms:
+    for name, count in () if several and norms else made.held_back:
+        if several:
             click.echo(
                 f"Held back: '{name}' in {count} image(s): fewer than "
                 f"{site.federation.policy.minimum_class_count} have it or lack it, or differ in it "

@@ -55,7 +55,8 @@ class Calibration:
     absent: tuple[int, ...]
     """Where an image may have several classes, images in it that lack each; else nothing."""
     held_back: tuple[tuple[str, int], ...]
-    """Classes with fewer images than the policy asks for, and how many of them are not in it."""
+    """Classes with fewer images than the policy asks for, and how many; where an image may have
+    several classes, in how many images each is held back."""
     coarse: int
     """Images whose label names a group and that are therefore in no sum over a class."""
     assigned: int
@@ -178,7 +179,7 @@ def calibrate(
             int(stated.images or 0) if several else sum(counts),
             counts,
             absent,
-            _held_back(site, cases, _known(counts, absent) if several else counts),
+            _held_back(site, cases, counts),
             len(every) - len(cases),
             sum(case.label >= size for case in cases),
             tuple(skipped),
@@ -246,20 +247,16 @@ def _minimum(site: Site) -> int:
     return site.federation.policy.minimum_class_count
 
 
-def _known(counts: Sequence[int], absent: Sequence[int]) -> list[int]:
-    return [with_it + without for with_it, without in zip(counts, absent, strict=True)]
-
-
 def _held_back(
     site: Site, cases: Sequence[Case], counts: Sequence[int]
 ) -> tuple[tuple[str, int], ...]:
+    names = site.federation.classes
     if site.federation.multi_label:
-        told = [case.targets or () for case in cases]
-        there = Counter(i for targets in told for i, mark in enumerate(targets) if mark >= 0)
-    else:
-        there = Counter(case.label for case in cases)
-    missing = {name: there[i] - counts[i] for i, name in enumerate(site.federation.classes)}
-    return tuple((name, count) for name, count in missing.items() if count > 0)
+        targets = torch.tensor([case.targets for case in cases], dtype=torch.int8)
+        gone = ((targets >= 0) & (withhold(targets, _minimum(site)) < 0)).sum(dim=0).tolist()
+        return tuple((n, count) for n, count in zip(names, gone, strict=True) if count)
+    there = Counter(case.label for case in cases)
+    return tuple((n, there[i]) for i, n in enumerate(names) if there[i] and not counts[i])
 
 
 def _write(

@@ -18,9 +18,9 @@ from finetune.cases import load_cases
 from finetune.pixels import decode
 from finetune.splits import split_of
 from finetune.withholding import withhold
-from merge_kit import findings
 from merge_kit.cli import main
 from merge_kit.federation import read_federation
+from merge_kit.files import canonical_json
 from merge_kit.runs import latest_run
 from tests.finetune.pictures import write_csv, write_findings
 from tests.merge_kit.helpers import load
@@ -66,6 +66,14 @@ def refused(run_cli):
 def go(*arguments: object) -> None:
     """Run a command that must go through, before any test."""
     main([str(argument) for argument in arguments])
+
+
+def moved(place: Path, hub: Path, name: str, tmp_path: Path) -> Path:
+    """A copy of a site that speaks to another hub."""
+    site = Path(shutil.copytree(place / name, tmp_path / name))
+    path = site / "site.yaml"
+    path.write_text(path.read_text().replace(str(place / "hub"), str(hub)))
+    return site
 
 
 def table_of(place: Path, name: str) -> Path:
@@ -182,6 +190,70 @@ def test_sites_count_by_their_images(place, ok, tmp_path):
     ok("merge", place / "hub", "--weights", "examples", "--out", tmp_path / "merged")
     record = json.loads((tmp_path / "merged" / "provenance.json").read_bytes())
     assert [part["weight"] for part in record["contributions"]] == [1, 1, 1]
+
+
+def test_a_class_that_all_annotated_images_have_moves_no_row(place, ok, tmp_path):
+    """There was nothing to tell it from: its row was not trained, and its images do not count."""
+    hub = Path(shutil.copytree(place / "hub", tmp_path / "hub"))
+    site = moved(place, hub, "north", tmp_path)
+    rows = [{**row, "red": "1"} for row in rows_of(table_of(place, "north"))]
+    table = write_csv(tmp_path / "all.csv", rows)
+    ok("finetune", site, "--data", table, "--images", place / "images" / "north", *TRAINING)
+    ok("publish", site)
+    assert manifest_of(site)["absent_counts"]["red"] == 0
+    assert not load(latest_run(site) / "vector.safetensors")["fc.weight"][0].any()
+    ok("merge", hub, "--out", tmp_path / "merged")
+    base, merged = (load(d / "model.safetensors") for d in (hub / "base", tmp_path / "merged"))
+    west = load(latest_run(place / "west") / "vector.safetensors")
+    expected = base["fc.weight"][0] + west["fc.weight"][0]
+    torch.testing.assert_close(merged["fc.weight"][0], expected, rtol=0, atol=1e-6)
+
+
+def test_other_annotations_of_the_same_images_are_another_run(place, ok, tmp_path):
+    site = Path(shutil.copytree(place / "north", tmp_path / "north"))
+    rows = rows_of(table_of(place, "north"))
+    rows[0]["green"] = str(1 - int(rows[0]["green"]))
+    table = write_csv(tmp_path / "other.csv", rows)
+    data = ("--data", table, "--images", place / "images" / "north")
+    assert "finished before" not in ok("finetune", site, *data, *TRAINING)
+    assert "finished before" in ok("finetune", site, *data, *TRAINING)
+    model = ("--model", place / "merged", "--device", "cpu")
+    assert "measured before" not in ok("calibrate", site, *data, *model)
+    assert "measured before" in ok("calibrate", site, *data, *model)
+
+
+def test_a_site_may_have_a_task_of_its_own(place, ok, tmp_path):
+    """Of one class an image, under a classifier that stays there."""
+    hub = Path(shutil.copytree(place / "hub", tmp_path / "hub"))
+    site = moved(place, hub, "north", tmp_path)
+    rows = [{"file": row["file"], "label": "cyst" if row["green"] == "1" else "stone",
+             "split": row["split"]} for row in rows_of(table_of(place, "north"))]  # fmt: skip
+    table = write_csv(tmp_path / "own.csv", rows)
+    own = ("--own-classes", "cyst,stone", "--images", place / "images" / "north")
+    ok("finetune", site, "--data", table, *own, *TRAINING)
+    ok("publish", site)
+    manifest = manifest_of(site)
+    assert manifest["other_images"] == 60
+    assert set(manifest["absent_counts"].values()) == {0}
+    ok("merge", hub, "--weights", "examples", "--out", tmp_path / "merged")
+    record = json.loads((tmp_path / "merged" / "provenance.json").read_bytes())
+    assert [part["weight"] for part in record["contributions"]] == [1, 1, 1]
+    ok("evaluate", site, "--data", table, *own[2:], "--split", "val", "--out", tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "report.json").read_bytes())
+    assert report["task"] == "single-label"
+
+
+def test_a_site_counts_by_how_far_it_is_above_a_coin(place, ok, tmp_path):
+    ok("merge", place / "hub", "--weights", "validation", "--out", tmp_path / "merged")
+    record = json.loads((tmp_path / "merged" / "provenance.json").read_bytes())
+    scores = {}
+    for name in ANNOTATED:
+        own = manifest_of(place / name)["validation"]["balanced_accuracy"]
+        figure = own["value"] if own["low"] is None else own["low"]
+        scores[name] = max(0, 2 * figure - 1)
+    mean = sum(scores.values()) / 3
+    found = {part["site"]: part["weight"] for part in record["contributions"]}
+    assert found == pytest.approx({name: score / mean for name, score in scores.items()})
 
 
 def test_status_shows_who_has_annotated_what(place, ok):
@@ -328,6 +400,21 @@ def test_a_class_that_too_few_have_is_held_back(place, ok, tmp_path):
     assert tensors["annotated"].tolist() == [[0, 1, 0]]
 
 
+def test_of_too_few_images_nothing_leaves_the_site(place, refused, tmp_path):
+    rows = rows_of(table_of(place, "north"))
+    seen = 0
+    for row in rows:
+        kept = row["split"] == "val" or (seen := seen + 1) <= 9
+        row |= {} if kept else {"red": "", "green": ""}
+    table = write_csv(tmp_path / "few.csv", rows)
+    images = ("--images", place / "images" / "north", "--device", "cpu")
+    site = Path(shutil.copytree(place / "north", tmp_path / "north"))
+    assert refused("calibrate", site, "--data", table, *images, code=1) == (
+        "no class has 5 training images with it and 5 without it, as the federation's policy asks "
+        "for: fewer would give their features away; add images."
+    )
+
+
 def test_verify_solves_it_again(place, solved, ok, run_cli, tmp_path):
     assert "Verified" in ok("verify", solved, "--hub", place / "hub")
     changed = Path(shutil.copytree(solved, tmp_path / "changed"))
@@ -354,12 +441,11 @@ def test_images_at_the_merger_count_like_those_of_a_site(place, ok, tmp_path):
 def test_norm_statistics_are_restored_from_sums_of_findings_sites(place, ok, tmp_path):
     hub = Path(shutil.copytree(place / "hub", tmp_path / "hub"))
     for name in ("north", "south"):
-        site = Path(shutil.copytree(place / name, tmp_path / name))
-        config = (site / "site.yaml").read_text().replace(str(place / "hub"), str(hub))
-        (site / "site.yaml").write_text(config)
+        site = moved(place, hub, name, tmp_path)
         data = ("--data", table_of(place, name), "--model", place / "merged", "--norms")
         text = ok("calibrate", site, *data, "--publish")
         assert "60 training images measured" in text
+        assert "Held back" not in text
     restored = tmp_path / "restored"
     ok("restore", place / "merged", "--hub", hub, "--out", restored)
     before, after = (load(d / "model.safetensors") for d in (place / "merged", restored))
@@ -370,9 +456,7 @@ def test_norm_statistics_are_restored_from_sums_of_findings_sites(place, ok, tmp
 def test_training_starts_from_the_classifier_of_all_sites(place, ok, tmp_path):
     """And keeps it, so that the vectors' rows are alike: also those of what a site lacks."""
     hub = Path(shutil.copytree(place / "hub", tmp_path / "hub"))
-    site = Path(shutil.copytree(place / "north", tmp_path / "north"))
-    config = (site / "site.yaml").read_text().replace(str(place / "hub"), str(hub))
-    (site / "site.yaml").write_text(config)
+    site = moved(place, hub, "north", tmp_path)
     ok("calibrate", site, "--data", table_of(place, "north"), "--publish")
     ok("head", hub, "--out", tmp_path / "first")
     options = [*TRAINING[:-4], "--head", "federation", "--device", "cpu"]
@@ -436,6 +520,10 @@ def test_what_is_of_one_class_each_names_the_way_out(place, refused, tmp_path):
         "--kind fisher is for images of one class each, and those of this federation may have "
         "several: take gram, or a merge method that needs no statistics."
     )
+    assert refused("rounds", place / "north", "--data", table, "--out", tmp_path / "r") == (
+        "rounds are of images of one class each, and those of this federation may have several: "
+        "merge what the sites have published with 'merge-kit merge'."
+    )
     assert refused("select", place / "hub", "--data", table, "--metric", "log_loss") == (
         "--metric log_loss is for images of one class each: take balanced_accuracy or macro_auroc."
     )
@@ -489,17 +577,41 @@ def test_a_table_that_says_nothing_is_refused(place, refused, tmp_path, rows, se
     assert found == sentence.format(table=table)
 
 
-def test_moments_of_the_other_kind_are_refused(place, tmp_path, ok, run_cli):
-    """A payload whose tensors are those of images of one class each."""
-    told = findings.measure(torch.zeros(4, 3), torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]]))
-    assert told.size == 4
+def test_a_manifest_that_does_not_count_what_images_lack_is_refused(place, tmp_path, run_cli):
     hub = Path(shutil.copytree(place / "hub", tmp_path / "hub"))
     folder = next((hub / "contributions" / "north").iterdir())
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["absent_counts"]
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    (folder / "manifest.json").write_text(text)
+    (folder / "manifest.json").write_bytes(canonical_json(manifest))
     (folder / "manifest.sig").unlink()
     result = run_cli("merge", hub, "--allow-unsigned", "--out", tmp_path / "merged")
     assert result.exit_code == 1
-    assert "does not say how many images lack each class" in " ".join(result.stderr.split())
+    assert "does not say how many images lack each class: its site must" in result.stderr
+
+
+def test_a_choice_among_models_takes_a_class_that_two_sites_know(place, refused, ok, tmp_path):
+    hub = Path(shutil.copytree(place / "hub", tmp_path / "hub"))
+    ok("merge", hub, "--method", "sum", "--out", tmp_path / "sum")
+    for name, only in (("north", "red"), ("south", "blue")):
+        site = moved(place, hub, name, tmp_path)
+        for model in (place / "merged", tmp_path / "sum"):
+            data = ("--data", table_of(place, name), "--annotated", only, "--model", model)
+            ok("calibrate", site, *data, "--publish", "--device", "cpu")
+    models = (hub, place / "merged", tmp_path / "sum")
+    assert refused("head", *models, "--out", tmp_path / "best", code=1) == (
+        "no class was annotated at two of the sites that have calibrated all models: choosing "
+        "among them takes one that was; name one model."
+    )
+    assert not (tmp_path / "best").exists()
+
+
+def test_a_configuration_that_says_neither_yes_nor_no_is_refused(place, refused, tmp_path):
+    model = Path(shutil.copytree(place / "merged", tmp_path / "model"))
+    config = json.loads((model / "config.json").read_bytes())
+    config["merge_kit"]["multi_label"] = "perhaps"
+    (model / "config.json").write_text(json.dumps(config))
+    data = ("--data", table_of(place, "north"), "--out", tmp_path / "report")
+    assert refused("evaluate", model, *data, code=1) == (
+        f"{model / 'config.json'} is no timm configuration ('multi_label' is neither true nor "
+        "false)."
+    )

@@ -60,6 +60,11 @@ def rounds(
     )
     if len({site.config.federation for site in sites}) != 1:
         raise UsageError("the sites in FOLDERS have joined different federations.")
+    if sites[0].federation.multi_label:
+        raise UsageError(
+            "rounds are of images of one class each, and those of this federation may have "
+            "several: merge what the sites have published with 'merge-kit merge'."
+        )
     cases = table_cases(sites[0].federation.classes, data, images, mapping, where)
     with Progress() as progress:
         clients = []

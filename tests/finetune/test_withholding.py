@@ -59,9 +59,15 @@ def test_two_findings_that_differ_in_few_images_are_not_both_told():
     found = withhold(targets, 5)
     assert (found[:, 0] == -1).all()
     assert torch.equal(found[:, 1], targets[:, 1])
-    opposite = targets.clone()
-    opposite[:, 0] = 1 - opposite[:, 0]
-    assert (withhold(opposite, 5) == -1).any()
+
+
+def test_two_findings_that_are_all_but_opposites_are_not_both_told():
+    """The sum of all images less both sums is minus that of three, of two kinds."""
+    kinds = (((0, 1), 5), ((1, 0), 5))
+    targets = repeated(*[((*told, third), n) for told, n in kinds for third in (0, 1)],
+                       ((1, 1, 0), 2), ((1, 1, 1), 1))  # fmt: skip
+    assert (withhold(targets, 5)[:, 0] == -1).all()
+    assert torch.equal(withhold(targets, 3), targets)
 
 
 def test_a_rare_set_of_labels_that_follows_from_three_sums_is_not_told():

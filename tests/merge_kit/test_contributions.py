@@ -218,8 +218,15 @@ def test_a_contribution_in_another_sites_folder_is_refused(contribute, hub, plac
             {"group_counts": {"dark": 9}},
             " counts the groups wrongly: 'dark' is missing or unknown.",
         ),
+        (
+            {"absent_counts": {"round": 9}},
+            " counts what images lack wrongly: 'round' is missing or unknown.",
+        ),
     ],
-    ids=["base", "federation", "preprocessing", "class missing", "class unknown", "group unknown"],
+    ids=[
+        *("base", "federation", "preprocessing", "class missing", "class unknown"),
+        *("group unknown", "lacking of no use"),
+    ],
 )
 def test_a_manifest_for_something_else_is_refused(
     contribute, hub, federation, post, changes, sentence

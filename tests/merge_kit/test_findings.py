@@ -127,6 +127,13 @@ def test_a_pattern_costs_one_gram_matrix():
     assert told.grams.shape == (1, WIDTH, WIDTH)
 
 
+def test_a_finding_with_one_side_alone_has_no_logit():
+    targets = torch.tensor([[1, 0, 1], [1, 1, -1], [1, 0, 1], [1, 1, -1]])
+    head = findings.discriminant(measure(torch.randn(4, 3), targets), 0.5)
+    assert head.weight.any(dim=1).tolist() == [False, True, False]
+    assert (head.bias != 0).tolist() == [False, True, False]
+
+
 def test_no_image_gives_no_head():
     none = measure(torch.zeros(2, 4), torch.full((2, 3), -1))
     assert none.size == 0
@@ -161,23 +168,28 @@ def sums_of(sites) -> list[FindingMoments]:
     return [measure(f, t) for f, t in sites]
 
 
-def test_the_penalty_is_that_of_the_least_error_over_all_findings():
-    """From the images: residuals and degrees of freedom of each finding's ridge."""
-    sites = made([30, 25, 40], 3)
-    features, targets = pooled(sites)
-    errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
+def test_the_penalty_is_that_of_the_least_error_over_findings_that_count_alike():
+    """From the images: residuals and degrees of freedom of each finding's ridge. Without dividing
+    by each finding's own variance the rare one would have no say, and another penalty be taken."""
+    generator = torch.Generator().manual_seed(60)
+    directions = torch.randn(3, WIDTH, generator=generator) * torch.tensor([[3.0], [0.3], [0.3]])
+    marks = torch.rand(60, 3, generator=generator) < torch.tensor([0.5, 0.12, 0.5])
+    features = marks.float() @ directions + torch.randn(60, WIDTH, generator=generator)
+    targets = marks.long()
+    found = torch.zeros(2, len(PENALTIES), dtype=torch.float64)
     for finding in range(3):
-        rows = targets[:, finding] >= 0
-        x, y = features[rows].double(), targets[rows, finding].double()
+        x, y = features.double(), targets[:, finding].double()
         x, y, n = x - x.mean(dim=0), y - y.mean(), len(y)
         for place, penalty in enumerate(PENALTIES):
             inner = torch.linalg.inv(x.T @ x + penalty * torch.eye(WIDTH, dtype=torch.float64))
             hat = x @ inner @ x.T
             rest, freedom = (y - hat @ y).square().sum() / n, (1 + hat.trace()) / n
-            errors[place] += rest / (1 - freedom) ** 2 / (y.square().sum() / n)
-    _, chosen = solve(sums_of(sites), HeadOptions(solver="ridge"))
-    assert chosen.penalty == PENALTIES[int(errors.argmin())]
-    assert 0 < int(errors.argmin())  # or the grid's first would do
+            error = rest / (1 - freedom) ** 2
+            found[:, place] += torch.stack([error / (y.square().sum() / n), error])
+    told = [measure(features[:25], targets[:25]), measure(features[25:], targets[25:])]
+    _, chosen = solve(told, HeadOptions(solver="ridge"))
+    fair, raw = found.argmin(dim=1).tolist()
+    assert chosen.penalty == PENALTIES[fair] != PENALTIES[raw]
 
 
 def test_the_shrinkage_describes_the_sites_that_know_each_finding_best():

@@ -139,6 +139,7 @@ ORDER = "holds patterns that are not in ascending order, or one twice"
         (lambda m: m.positives[-1, 0].fill_(99), "holds counts that do not fit its sums"),
         (lambda m: m.positives[-1, 0].fill_(0), "holds counts that do not fit its sums"),
         (lambda m: m.positives[-1, 0].copy_(m.sizes[-1]), "holds counts that do not fit its sums"),
+        (lambda m: m.totals[-1].add_(99), "holds sums of squares that are too small for its sums"),
         (lambda m: m.present[-1].mul_(9), "holds sums of squares that are too small for its sums"),
         (lambda m: m.grams[-1].mul_(0.1), "holds sums of squares that are too small for its sums"),
     ],

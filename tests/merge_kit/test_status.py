@@ -48,6 +48,7 @@ def test_a_row_says_what_the_site_said(contribute, hub, rows):
         "site": "north",
         "id": parcel.manifest.id,
         "state": "ready",
+        "absent_counts": {},
         "group_counts": {},
         "other_images": 0,
         "problem": None,

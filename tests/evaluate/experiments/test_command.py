@@ -265,6 +265,7 @@ def test_a_command_that_fails_is_named_and_the_rest_can_go_on(cells, tmp_path, c
         ("rounds: 2", "round: 2", "unknown key 'round'; did you mean 'rounds'?"),
         ("{steps: 2,", "{stepps: 2,", "unknown key 'stepps'; did you mean 'steps'?"),
         ("--method sum", "--method 'sum", "has a quotation mark without its pair: close it."),
+        ("--crop-pct 1.0", "--multi-label", "experiments are on images of one class each: leave"),
         ("fedbn]", "fedbn, fedbn]", "'strategies': an entry is named twice"),
     ],
 )
