@@ -45,6 +45,12 @@ from merge_kit.site import Site, open_site
     help="Measure its batch norm statistics instead, for 'merge-kit restore'.",
 )
 @click.option(
+    "--means",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Send means of groups of N images of a class: far fewer bytes than sums of squares.",
+)
+@click.option(
     "--assign-groups",
     is_flag=True,
     help="Count an image of a group for the class of it that the model finds most probable.",
@@ -65,6 +71,7 @@ def calibrate(
     skip_unreadable: bool,
     model: Path | None,
     norms: bool,
+    means: int | None,
     assign_groups: bool,
     annotated: str | None,
     own_classes: str | None,
@@ -85,6 +92,7 @@ def calibrate(
     \b
     merge-kit calibrate north --data north.csv
     merge-kit calibrate north --data north.csv --model hub/models/merged --publish
+    merge-kit calibrate north --data north.csv --means 5 --publish
     merge-kit calibrate west --data west.csv --model merged --own-classes cyst,abscess --out mine
     """
     site, chosen = open_site(folder), choose_device(device)
@@ -104,6 +112,11 @@ def calibrate(
         raise UsageError(
             "--assign-groups is for images of one class each: leave it out, what is not annotated "
             "counts nowhere."
+        )
+    if means is not None and (several or norms):
+        raise UsageError(
+            "--means is for the classifier of images of one class each: leave it out "
+            f"{'in a federation of findings' if several else 'with --norms'}."
         )
     if norms and assign_groups:
         raise UsageError("--assign-groups is for the classifier: norm statistics need no labels.")
@@ -131,6 +144,7 @@ def calibrate(
             model,
             chosen,
             "norms" if norms else "moments",
+            means=means,
             assign_groups=assign_groups,
             skip_unreadable=skip_unreadable,
             stage=progress.stage,
@@ -166,7 +180,7 @@ def calibrate(
             f"Guessed: {made.assigned} image(s) of a group count for the class of it that the "
             "model finds most probable."
         )
-    what = "norm statistics" if norms else "moments"
+    what = "norm statistics" if norms else "means" if means else "moments"
     click.echo(f"  {what:<20} {made.size / 2**20:.1f} MiB in {made.folder}")
     if publish:
         opened = open_hub(hub or site.config.hub)

@@ -21,12 +21,14 @@ from finetune.pixels import decode
 from finetune.run import alone, now, software
 from finetune.splits import split_of
 from finetune.withholding import withhold
-from merge_kit import findings, moments, momentsfile, normstats
+from merge_kit import classmeans, findings, moments, momentsfile, normstats
 from merge_kit.checkpoints import WEIGHTS
+from merge_kit.classmeans import GroupMeans
 from merge_kit.errors import DataError, LabelError, UsageError
 from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
 from merge_kit.manifest import Draft, Payload, read_draft
+from merge_kit.momentsfile import AnyMoments
 from merge_kit.publishing import DRAFT, draft_file, payload_file
 from merge_kit.reheading import record_of
 from merge_kit.runs import latest_run
@@ -87,6 +89,7 @@ def calibrate(
     device: torch.device,
     kind: Measured = "moments",
     *,
+    means: int | None = None,
     assign_groups: bool = False,
     skip_unreadable: bool = False,
     stage: Stage = lambda name, done, of: None,
@@ -98,8 +101,10 @@ def calibrate(
     its images' features away. So is an image whose label names a group of classes: the classifier
     is made of sums over single classes. With `assign_groups` it counts for the class of its group
     that the model's own classifier, which others have solved, finds most probable. Where an image
-    may have several classes, what `withhold` holds back is not told. The folder's
-    name is a hash of the model and the images: what has been measured before is not measured again.
+    may have several classes, what `withhold` holds back is not told. With `means` the means of
+    groups of so many images are told in the place of the moments: see `merge_kit.classmeans`.
+    The folder's name is a hash of the model and the images: what has been measured before is not
+    measured again.
 
     Raises
     ------
@@ -110,6 +115,8 @@ def calibrate(
     UsageError
         Groups are to be assigned by a model whose classifier nobody has solved.
     """
+    if means is not None:
+        classmeans.check_size(means, _minimum(site))
     every = sorted(split_of(cases, "train"), key=lambda case: case.file)
     cases, size = every, len(site.federation.classes)
     several = site.federation.multi_label
@@ -126,6 +133,7 @@ def calibrate(
     about = backbone_at(site, model)
     told: list[object] = [about, site.config.federation, _minimum(site)]
     told += [] if kind == "moments" else [kind]
+    told += [] if means is None else [f"means of {means}"]
     told += [solved_by] if assign_groups else []
     told += [[case.file, *told_of(case), case_key(case)] for case in cases]
     folder = site.root / CALIBRATIONS / sha256_bytes(canonical_json(told))[7:19]
@@ -162,9 +170,7 @@ def calibrate(
                     truth = withhold(truth, _minimum(site))
                 kept = _enough(site, truth)
                 tensors = momentsfile.to_tensors(
-                    findings.measure(features[kept], truth[kept])
-                    if several
-                    else moments.measure(features[kept], truth[kept], size)
+                    _measured(site, features[kept], truth[kept], means)
                 )
             counted = withhold(truth, _minimum(site)) if several else truth
             _write(site, folder, kind, about, tensors, counted[kept])
@@ -185,6 +191,17 @@ def calibrate(
             tuple(skipped),
             was_there,
         )
+
+
+def _measured(
+    site: Site, features: Tensor, truth: Tensor, means: int | None
+) -> AnyMoments | GroupMeans:
+    size = len(site.federation.classes)
+    if site.federation.multi_label:
+        return findings.measure(features, truth)
+    if means is not None:
+        return classmeans.measure(features, truth, size, means)
+    return moments.measure(features, truth, size)
 
 
 def _enough(site: Site, truth: Tensor) -> Tensor:

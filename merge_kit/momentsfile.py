@@ -1,6 +1,7 @@
 """Moments as they travel: tensors in a safetensors file, checked before they are used.
 
-Those of findings have a further first dimension: the patterns in which they were annotated.
+Those of findings have a further first dimension: the patterns in which they were annotated. A site
+may send means of groups of its images in the place of sums: see `merge_kit.classmeans`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from merge_kit import classmeans
+from merge_kit.classmeans import GroupMeans
 from merge_kit.errors import VectorError
 from merge_kit.findings import FindingMoments
 from merge_kit.moments import Moments
@@ -20,6 +23,7 @@ from merge_kit.tensorheader import TensorSpec
 AnyMoments: TypeAlias = Moments | FindingMoments
 _GRAM, _SUMS, _COUNTS = "gram", "sums", "counts"
 _ANNOTATED, _SIZES, _TOTALS = "annotated", "sizes", "totals"
+_MEANS, _LABELS = "means", "labels"
 NAMES = {_GRAM, _SUMS, _COUNTS}
 _ROUNDING = 1e-9
 
@@ -32,6 +36,18 @@ def specs(features: int, classes: int) -> dict[str, TensorSpec]:
         _COUNTS: TensorSpec(torch.int64, (classes,)),
         _GRAM: TensorSpec(torch.float64, (features * (features + 1) // 2,)),
         _SUMS: TensorSpec(torch.float64, (classes, features)),
+    }
+
+
+def mean_specs(groups: int, features: int, classes: int) -> dict[str, TensorSpec]:
+    """What a file of means holds: of each group the mean of its features, float32 (G, d), its
+    class, int64 (G,), ascending, and the number of its images, int64 (G,); the counts, int64 (C,).
+    """
+    return {
+        _COUNTS: TensorSpec(torch.int64, (classes,)),
+        _LABELS: TensorSpec(torch.int64, (groups,)),
+        _MEANS: TensorSpec(torch.float32, (groups, features)),
+        _SIZES: TensorSpec(torch.int64, (groups,)),
     }
 
 
@@ -51,8 +67,15 @@ def finding_specs(patterns: int, features: int, classes: int) -> dict[str, Tenso
     }
 
 
-def to_tensors(moments: AnyMoments) -> dict[str, Tensor]:
+def to_tensors(moments: AnyMoments | GroupMeans) -> dict[str, Tensor]:
     """The tensors of the file."""
+    if isinstance(moments, GroupMeans):
+        return {
+            _COUNTS: moments.counts.long(),
+            _LABELS: moments.labels.long(),
+            _MEANS: moments.means,
+            _SIZES: moments.sizes.long(),
+        }
     if isinstance(moments, FindingMoments):
         rows, columns = _triangle(moments.totals.shape[1])
         return {
@@ -72,14 +95,21 @@ def to_tensors(moments: AnyMoments) -> dict[str, Tensor]:
 
 
 def read(file: Tensors) -> AnyMoments:
-    """The moments in a file whose tensors are as `specs` or `finding_specs` has them."""
+    """The moments in a file whose tensors are as `specs`, `mean_specs` or `finding_specs` has them;
+    those that follow from means."""
     if _ANNOTATED in file.specs:
         return _read_findings(file)
+    if _MEANS in file.specs:
+        return classmeans.to_moments(_read_means(file))
     sums, packed = file.read(_SUMS), file.read(_GRAM)
     rows, columns = _triangle(sums.shape[1])
     gram = sums.new_empty(sums.shape[1], sums.shape[1])
     gram[rows, columns] = gram[columns, rows] = packed
     return Moments(gram, sums, file.read(_COUNTS).double())
+
+
+def _read_means(file: Tensors) -> GroupMeans:
+    return GroupMeans(*(file.read(name) for name in (_MEANS, _LABELS, _SIZES, _COUNTS)))
 
 
 def _read_findings(file: Tensors) -> FindingMoments:
@@ -99,6 +129,10 @@ def _read_findings(file: Tensors) -> FindingMoments:
 
 def specs_like(found: Mapping[str, TensorSpec], *, multi_label: bool) -> dict[str, TensorSpec]:
     """What a file of moments holds that has as many features and classes, and patterns."""
+    means, counts = found.get(_MEANS), found.get(_COUNTS)
+    if not multi_label and means and counts:
+        plain = len(means.shape) == 2 and len(counts.shape) == 1
+        return mean_specs(*means.shape, *counts.shape) if plain else {}
     sums = found.get(_SUMS)
     shape = sums.shape if sums else ()
     if len(shape) != (3 if multi_label else 2):
@@ -126,6 +160,9 @@ def check_specs(
         told = found.get(_SIZES)
         patterns = told.shape[0] if told and len(told.shape) == 1 else 1
         expected = finding_specs(patterns, features, classes)
+    elif _MEANS in found:
+        shape = found[_MEANS].shape
+        expected = mean_specs(shape[0] if shape else 1, features, classes)
     check_exactly(found, expected, where, "which moments do not have")
 
 
@@ -153,6 +190,13 @@ def check_exactly(
                 f"{where}: tensor '{name}' is {found[name]}, for this backbone it is "
                 f"{expected[name]}."
             )
+
+
+def fault_of(file: Tensors) -> str | None:
+    """What no images can have given in a file whose tensors are as `read` asks, or None."""
+    if _MEANS in file.specs and (found := classmeans.fault(_read_means(file))):
+        return found
+    return fault(read(file))
 
 
 def fault(moments: AnyMoments) -> str | None:

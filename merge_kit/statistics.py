@@ -121,7 +121,7 @@ def _fault_of_moments(file: TensorFile) -> str | None:
     alike = (momentsfile.specs_like(file.specs, multi_label=flag) for flag in (False, True))
     if dict(file.specs) not in alike:
         return "holds no moments"
-    return momentsfile.fault(momentsfile.read(file))
+    return momentsfile.fault_of(file)
 
 
 def _fault_of_norms(file: TensorFile) -> str | None:

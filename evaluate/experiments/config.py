@@ -91,6 +91,8 @@ class Experiment(Document):
     """Merges for which every site is left out once, from its first day on, and tested on; of the
     first seed."""
     arrivals: Arrivals | None = None
+    means: int | None = Field(default=None, ge=1)
+    """Images of a group whose means sites send in the place of moments (`calibrate --means`)."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
 
     @field_validator("seeds", "baselines", "strategies", "unseen")

@@ -168,6 +168,7 @@ class Planner:
                 "calibrate",
                 self._site(site),
                 *self._images(site),
+                *self._means(),
                 "--publish",
                 after=[admitted],
             )
@@ -260,6 +261,9 @@ class Planner:
         )
         self.fold.models[name] = out
 
+    def _means(self) -> tuple[object, ...]:
+        return () if self._told.means is None else ("--means", self._told.means)
+
     def _transfer(self, whose: str) -> tuple[object, ...]:
         """The images that a student learns from."""
         if not whose:
@@ -285,7 +289,7 @@ class Planner:
                 *self._images(site),
                 "--model",
                 model,
-                *more,
+                *(more or self._means()),
                 "--publish",
                 *there,
                 after=after,

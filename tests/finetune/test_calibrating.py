@@ -134,3 +134,51 @@ def test_a_model_of_another_federation_is_refused(hub, hospitals, contribute, ru
     result = run_cli("calibrate", tmp_path / "south", "--data", data, "--model", model)
     assert result.exit_code == 1
     assert f"{model} is of the contract sha256:{'0' * 64}, this federation's is" in result.stderr
+
+
+def test_means_of_groups_travel_in_the_place_of_moments(
+    hub, hospitals, calibrate, run_cli, tmp_path
+):
+    """Beside a site that sends moments; the classifier is that of their sum, and is verified."""
+    whole = calibrate("south")
+    small = calibrate("north", "--means", 5)
+    read = {}
+    for name, folder in (("south", whole), ("north", small)):
+        with TensorFile(folder / "moments.safetensors") as file:
+            read[name] = momentsfile.read(file)
+    assert small.joinpath("moments.safetensors").stat().st_size < (
+        whole.joinpath("moments.safetensors").stat().st_size / 10
+    )
+    with TensorFile(small / "moments.safetensors") as file:
+        assert int(file.read("sizes").min()) >= 5
+    expected = moments.discriminant(moments.add([read["north"], read["south"]]), 0.3)
+    out = ("--option", "shrinkage=0.3", "--out", tmp_path / "first")
+    assert run_cli("head", hub.root, *out).exit_code == 0
+    found = load(tmp_path / "first" / "model.safetensors")
+    torch.testing.assert_close(found["fc.weight"].double(), expected.weight, rtol=1e-5, atol=1e-6)
+    assert run_cli("verify", tmp_path / "first", "--hub", hub.root).exit_code == 0
+
+
+def test_means_replace_moments_of_the_same_model(hub, hospitals, calibrate, run_cli):
+    calibrate("north")
+    calibrate("north", "--means", 6)
+    told = json.loads(run_cli("status", hub.root, "--json").output)
+    (sites_,) = [row["sites"] for row in told["calibrations"] if row["sites"]]
+    assert [row["site"] for row in sites_] == ["north"]
+
+
+def test_small_groups_and_other_measures_are_refused(hospitals, run_cli, tmp_path):
+    def refused(*arguments):
+        done = run_cli("calibrate", tmp_path / "north", "--data", hospitals["north"], *arguments)
+        assert done.exit_code == 2, done.output
+        return done.stderr.splitlines()[-1]
+
+    assert refused("--means", 4) == (
+        "Error: --means 4: the federation's policy asks for groups of at least 5 images, since the "
+        "mean of few gives their features away: give a larger number."
+    )
+    assert refused("--means", 5, "--norms") == (
+        "Error: --means is for the classifier of images of one class each: leave it out with "
+        "--norms."
+    )
+    assert not (tmp_path / "north" / "calibrations").exists()
