@@ -85,7 +85,7 @@ def test_a_file_of_means_is_read_as_moments(tmp_path):
         assert momentsfile.fault_of(file) is None
         again = momentsfile.read(file)
         assert dict(file.specs) == momentsfile.specs_like(file.specs, multi_label=False)
-        with pytest.raises(VectorError, match="here: tensor 'means' is F32 .*, for this backbone"):
+        with pytest.raises(VectorError, match=r"here: tensor 'means' is F32 .*, for this backbone"):
             momentsfile.check_specs(file.specs, 5, 3, "here")
     expected = to_moments(found)
     assert torch.equal(again.gram, expected.gram)
@@ -120,7 +120,7 @@ def test_groups_are_as_large_as_the_policy_asks():
     classmeans.check_size(5, 5)
     with says(
         UsageError,
-        "--means 4: the federation's policy asks for groups of at least 5 images, since the mean of "
-        "few gives their features away: give a larger number.",
+        "--means 4: the federation's policy asks for groups of at least 5 images, since the mean "
+        "of few gives their features away: give a larger number.",
     ):
         classmeans.check_size(4, 5)
