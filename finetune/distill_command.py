@@ -7,36 +7,41 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
+from rich.console import Console
 from torch import nn
 
 from finetune import network
 from finetune.cases import Case, contents_digest, load_unlabelled
 from finetune.distillation import Distillation, Student, read_distillation
 from finetune.distilling import Labelled, Lesson, distil, lesson, split, told_of
-from finetune.image_options import table_cases, unlabelled_options
+from finetune.image_options import of_split, table_cases, unlabelled_options
 from finetune.network import choose_device
 from finetune.pixels import Images, decode
 from finetune.progress import Progress
 from finetune.run import alone
-from finetune.teachers import Teacher, other_teacher, site_teachers
+from finetune.teachers import Teacher, absent_teachers, other_teacher, site_teachers
 from merge_kit import backbone, distilled, merging
-from merge_kit.commands.merging_options import Gathered, contribution_options, gather
+from merge_kit.commands.merging_options import contribution_options
 from merge_kit.commands.options import next_step, pairs, shown
 from merge_kit.configuration import read_config
-from merge_kit.contributions import Contribution, list_entries
+from merge_kit.contributions import Contribution, Entry, check_payloads, list_entries
 from merge_kit.errors import DataError, UsageError, VectorError
 from merge_kit.federation import BASE_WEIGHTS, Federation, Preprocessing, preprocessing_of
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.hub import Hub, open_hub
-from merge_kit.provenance import DistilRecord, OtherTeacher, OwnImages
-from merge_kit.recipe import DISTILL, make_recipe
+from merge_kit.manifest import Kind
+from merge_kit.provenance import DistilRecord, OtherTeacher, OwnImages, StatedTeacher
+from merge_kit.recipe import DISTILL
 from merge_kit.remembered import cache_folder
 from merge_kit.site import base_folder, federation_on
 from merge_kit.writing import check_target
 
 CHECKPOINT = "checkpoint.pt"
+_TEACH: tuple[Kind, ...] = ("vector", "predictions")
+"""What of a hub teaches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +124,6 @@ def distill(
         raise UsageError(
             "--student and the recipe's 'student' are two students: leave one of them out."
         )
-    options, chosen_device = told.options(), choose_device(device)
     opened = open_hub(hub)
     federation = federation_on(opened)
     if federation.multi_label:
@@ -127,34 +131,31 @@ def distill(
             "distillation is for images of one class each: in a federation of findings merge "
             "weights, with 'merge-kit merge' and another recipe."
         )
-    cases = _cases(data, images, where, split_of)
+    cases = of_split(
+        load_unlabelled(data, images=images, where=pairs(where, "--where")), split_of, data
+    )
     few = None
     if labelled:
         few = Labelled(tuple(table_cases(federation.classes, labelled, images, (), ())))
-    found = None
-    if not without_sites:
-        found = gather(
-            list_entries(opened, federation),
-            federation,
-            opened.fetch(BASE_WEIGHTS),
-            make_recipe({"method": "mean"}, "distillation"),
-            sites=sites,
-            exclude=exclude,
-            skip_refused=skip_refused,
-            allow_unsigned=allow_unsigned,
-        )
-    precision = network.resolved("auto", chosen_device)
-    teachers, taught = _teachers(
-        opened, federation, found, others, precision, features=told.features > 0
+    arrived = _arrived(
+        opened,
+        federation,
+        without_sites,
+        sites=sites,
+        exclude=exclude,
+        skip_refused=skip_refused,
+        allow_unsigned=allow_unsigned,
     )
-    cache = cache_folder("outputs")
+    on = choose_device(device)
+    precision = network.resolved("auto", on)
+    teachers = _teachers(opened, federation, arrived, others, precision, told.features > 0)
     with ExitStack() as stack, Progress() as progress:
-        cache = cache or Path(stack.enter_context(TemporaryDirectory()))
+        cache = cache_folder("outputs") or Path(stack.enter_context(TemporaryDirectory()))
         heard = lesson(
             teachers,
             cases,
             told,
-            chosen_device,
+            on,
             cache,
             labelled=few,
             skip_unreadable=skip_unreadable,
@@ -162,52 +163,36 @@ def distill(
         )
         for sentence in heard.left_out:
             click.echo(f"Left out: {sentence}", err=True)
-        begun = _begin(federation, opened, found, told, student)
-        parts = split(heard, told.validation, options.seed)
-        pixels = _pixels(parts, begun.preprocessing, progress)
-        start = distilled.fingerprint_of(begun.model.state_dict())
-        digest = contents_digest(heard.cases)
-        identity = [
-            told_of(told), start, digest, chosen_device.type,
-            [[t.fingerprint, share] for t, share in zip(teachers, heard.shares, strict=True)],
-        ]  # fmt: skip
+        begun = _begin(federation, opened, arrived, told, student)
+        record = DistilRecord(
+            start=distilled.fingerprint_of(begun.model.state_dict()),
+            images=_told(heard.cases),
+            labelled=_told(few.cases) if few else None,
+            **_beside(teachers, heard.shares, arrived),
+        )
+        parts = split(heard, told.validation, told.options().seed)
+        identity = [told_of(told), record.model_dump(mode="json"), on.type, heard.shares]
         name = sha256_bytes(canonical_json(identity))[7:23]
         work = cache.parent / "distilling" / name
         stack.enter_context(alone(work))
         state = distil(
             begun.model,
-            pixels,
+            _pixels(parts, begun.preprocessing, progress),
             parts,
             told,
-            options,
-            chosen_device,
+            on,
             work / CHECKPOINT,
             progress,
         )
-        record = DistilRecord(
-            start=start,
-            images=_told(heard.cases),
-            labelled=_told(few.cases) if few else None,
-            others=tuple(
-                OtherTeacher(name=t.name, fingerprint=t.fingerprint, weight=share)
-                for t, share in zip(teachers, heard.shares, strict=True)
-                if t.fingerprint not in taught
-            ),
-        )
-        shares = [
-            (taught[t.fingerprint], share)
-            for t, share in zip(teachers, heard.shares, strict=True)
-            if t.fingerprint in taught
-        ]
         merged = distilled.fingerprint_of(state)
+        by_payload = {c.manifest.payload.sha256: c for c in arrived.vectors}
+        shares = [
+            (by_payload[teacher.fingerprint], share)
+            for teacher, share in zip(teachers, heard.shares, strict=True)
+            if teacher.fingerprint in by_payload
+        ]
         whole = distilled.provenance(
-            federation,
-            shares,
-            found.refused if found else [],
-            told_of(told),
-            record,
-            merged,
-            chosen_device.type,
+            federation, shares, arrived.refused, told_of(told), record, merged, on.type
         )
         distilled.write(
             target, state, begun.config, federation, whole, begun.architecture, replace=replace
@@ -215,43 +200,96 @@ def distill(
         (work / CHECKPOINT).unlink(missing_ok=True)
     click.echo(f"Model in {target}: distilled from {len(teachers)} teachers")
     for teacher, share in zip(teachers, heard.shares, strict=True):
-        click.echo(f"  {teacher.name:<20} share {share:.3f}")
+        click.echo(f"  {teacher.name:<30} share {share:.3f}")
     click.echo(f"  on {len(heard.cases)} images without labels; fingerprint {merged}")
     next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """What has arrived on a hub to learn from."""
+
+    vectors: Sequence[Contribution] = ()
+    predictions: Sequence[Contribution] = ()
+    refused: Sequence[Entry] = ()
+
+
+def _arrived(
+    hub: Hub,
+    federation: Federation,
+    without_sites: bool,
+    *,
+    sites: Sequence[str],
+    exclude: Sequence[str],
+    skip_refused: bool,
+    allow_unsigned: bool,
+) -> _Arrived:
+    """The vectors and the predictions that may teach, checked; says on stderr what was left out.
+
+    Raises
+    ------
+    ContributionError
+        One of them may not be used and `skip_refused` is false; or there is none.
+    """
+    if without_sites:
+        return _Arrived()
+    with Console(stderr=True).status("checking what has arrived"):
+        wanted = [entry for entry in list_entries(hub, federation) if entry.kind in _TEACH]
+        checked = check_payloads(wanted, federation, hub.fetch(BASE_WEIGHTS))
+    there = {entry.kind for entry in checked} or {"vector"}
+    found: dict[Kind, Sequence[Contribution]] = {}
+    refused: list[Entry] = []
+    for kind in _TEACH:
+        if kind in there:
+            found[kind], odd = merging.choose(
+                checked,
+                allow_unsigned=allow_unsigned,
+                skip_refused=skip_refused,
+                sites=sites,
+                exclude=exclude,
+                kind=kind,
+            )
+            refused += odd
+    for entry in refused:
+        click.echo(f"Left out: {entry.problem}", err=True)
+    return _Arrived(found.get("vector", ()), found.get("predictions", ()), refused)
+
+
+def _beside(
+    teachers: Sequence[Teacher], shares: Sequence[float], arrived: _Arrived
+) -> dict[str, Any]:
+    """The teachers that are no vectors, as a provenance names them."""
+    vectors = {c.manifest.payload.sha256 for c in arrived.vectors}
+    answers = {c.manifest.payload.sha256: c for c in arrived.predictions}
+    others, predictions = [], []
+    for teacher, share in zip(teachers, shares, strict=True):
+        name = teacher.fingerprint
+        if teacher.network is None:
+            told = {**merging.stated(answers[name]), "about": answers[name].manifest.about}
+            predictions.append(StatedTeacher.model_validate({**told, "weight": share}))
+        elif name not in vectors:
+            others.append(OtherTeacher(name=teacher.name, fingerprint=name, weight=share))
+    return {"others": tuple(others), "predictions": tuple(predictions)}
 
 
 def _told(cases: Sequence[Case]) -> OwnImages:
     return OwnImages(count=len(cases), sha256=contents_digest(cases))
 
 
-def _cases(data: Path, images: Path | None, where: tuple[str, ...], split_of: str) -> list[Case]:
-    cases = load_unlabelled(data, images=images, where=pairs(where, "--where"))
-    if split_of != "all" and any(case.split for case in cases):
-        cases = [case for case in cases if case.split == split_of]
-    if not cases:
-        raise DataError(f"{data} has no image to learn from: give others, or another --split.")
-    return sorted(cases, key=lambda case: case.file)
-
-
 def _teachers(
     hub: Hub,
     federation: Federation,
-    found: Gathered | None,
+    arrived: _Arrived,
     others: Sequence[str],
     precision: str,
-    *,
     features: bool,
-) -> tuple[list[Teacher], dict[str, Contribution]]:
-    """All teachers, and the contributions among them by their payload's digest."""
-    teachers: list[Teacher] = []
-    taught: dict[str, Contribution] = {}
-    if found:
-        teachers, silent = site_teachers(
-            federation, base_folder(hub), found.chosen, precision, features=features
-        )
-        for sentence in silent:
-            click.echo(f"Left out: {sentence}", err=True)
-        taught = {c.manifest.payload.sha256: c for c in found.chosen}
+) -> list[Teacher]:
+    teachers, silent = site_teachers(
+        federation, base_folder(hub), arrived.vectors, precision, features=features
+    )
+    for sentence in silent:
+        click.echo(f"Left out: {sentence}", err=True)
+    teachers += absent_teachers(federation, arrived.predictions)
     for text in others:
         name, separator, path = text.partition("=")
         if not separator or Path(text).exists():
@@ -262,13 +300,13 @@ def _teachers(
     names = [teacher.name for teacher in teachers]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two teachers are called '{twice}': tell them apart with NAME=FOLDER.")
-    return teachers, taught
+    return teachers
 
 
 def _begin(
     federation: Federation,
     hub: Hub,
-    found: Gathered | None,
+    arrived: _Arrived,
     recipe: Distillation,
     student: Path | None,
 ) -> _Begun:
@@ -279,20 +317,19 @@ def _begin(
         return _built(recipe.student, federation)
     merge = recipe.merge()
     assert merge is not None  # or there is a student
-    if found is None:
+    if not arrived.vectors:
         raise UsageError(
-            "with --alone no weights are merged to start from: give --student, or a recipe with a "
-            "'student'."
+            "there are no vectors to merge the student's first weights from: give --student, or a "
+            "recipe with a 'student'."
         )
     with TemporaryDirectory() as place:
         merged = Path(place) / "start"
         merging.merge(
             federation,
             hub.fetch(BASE_WEIGHTS),
-            found.chosen,
+            arrived.vectors,
             merge,
             merged,
-            statistics=found.statistics,
         )
         model = network.load(merged)
     return _Begun(

@@ -19,7 +19,6 @@ from finetune.distillation import Distillation, Weighting
 from finetune.feed import draw_seed
 from finetune.losses import rarity
 from finetune.objectives import Objective, Truth
-from finetune.options import TrainingOptions
 from finetune.outputs import Network, Outputs, Stage
 from finetune.pixels import Images
 from finetune.tasks import Report, Task
@@ -86,6 +85,10 @@ def lesson(
     rows = np.flatnonzero(run.readable).tolist()
     if not rows:
         raise DataError("no image can be read: check the image folder and the file formats.")
+    if recipe.features and any(teacher.network is None for teacher in teachers):
+        raise UsageError(
+            "'features' are of models that are here: leave it at 0 where predictions teach."
+        )
     known = torch.stack([teacher.known for teacher in teachers])
     classes = known.shape[1]
     heard = torch.stack(
@@ -125,6 +128,14 @@ def _asked(
     progress: Stage | None,
 ) -> tuple[list[Tensor], Outputs]:
     keys = [content_key(case) for case in cases]
+    for teacher in teachers:
+        if teacher.network is None and (gone := [k for k in keys if k not in teacher.answers]):
+            raise DataError(
+                f"{len(gone)} of the {len(keys)} images are not among those that "
+                f"'{teacher.name}' have been made of: the set has changed since; let the site "
+                "label it again with 'merge-kit predict-proxy', give the images as they were, or "
+                "leave the site out."
+            )
     run = Outputs(
         cases,
         keys,
@@ -133,9 +144,13 @@ def _asked(
         skip_unreadable=skip_unreadable,
         progress=progress,
     )
-    networks = [_fresh(teacher.network) for teacher in teachers]
-    run.complete(networks, run.batches)
-    return [one.logits() for one in networks], run
+    networks = [_fresh(teacher.network) if teacher.network else None for teacher in teachers]
+    run.complete([one for one in networks if one], run.batches)
+    said = [
+        torch.stack([teacher.answers[key] for key in keys]) if one is None else one.logits()
+        for teacher, one in zip(teachers, networks, strict=True)
+    ]
+    return said, run
 
 
 def _fresh(one: Network) -> Network:
@@ -277,7 +292,6 @@ def distil(
     images: tuple[Images, Images],
     lessons: tuple[Lesson, Lesson],
     recipe: Distillation,
-    options: TrainingOptions,
     device: torch.device,
     checkpoint: Path,
     report: Report,
@@ -305,7 +319,7 @@ def distil(
         )
     seen = lessons[0].logits.isfinite().any(dim=0)
     lesson = DistilledObjective(model, *lessons, recipe)
-    task = DistilledTask(model, *images, seen, options, device, lesson=lesson)
+    task = DistilledTask(model, *images, seen, recipe.options(), device, lesson=lesson)
     return train(task, checkpoint, report).state
 
 

@@ -93,6 +93,22 @@ def unlabelled_options(command: Any) -> Any:
     return command
 
 
+def of_split(cases: Sequence[Case], split: str, data: Path) -> list[Case]:
+    """The cases of a split, or all where the table does not tell, sorted by their names.
+
+    Raises
+    ------
+    DataError
+        There is none.
+    """
+    kept = list(cases)
+    if split != "all" and any(case.split for case in cases):
+        kept = [case for case in cases if case.split == split]
+    if not kept:
+        raise DataError(f"{data} has no row of the split '{split}': choose another --split.")
+    return sorted(kept, key=lambda case: case.file)
+
+
 def own_classes_option(command: Any) -> Any:
     """Add --own-classes to a command: None where it is not given."""
     return click.option(

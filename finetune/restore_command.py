@@ -10,6 +10,7 @@ from rich.console import Console
 
 from finetune import network
 from finetune.cases import Case, contents_digest, load_unlabelled
+from finetune.image_options import of_split
 from finetune.network import choose_device
 from finetune.normalizing import norm_sums
 from finetune.pixels import decode
@@ -18,7 +19,7 @@ from merge_kit import restoring
 from merge_kit.commands.merging_options import contribution_options
 from merge_kit.commands.options import next_step, pairs, shown
 from merge_kit.configuration import read_config
-from merge_kit.errors import DataError, UsageError, VectorError
+from merge_kit.errors import UsageError, VectorError
 from merge_kit.federation import preprocessing_of
 from merge_kit.hub import open_hub
 from merge_kit.normstats import NormSums
@@ -122,11 +123,7 @@ def _cases(
     table, root = (images, None) if data is None else (data, images)
     assert table is not None  # one of the two was given
     cases = load_unlabelled(table, images=root, where=pairs(where, "--where"))
-    if split == "all" or data is None or not any(case.split for case in cases):
-        return cases
-    if kept := [case for case in cases if case.split == split]:
-        return kept
-    raise DataError(f"{data} has no row of the split '{split}': choose another --split.")
+    return of_split(cases, split if data else "all", table)
 
 
 def _measured_here(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from finetune import kept, network
 from finetune.outputs import Network, load_exactly
-from merge_kit import vector
+from merge_kit import predictionsfile, vector
 from merge_kit.checkpoints import Checkpoint
 from merge_kit.configuration import CONFIG, read_config
 from merge_kit.contributions import Contribution
@@ -33,15 +33,18 @@ class Teacher:
     name: str
     fingerprint: str
     """Of a site the payload's digest, of another model that of its tensors."""
-    network: Network
+    network: Network | None
+    """What computes its answers; None where it has answered already."""
     rows: tuple[int, ...]
     """For each of its outputs the federation's class, -1 where that has none."""
     known: Tensor
     """(C,) bool."""
     counts: Tensor
     """(C,) float64, training images of each class; NaN where a model does not tell."""
-    features: int
+    features: int = 0
     """Width of the features that its outputs end with; 0 where they are not asked for."""
+    answers: Mapping[str, Tensor] = field(default_factory=dict, hash=False)
+    """(C,) float32 for each image, by its content, where it has answered already."""
 
 
 class _WithFeatures(nn.Module):
@@ -83,6 +86,8 @@ def site_teachers(
     features
         Whether features are put out behind the classes.
     """
+    if not contributions:
+        return [], []
     width = _width(base) if features else 0
     counted = [_counts(c, federation) for c in contributions]
     anywhere = torch.stack(counted).sum(dim=0) > 0
@@ -104,6 +109,33 @@ def site_teachers(
         rows = tuple(range(len(federation.classes)))
         teachers.append(Teacher(found.site, payload, loaded, rows, known, counts, width))
     return teachers, silent
+
+
+def absent_teachers(federation: Federation, predictions: Sequence[Contribution]) -> list[Teacher]:
+    """Models that stay at their sites, which have published what they say of some images.
+
+    One whose site does not tell how many images it has seen counts like the mean of the others.
+    """
+    teachers = []
+    for found in predictions:
+        with TensorFile(found.payload) as file:
+            told = predictionsfile.read(file)
+            if found.checked is not None:
+                check_unchanged(file, found.checked)
+        counts = _counts(found, federation)
+        silent = not bool(counts.any())
+        teachers.append(
+            Teacher(
+                f"{found.site}, by its predictions",
+                found.manifest.payload.sha256,
+                None,
+                tuple(range(len(federation.classes))),
+                told.known,
+                torch.full_like(counts, torch.nan) if silent else counts,
+                answers=dict(zip(told.images, told.logits, strict=True)),
+            )
+        )
+    return teachers
 
 
 def other_teacher(

@@ -29,6 +29,10 @@ COMMANDS = {
     "publish": ("merge_kit.commands.publish:publish", "Sign a vector and put it on the hub."),
     "status": ("merge_kit.commands.status:status", "Show what lies on a hub."),
     "merge": ("merge_kit.commands.merge:merge", "Merge contributions into one model."),
+    "predict-proxy": (
+        "finetune.predict_command:predict_proxy",
+        "Say what a private model makes of images that everybody has.",
+    ),
     "distill": (
         "finetune.distill_command:distill",
         "Merge what the sites' models know, on images without labels.",

@@ -148,7 +148,8 @@ def find_measured(
     for part in sorted(parts, key=lambda part: part.id):
         check, found = find_contribution(part, federation, hub, local, base)
         if found and (found.kind, found.manifest.about) != (kind, about):
-            text = f"is no {kind} of the backbone {about}."
+            of = "images" if kind == "predictions" else "backbone"
+            text = f"is no {kind} of the {of} {about}."
             check, found = Check(part.label, "differs", text), None
         yield check, found
 

@@ -27,9 +27,10 @@ def _check_time(text: str) -> str:
     return text
 
 
-Kind = Literal["vector", "fisher", "gram", "moments", "norms"]
-OF_A_MODEL: tuple[Kind, ...] = ("moments", "norms")
-"""What a site measures of a model that is there: nothing was trained."""
+Kind = Literal["vector", "fisher", "gram", "moments", "norms", "predictions"]
+OF_A_MODEL: tuple[Kind, ...] = ("moments", "norms", "predictions")
+"""What a site measures of a model that is there, or what a model of its own says: nothing that was
+trained travels."""
 LARGEST = 10**12  # numbers from outside stay within what floats and tensors can hold
 Number = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Number | Annotated[str, StringConstraints(pattern=r"^<[1-9][0-9]{0,8}$")]
@@ -121,7 +122,8 @@ class Draft(Document):
     kind: Kind = "vector"
     about: Digest | None = None
     """Of statistics: digest of the payload of the vector that they speak of; of moments and norm
-    statistics the fingerprint of the backbone. A vector lacks it."""
+    statistics the fingerprint of the backbone; of predictions the digest of the set of images. A
+    vector lacks it."""
     site: SiteName
     federation: Digest
     base: Digest
@@ -153,7 +155,7 @@ class Draft(Document):
             raise ValueError("statistics name the vector that they are about, a vector names none")
         if {self.training is None, self.validation is None} != {self.kind in OF_A_MODEL}:
             raise ValueError(
-                "'training' and 'validation' are of a vector, moments and norm statistics have none"
+                "'training' and 'validation' are of a vector, what is measured of a model has none"
             )
         if self.compression and self.kind != "vector":
             raise ValueError("'compression' is of a vector")

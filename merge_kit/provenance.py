@@ -107,6 +107,14 @@ class OtherTeacher(Document):
     weight: float
 
 
+class StatedTeacher(Stated):
+    """Predictions that taught."""
+
+    about: Digest
+    """Of the set of images that they are of."""
+    weight: float
+
+
 class DistilRecord(Document):
     """What a distilled model learnt from, beside the contributions."""
 
@@ -117,6 +125,8 @@ class DistilRecord(Document):
     labelled: OwnImages | None = None
     """By which it was learnt how much each teacher counts."""
     others: tuple[OtherTeacher, ...] = ()
+    predictions: tuple[StatedTeacher, ...] = ()
+    """Of models that stay at their sites."""
 
 
 class Refused(Document):
@@ -165,7 +175,8 @@ class Provenance(Document):
     @model_validator(mode="after")
     def _something_was_made(self) -> Provenance:
         if self.distilled:
-            if self.recipe is None or not (self.contributions or self.distilled.others):
+            taught = self.contributions or self.distilled.others or self.distilled.predictions
+            if self.recipe is None or not taught:
                 raise ValueError("a distilled model has a recipe and teachers")
             return self
         if bool(self.contributions) != (self.recipe is not None):

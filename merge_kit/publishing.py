@@ -43,6 +43,7 @@ _COMMANDS: dict[Kind, str] = {
     "vector": "finetune",
     "moments": "calibrate",
     "norms": "calibrate --norms",
+    "predictions": "predict-proxy",
     "fisher": "statistics",
     "gram": "statistics",
 }

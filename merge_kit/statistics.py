@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from merge_kit import momentsfile, normstats, vector
+from merge_kit import momentsfile, normstats, predictionsfile, vector
 from merge_kit.errors import ContributionError, VectorError
 from merge_kit.manifest import OF_A_MODEL, Kind
 from merge_kit.parameters import Role
@@ -30,7 +30,7 @@ _MERGED = (Role.WEIGHT, Role.HEAD)
 class StatisticsHeader(Origin):
     """What a file of statistics says of itself, in its one metadata key."""
 
-    kind: Literal["fisher", "gram", "moments", "norms"]
+    kind: Literal["fisher", "gram", "moments", "norms", "predictions"]
     about: Digest
 
 
@@ -75,6 +75,7 @@ def check_header(file: TensorFile, kind: Kind, about: str | None, where: str) ->
         )
     if header.about != about:
         of = "the backbone" if kind in OF_A_MODEL else "the vector"
+        of = "the images" if kind == "predictions" else of
         raise ContributionError(
             f"{where} is announced for {of} {about} and holds the {kind} of {header.about}: "
             "it is refused."
@@ -112,6 +113,8 @@ def measure(file: TensorFile) -> Measured:
         sound.add("moments")
     if _fault_of_norms(file) is None:
         sound.add("norms")
+    if _fault_of_predictions(file) is None:
+        sound.add("predictions")
     return Measured.model_validate(
         {"sha256": f"sha256:{digest.hexdigest()}", "norm": norm, "sound": sorted(sound)}
     )
@@ -130,6 +133,12 @@ def _fault_of_norms(file: TensorFile) -> str | None:
     return normstats.fault(normstats.read(file))
 
 
+def _fault_of_predictions(file: TensorFile) -> str | None:
+    if not predictionsfile.looks_so(file.specs):
+        return "holds no predictions"
+    return predictionsfile.fault(file)
+
+
 def check_specs(
     file: TensorFile,
     kind: Kind,
@@ -145,6 +154,9 @@ def check_specs(
         momentsfile.check_specs(
             file.specs, features, classes, str(file.path), multi_label=multi_label
         )
+    elif kind == "predictions":
+        heads = [n for n, r in roles.items() if r is Role.HEAD and n.endswith("weight")]
+        predictionsfile.check_specs(file.specs, expected[heads[0]].shape[0], str(file.path))
     elif kind == "norms":
         normstats.check_specs(file.specs, expected, roles, str(file.path))
     elif kind == "fisher":
@@ -180,9 +192,13 @@ def check(
         Names the tensor and what is wrong with it.
     """
     check_specs(file, kind, expected, roles, multi_label=multi_label)
-    faults = {"moments": _fault_of_moments, "norms": _fault_of_norms}
-    if kind in faults and (fault := faults[kind](file)):
-        raise VectorError(f"{file.path} {fault}: the site must calibrate again.")
+    faults = {
+        "moments": (_fault_of_moments, "calibrate"),
+        "norms": (_fault_of_norms, "calibrate"),
+        "predictions": (_fault_of_predictions, "predict"),
+    }
+    if kind in faults and (fault := faults[kind][0](file)):
+        raise VectorError(f"{file.path} {fault}: the site must {faults[kind][1]} again.")
     total = 0.0
     for name, tensor in vector.read_checked(file, REMEDY):
         if kind == "gram" and not torch.equal(tensor, tensor.T):

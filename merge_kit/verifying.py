@@ -94,6 +94,9 @@ def verify(
         for check, one in find_measured(parts, of, about, federation, hub, local, base):
             checks.append(check)
             measured[of] += [one] if one else []
+    for part in record.distilled.predictions if record.distilled else ():
+        told = find_measured((part,), "predictions", part.about, federation, hub, local, base)
+        checks += [check for check, _ in told]
     whole = base is not None and all(check.state == "ok" for check in checks[3:])
     with ExitStack() as stack:
         model, check = open_weights(folder, record.merged, stack)

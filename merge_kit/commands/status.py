@@ -54,6 +54,10 @@ def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
                 {"backbone": about, "model": names.get(about), "sites": measured.get(about, [])}
                 for about in sorted({*measured, *names})
             ],
+            "predictions": [
+                {"images": about, "sites": sites}
+                for about, sites in calibrations(entries, "predictions").items()
+            ],
             "norm_statistics": [
                 {"backbone": about, "model": names.get(about), "sites": sites}
                 for about, sites in norms.items()
@@ -83,6 +87,9 @@ def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
     for about, told in norms.items():
         sites = [row["site"] for row in told]
         click.echo(f"Norm statistics of {_name(about, names)}: {', '.join(sites)}")
+    for about, told in calibrations(entries, "predictions").items():
+        sites = [row["site"] for row in told]
+        click.echo(f"Predictions of the images {about[7:19]}: {', '.join(sites)}")
     for row in rows:
         if row["problem"]:
             click.echo(f"Refused: {row['problem']}")
