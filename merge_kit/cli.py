@@ -45,6 +45,10 @@ COMMANDS = {
         "finetune.head_command:head",
         "Solve a model's classifier from all sites' moments.",
     ),
+    "personalise": (
+        "finetune.personalise_command:personalise_command",
+        "Make a merged model a site's own, by its own images.",
+    ),
     "verify": ("merge_kit.commands.verify:verify", "Make a merged model again and compare."),
     "unmask": ("merge_kit.commands.unmask:unmask", "Give back a model close to a site's own."),
     "select": ("evaluate.select_command:select", "Choose a merge on validation images."),
