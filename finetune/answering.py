@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finetune.cases import Case, content_key
 from finetune.ensembling import spread
-from finetune.outputs import Outputs, Stage
+from finetune.outputs import Outputs, Stage, check_outputs
 from finetune.run import alone, now, software
 from finetune.teachers import Teacher
 from merge_kit import predictionsfile
@@ -69,10 +69,21 @@ def thinned(logits: Tensor, known: Tensor, top: int) -> Tensor:
 
 
 def noised(logits: Tensor, known: Tensor, scale: float, seed: int) -> Tensor:
-    """Logits with normal noise of a standard deviation, drawn by a seed; no privacy is promised."""
+    """Logits with normal noise of a standard deviation, drawn by a seed; no privacy is promised.
+
+    Whoever knows the seed can take the noise away again: see `secret_seed`.
+    """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(logits.shape, generator=generator, dtype=logits.dtype) * scale
     return logits + noise.masked_fill(~known, 0.0)
+
+
+def secret_seed(site: Site, about: str, key: str) -> int:
+    """A seed that only the site knows, and the same for the same images and model: noise that was
+    drawn anew for each publication could be averaged away."""
+    secret = site.key_file.read_bytes()
+    told = b"merge-kit-noise-v1\n" + canonical_json([about, key]) + b"\n" + secret
+    return int(sha256_bytes(told).removeprefix("sha256:")[:15], 16)
 
 
 def answer(
@@ -84,7 +95,6 @@ def answer(
     *,
     top: int | None = None,
     noise: float = 0.0,
-    seed: int = 0,
     counts: Mapping[str, int] | None = None,
     progress: Stage | None = None,
 ) -> Answered:
@@ -112,18 +122,21 @@ def answer(
     first = {key: place for place, key in reversed(list(enumerate(keys)))}
     images = sorted(first)
     about = predictionsfile.digest_of(images)
-    told = [about, teacher.fingerprint, top, noise, seed, dict(counts or {})]
-    folder = site.root / ANSWERS / sha256_bytes(canonical_json(told))[7:19]
     network = teacher.network
     assert network is not None  # a model that is here
+    told = [about, federation.contract_hash, network.key, top, noise, dict(counts or {})]
+    folder = site.root / ANSWERS / sha256_bytes(canonical_json(told))[7:19]
     with alone(folder):
         run = Outputs(cases, keys, device, cache, progress=progress)
         run.complete([network], run.batches)
         if not np.all(run.readable):
             raise DataError(next(iter(run.problems.values())))
-        logits = spread(network.logits(), teacher.rows, len(federation.classes))
+        said = network.logits()
+        check_outputs(said, str(network.place))
+        logits = spread(said, teacher.rows, len(federation.classes))
         logits = logits[[first[image] for image in images]]
         if noise:
+            seed = secret_seed(site, about, network.key)
             logits = noised(logits, teacher.known, noise, seed)
         if top is not None:
             logits = thinned(logits, teacher.known, top)

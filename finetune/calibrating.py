@@ -200,7 +200,13 @@ def _measured(
     if site.federation.multi_label:
         return findings.measure(features, truth)
     if means is not None:
-        return classmeans.measure(features, truth, size, means)
+        grouped = classmeans.measure(features, truth, size, means)
+        if classmeans.fault(grouped):
+            raise DataError(
+                f"no class has two groups of {means} training images, and one group says nothing "
+                "of how images differ: give a smaller --means, or leave it out."
+            )
+        return grouped
     return moments.measure(features, truth, size)
 
 

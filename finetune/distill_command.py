@@ -14,9 +14,9 @@ from rich.console import Console
 from torch import nn
 
 from finetune import network
-from finetune.cases import Case, contents_digest, load_unlabelled
+from finetune.cases import Case, content_key, contents_digest, load_unlabelled
 from finetune.distillation import Distillation, Student, read_distillation
-from finetune.distilling import Labelled, Lesson, distil, lesson, split, told_of
+from finetune.distilling import Labelled, Lesson, digest_of, distil, lesson, split, told_of
 from finetune.image_options import of_split, table_cases, unlabelled_options
 from finetune.network import choose_device
 from finetune.pixels import Images, decode
@@ -26,7 +26,7 @@ from finetune.teachers import Teacher, absent_teachers, other_teacher, site_teac
 from merge_kit import backbone, distilled, merging
 from merge_kit.commands.merging_options import contribution_options
 from merge_kit.commands.options import next_step, pairs, shown
-from merge_kit.configuration import read_config
+from merge_kit.configuration import CONFIG, read_config
 from merge_kit.contributions import Contribution, Entry, check_payloads, list_entries
 from merge_kit.errors import DataError, UsageError, VectorError
 from merge_kit.federation import BASE_WEIGHTS, Federation, Preprocessing, preprocessing_of
@@ -50,8 +50,9 @@ class _Begun:
 
     model: nn.Module
     config: str
-    architecture: str
     preprocessing: Preprocessing
+    other: str | None
+    """Its timm name, where it is not of the federation's backbone."""
 
 
 @click.command()
@@ -148,9 +149,12 @@ def distill(
     )
     on = choose_device(device)
     precision = network.resolved("auto", on)
-    teachers = _teachers(opened, federation, arrived, others, precision, told.features > 0)
+    teachers = _teachers(opened, federation, arrived, others, precision, told.features > 0, cases)
     with ExitStack() as stack, Progress() as progress:
-        cache = cache_folder("outputs") or Path(stack.enter_context(TemporaryDirectory()))
+        cache, works = cache_folder("outputs"), cache_folder("distilling")
+        if cache is None or works is None:
+            place = Path(stack.enter_context(TemporaryDirectory()))
+            cache, works = place / "outputs", place / "distilling"
         heard = lesson(
             teachers,
             cases,
@@ -166,14 +170,15 @@ def distill(
         begun = _begin(federation, opened, arrived, told, student)
         record = DistilRecord(
             start=distilled.fingerprint_of(begun.model.state_dict()),
+            other_backbone=begun.other,
             images=_told(heard.cases),
             labelled=_told(few.cases) if few else None,
             **_beside(teachers, heard.shares, arrived),
         )
         parts = split(heard, told.validation, told.options().seed)
-        identity = [told_of(told), record.model_dump(mode="json"), on.type, heard.shares]
-        name = sha256_bytes(canonical_json(identity))[7:23]
-        work = cache.parent / "distilling" / name
+        stated = told_of(told, given=student is not None)
+        identity = [stated, record.model_dump(mode="json"), on.type, digest_of(heard), begun.config]
+        work = works / sha256_bytes(canonical_json(identity))[7:23]
         stack.enter_context(alone(work))
         state = distil(
             begun.model,
@@ -192,11 +197,9 @@ def distill(
             if teacher.fingerprint in by_payload
         ]
         whole = distilled.provenance(
-            federation, shares, arrived.refused, told_of(told), record, merged, on.type
+            federation, shares, arrived.refused, stated, record, merged, on.type
         )
-        distilled.write(
-            target, state, begun.config, federation, whole, begun.architecture, replace=replace
-        )
+        distilled.write(target, state, begun.config, federation, whole, replace=replace)
         (work / CHECKPOINT).unlink(missing_ok=True)
     click.echo(f"Model in {target}: distilled from {len(teachers)} teachers")
     for teacher, share in zip(teachers, heard.shares, strict=True):
@@ -236,23 +239,18 @@ def _arrived(
     with Console(stderr=True).status("checking what has arrived"):
         wanted = [entry for entry in list_entries(hub, federation) if entry.kind in _TEACH]
         checked = check_payloads(wanted, federation, hub.fetch(BASE_WEIGHTS))
-    there = {entry.kind for entry in checked} or {"vector"}
-    found: dict[Kind, Sequence[Contribution]] = {}
-    refused: list[Entry] = []
-    for kind in _TEACH:
-        if kind in there:
-            found[kind], odd = merging.choose(
-                checked,
-                allow_unsigned=allow_unsigned,
-                skip_refused=skip_refused,
-                sites=sites,
-                exclude=exclude,
-                kind=kind,
-            )
-            refused += odd
+    found, refused = merging.choose(
+        checked,
+        allow_unsigned=allow_unsigned,
+        skip_refused=skip_refused,
+        sites=sites,
+        exclude=exclude,
+        kinds=_TEACH,
+    )
     for entry in refused:
         click.echo(f"Left out: {entry.problem}", err=True)
-    return _Arrived(found.get("vector", ()), found.get("predictions", ()), refused)
+    vectors, predictions = ([c for c in found if c.kind == kind] for kind in _TEACH)
+    return _Arrived(vectors, predictions, refused)
 
 
 def _beside(
@@ -283,13 +281,16 @@ def _teachers(
     others: Sequence[str],
     precision: str,
     features: bool,
+    cases: Sequence[Case],
 ) -> list[Teacher]:
     teachers, silent = site_teachers(
         federation, base_folder(hub), arrived.vectors, precision, features=features
     )
     for sentence in silent:
         click.echo(f"Left out: {sentence}", err=True)
-    teachers += absent_teachers(federation, arrived.predictions)
+    if arrived.predictions:
+        images = [content_key(case) for case in cases]
+        teachers += absent_teachers(federation, arrived.predictions, images)
     for text in others:
         name, separator, path = text.partition("=")
         if not separator or Path(text).exists():
@@ -332,9 +333,7 @@ def _begin(
             merged,
         )
         model = network.load(merged)
-    return _Begun(
-        model, federation.model_config_json, federation.architecture, federation.preprocessing
-    )
+    return _Begun(model, federation.model_config_json, federation.preprocessing, None)
 
 
 def _given(folder: Path, federation: Federation) -> _Begun:
@@ -347,9 +346,16 @@ def _given(folder: Path, federation: Federation) -> _Begun:
             f"the student {folder} has the classes {own}, the federation "
             f"{', '.join(federation.classes)}: they must be the same, in this order."
         )
-    text = (folder / "config.json").read_text(encoding="utf-8")
-    name = str(config.data.get("architecture", "timm"))
-    return _Begun(network.load(folder), text, name, preprocessing_of(config))
+    model, seen = network.load(folder), preprocessing_of(config)
+    text = (folder / CONFIG).read_text(encoding="utf-8")
+    name = str(config.data.get("architecture", "unknown"))
+    alike = (name, config.data.get("model_args") or {}) == (
+        federation.architecture,
+        federation.model_args,
+    )
+    if alike and seen == federation.preprocessing:
+        return _Begun(model, federation.model_config_json, seen, None)
+    return _Begun(model, text, seen, name)
 
 
 def _built(student: Student, federation: Federation) -> _Begun:
@@ -368,7 +374,7 @@ def _built(student: Student, federation: Federation) -> _Begun:
             "preprocessing": seen,
         }
     )
-    return _Begun(model, like.model_config_json, student.name, seen)
+    return _Begun(model, like.model_config_json, seen, student.name)
 
 
 def _pixels(

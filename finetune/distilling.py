@@ -19,14 +19,14 @@ from finetune.distillation import Distillation, Weighting
 from finetune.feed import draw_seed
 from finetune.losses import rarity
 from finetune.objectives import Objective, Truth
-from finetune.outputs import Network, Outputs, Stage
+from finetune.outputs import Network, Outputs, Stage, check_outputs
 from finetune.pixels import Images
 from finetune.tasks import Report, Task
-from finetune.teachers import Teacher
+from finetune.teachers import Teacher, width_of
 from finetune.training import train
 from merge_kit.backbone import NO_WEIGHTS, PRETRAINED
 from merge_kit.errors import DataError, UsageError
-from merge_kit.files import sha256_file
+from merge_kit.files import sha256_bytes, sha256_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +81,14 @@ def lesson(
         An image cannot be read and `skip_unreadable` is false; no image can be read; or none is of
         a class that a teacher knows.
     """
+    _check(teachers, recipe, labelled)
     said, run = _asked(teachers, cases, device, cache, skip_unreadable, progress)
     rows = np.flatnonzero(run.readable).tolist()
     if not rows:
         raise DataError("no image can be read: check the image folder and the file formats.")
-    if recipe.features and any(teacher.network is None for teacher in teachers):
-        raise UsageError(
-            "'features' are of models that are here: leave it at 0 where predictions teach."
-        )
     known = torch.stack([teacher.known for teacher in teachers])
     classes = known.shape[1]
-    heard = torch.stack(
-        [
-            ensembling.spread(found[rows, : len(teacher.rows)], teacher.rows, classes)
-            for teacher, found in zip(teachers, said, strict=True)
-        ]
-    )
+    heard = _heard(teachers, [found[rows] for found in said], known)
     weights = _weights(
         teachers, heard, known, recipe.teachers, device, cache, labelled, skip_unreadable, progress
     )
@@ -117,6 +109,35 @@ def lesson(
     kept = tuple(cases[row] for row in rows)
     mixed = ensembling.combined(heard, known, weights)
     return Lesson(mixed, features, tuple(shares), kept, tuple(run.problems.values()))
+
+
+def _check(teachers: Sequence[Teacher], recipe: Distillation, labelled: Labelled | None) -> None:
+    """Refuse what does not go together, before anybody is asked."""
+    if (recipe.teachers == "stacking") != (labelled is not None):
+        raise UsageError(
+            "'teachers: stacking' learns from a few labelled images, and nothing else does: give "
+            "--labelled with it, and only with it."
+        )
+    if not recipe.features:
+        return
+    if any(teacher.network is None for teacher in teachers):
+        raise UsageError(
+            "'features' are of models that are here: leave it at 0 where predictions teach."
+        )
+    if len(widths := {teacher.features for teacher in teachers}) > 1:
+        told = " and ".join(map(str, sorted(widths)))
+        raise DataError(
+            f"the teachers' features have {told} numbers, and cannot be one: leave 'features' at 0."
+        )
+
+
+def _heard(teachers: Sequence[Teacher], said: Sequence[Tensor], known: Tensor) -> Tensor:
+    """(N, n, C) float64: what each teacher says of each class of the federation."""
+    parts = [
+        ensembling.spread(found[:, : len(teacher.rows)], teacher.rows, known.shape[1])
+        for teacher, found in zip(teachers, said, strict=True)
+    ]
+    return ensembling.bounded(torch.stack(parts), known)
 
 
 def _asked(
@@ -150,6 +171,8 @@ def _asked(
         torch.stack([teacher.answers[key] for key in keys]) if one is None else one.logits()
         for teacher, one in zip(teachers, networks, strict=True)
     ]
+    for teacher, found in zip(teachers, said, strict=True):
+        check_outputs(found, f"'{teacher.name}'")
     return said, run
 
 
@@ -170,20 +193,10 @@ def _weights(
     progress: Stage | None,
 ) -> Tensor:
     """How much each teacher counts, for `ensembling.combined`: (N, 1 or n, 1 or C) float64."""
-    if (rule == "stacking") != (labelled is not None):
-        raise UsageError(
-            "'teachers: stacking' learns from a few labelled images, and nothing else does: give "
-            "--labelled with it, and only with it."
-        )
     if labelled is not None:
         said, run = _asked(teachers, labelled.cases, device, cache, skip_unreadable, progress)
         rows = np.flatnonzero(run.readable).tolist()
-        told = torch.stack(
-            [
-                ensembling.spread(found[rows, : len(one.rows)], one.rows, known.shape[1])
-                for one, found in zip(teachers, said, strict=True)
-            ]
-        )
+        told = _heard(teachers, [found[rows] for found in said], known)
         labels = torch.tensor([labelled.cases[row].label for row in rows])
         return ensembling.stacked(told, known, labels)
     if rule == "confidence":
@@ -270,6 +283,12 @@ class DistilledTask(Task):
         return self.lesson
 
 
+def digest_of(found: Lesson) -> str:
+    """Of all that the teachers say: what a student's training goes on with."""
+    parts = [found.logits, *([found.features] if found.features is not None else [])]
+    return sha256_bytes(b"".join(part.contiguous().numpy().tobytes() for part in parts))
+
+
 def split(found: Lesson, share: float, seed: int) -> tuple[Lesson, Lesson]:
     """Images to learn from and images to hold back, drawn by the seed; at least one of each.
 
@@ -310,7 +329,7 @@ def distil(
     DataError
         Features of the teachers have another width than the student's.
     """
-    width = getattr(network.head_of(model), "in_features", None)
+    width = width_of(model)
     theirs = lessons[0].features
     if theirs is not None and width != theirs.shape[1]:
         raise DataError(
@@ -323,9 +342,12 @@ def distil(
     return train(task, checkpoint, report).state
 
 
-def told_of(recipe: Distillation) -> Mapping[str, Any]:
-    """A recipe as a provenance states it: with every default, and without a path."""
+def told_of(recipe: Distillation, *, given: bool = False) -> Mapping[str, Any]:
+    """A recipe as a provenance states it: with every default, and without a path; where the student
+    was `given`, nothing was merged to start from."""
     told = {**recipe.model_dump(mode="json"), "training": recipe.options().model_dump(mode="json")}
+    if given:
+        told["start"] = None
     student = recipe.student
     if student and student.weights not in (PRETRAINED, NO_WEIGHTS):
         told["student"]["weights"] = f"local file {sha256_file(Path(student.weights))}"

@@ -15,6 +15,8 @@ from torch import Tensor
 from merge_kit.errors import DataError
 
 _STEPS = 100
+LOWEST = -30.0
+"""Of a log-probability: about that of one in 10^13."""
 
 
 def combined(logits: Tensor, known: Tensor, weights: Tensor) -> Tensor:
@@ -115,6 +117,20 @@ def stacked(logits: Tensor, known: Tensor, labels: Tensor) -> Tensor:
 
 def _of(shares: Tensor) -> Tensor:
     return (shares.softmax(dim=0) * len(shares))[:, None, None]
+
+
+def bounded(logits: Tensor, known: Tensor) -> Tensor:
+    """Log-probabilities over the classes that each model knows, at least `LOWEST`: nobody shouts
+    the others down by the size of its numbers.
+
+    Parameters
+    ----------
+    logits, known
+        As for `combined`.
+    """
+    there = known[:, None, :].expand_as(logits)
+    logs = logits.masked_fill(~there, -torch.inf).log_softmax(dim=2)
+    return logs.clamp(min=LOWEST).where(there, 0.0)
 
 
 def spread(found: Tensor, rows: Sequence[int], classes: int) -> Tensor:

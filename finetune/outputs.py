@@ -76,6 +76,21 @@ def load_exactly(folder: Path, fingerprint: str) -> nn.Module:
     return loaded
 
 
+def check_outputs(outputs: Tensor, whose: str) -> None:
+    """Refuse outputs that say nothing.
+
+    Raises
+    ------
+    VectorError
+        One is NaN or infinite.
+    """
+    if not bool(outputs.isfinite().all()):
+        raise VectorError(
+            f"{whose} gives outputs that are NaN or infinite: leave it out, and ask its site to "
+            "train again."
+        )
+
+
 class Outputs:
     """The images of one call, and what is known of them so far.
 

@@ -51,9 +51,9 @@ def personalise_command(
 ) -> None:
     """Make a merged model the own one of the site in FOLDER, by its own validation images.
 
-    Tried are weights between the merged and the site's own (of its latest run), the merged
-    classifier and one solved from the site's images, and norm statistics as they are and measured
-    on its images. Nothing of it leaves the site. The figures that are shown chose among several:
+    Tried are models between the merged one and the site's own (of its latest run), classifier and
+    all, or with a classifier solved from the site's images, and with norm statistics measured on
+    them or not. Nothing of it leaves the site. The figures that are shown chose among several:
     evaluate the result on other images.
 
     \b

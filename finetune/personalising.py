@@ -1,8 +1,8 @@
 """A merged model made a site's own: nearer to the site's weights, under its own classifier.
 
 What is best for one site need not be best for all. Candidates lie between the merged model and the
-site's own, with the merged classifier or one solved from the site's own images, and with norm
-statistics as they are or measured on its images; the site's validation images choose.
+site's own, classifier and all, or with a classifier that is solved from the site's own images, and
+with norm statistics measured on them or not; the site's validation images choose.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from merge_kit.tensorfile import TensorFile, read_all, specs_of, write_tensors
 from merge_kit.writing import METADATA
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-Whose = Literal["merged", "own"]
+Head = Literal["between", "solved"]
+Norms = Literal["between", "measured"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,10 @@ class Choice:
 
     share: float
     """How far from the merged weights (0) to the site's own (1)."""
-    head: Whose
-    norms: Whose
+    head: Head
+    """Between the merged classifier and the site's own, or solved from the site's images."""
+    norms: Norms
+    """Norm statistics: between the two models', or measured on the site's images."""
     balanced_accuracy: float
     loss: float
 
@@ -109,16 +112,17 @@ def personalise(
     objective, choices, kept = task.objective(), list[Choice](), dict[str, Tensor]()
     best: Choice | None = None
     wanted = [share for share in shares if theirs is not None or share == 0]
-    whose: tuple[Whose, ...] = ("merged", "own")
-    norms = whose if norm_layers(opened) else whose[:1]
-    heads = whose[:1] if labelling.multi_label else whose
+    norms: tuple[Norms, ...] = ("between", "measured")
+    norms = norms if norm_layers(opened) else norms[:1]
+    heads: tuple[Head, ...] = ("between", "solved")
+    heads = heads[:1] if labelling.multi_label else heads
     tried = list(product(wanted, norms))
     for done, (share, norm) in enumerate(tried, 1):
         opened.load_state_dict(_between(merged, theirs, share))
-        if norm == "own":
+        if norm == "measured":
             _measure_norms(opened, material.train, device)
         for head in heads:
-            if head == "own":
+            if head == "solved":
                 _solve_head(opened, material, labelling, device)
             found = _judged(opened, material, objective, share, head, norm, device)
             choices.append(found)
@@ -194,8 +198,8 @@ def _judged(
     material: Material,
     objective: Objective,
     share: float,
-    head: Whose,
-    norms: Whose,
+    head: Head,
+    norms: Norms,
     device: torch.device,
 ) -> Choice:
     outputs = network.logits(model, material.validation, device)
@@ -214,6 +218,6 @@ def told(choices: Sequence[Choice]) -> Iterator[str]:
     """One line for each candidate."""
     for one in choices:
         yield (
-            f"  share {one.share:.2f}  classifier {one.head:<6}  norm statistics {one.norms:<6}  "
+            f"  share {one.share:.2f}  classifier {one.head:<7}  norm statistics {one.norms:<8}  "
             f"balanced accuracy {one.balanced_accuracy:.3f}  loss {one.loss:.3f}"
         )

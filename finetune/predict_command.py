@@ -43,9 +43,8 @@ from merge_kit.site import open_site
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="Standard deviation of normal noise on the logits.",
+    help="Standard deviation of normal noise on the logits, the same every time.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
 @click.option(
     "--count",
     "counts",
@@ -66,7 +65,6 @@ def predict_proxy(
     skip_unreadable: bool,
     top: int | None,
     noise: float,
-    seed: int,
     counts: tuple[str, ...],
     device: str,
     publish: bool,
@@ -113,7 +111,6 @@ def predict_proxy(
             cache_folder("outputs"),
             top=top,
             noise=noise,
-            seed=seed,
             counts=told,
             progress=progress.stage,
         )

@@ -22,6 +22,7 @@ from merge_kit.files import sha256_bytes, sha256_file
 from merge_kit.heads import group_shares
 from merge_kit.manifest import count_of
 from merge_kit.plain import Sound, sound
+from merge_kit.predictionsfile import Predictions
 from merge_kit.remembered import check_unchanged, look
 from merge_kit.tensorfile import TensorFile
 
@@ -88,7 +89,7 @@ def site_teachers(
     """
     if not contributions:
         return [], []
-    width = _width(base) if features else 0
+    width = width_of(network.load(base)) if features else 0
     counted = [_counts(c, federation) for c in contributions]
     anywhere = torch.stack(counted).sum(dim=0) > 0
     teachers, silent = [], []
@@ -107,21 +108,51 @@ def site_teachers(
         size = len(federation.classes) + width
         loaded = Network(found.site, found.payload, key, size, federation.preprocessing, load)
         rows = tuple(range(len(federation.classes)))
-        teachers.append(Teacher(found.site, payload, loaded, rows, known, counts, width))
+        # A site may have left several vectors side by side.
+        several = sum(other.site == found.site for other in contributions) > 1
+        name = f"{found.site} {found.id[:8]}" if several else found.site
+        teachers.append(Teacher(name, payload, loaded, rows, known, counts, width))
     return teachers, silent
 
 
-def absent_teachers(federation: Federation, predictions: Sequence[Contribution]) -> list[Teacher]:
+def absent_teachers(
+    federation: Federation, predictions: Sequence[Contribution], images: Sequence[str]
+) -> list[Teacher]:
     """Models that stay at their sites, which have published what they say of some images.
 
-    One whose site does not tell how many images it has seen counts like the mean of the others.
+    A site may have said something of several sets: that one counts which holds all these images,
+    the latest of several. One whose site does not tell how many images it has seen counts like the
+    mean of the others.
+
+    Parameters
+    ----------
+    images
+        The contents of the images, as `finetune.cases.content_key` gives them.
+
+    Raises
+    ------
+    DataError
+        What a site has said is of other images.
     """
     teachers = []
-    for found in predictions:
+    by_site: dict[str, list[tuple[Contribution, Predictions]]] = {}
+    for found in sorted(predictions, key=lambda c: (c.manifest.created_at, c.id)):
         with TensorFile(found.payload) as file:
             told = predictionsfile.read(file)
             if found.checked is not None:
                 check_unchanged(file, found.checked)
+        by_site.setdefault(found.site, []).append((found, told))
+    for site, those in by_site.items():
+        there = [set(told.images) for _, told in those]
+        gone = [sum(image not in known for image in images) for known in there]
+        if min(gone):
+            raise DataError(
+                f"{min(gone)} of the {len(images)} images are not among those that site '{site}' "
+                "has said something of: the set has changed since; let it label the set again with "
+                f"'merge-kit predict-proxy', give the images as they were, or leave it out with "
+                f"--exclude {site}."
+            )
+        found, told = [pair for pair, lack in zip(those, gone, strict=True) if not lack][-1]
         counts = _counts(found, federation)
         silent = not bool(counts.any())
         teachers.append(
@@ -168,7 +199,7 @@ def other_teacher(
     known = torch.tensor([place in rows for place in range(len(federation.classes))])
     with Checkpoint(folder) as file:
         fingerprint = look(file, Sound, sound)[0].fingerprint
-    width = _width(folder) if features else 0
+    width = width_of(network.load(folder)) if features else 0
     seen = preprocessing_of(config)
     told = f"{fingerprint}{' features' if features else ''}"
     key = kept.model_key(told, sha256_file(folder / CONFIG), seen.hash, precision)
@@ -201,8 +232,9 @@ def _site_model(base: Path, found: Contribution, features: bool) -> nn.Module:
     return _WithFeatures(model) if features else model
 
 
-def _width(folder: Path) -> int:
-    head = network.head_of(network.load(folder))
+def width_of(model: nn.Module) -> int:
+    """How many numbers the classifier is given."""
+    head = network.head_of(model)
     return int(getattr(head, "in_features", 0) or getattr(head, "in_channels"))  # noqa: B009
 
 

@@ -76,7 +76,8 @@ def to_moments(found: GroupMeans) -> Moments:
 
     With S the sum over the groups of m (mean - class mean)(...)^T the estimate is S (n - K) / (G -
     K), for n images in G groups of K classes: without bias where every class has one covariance.
-    Where no class has two groups nothing is known of it, and the scatter is 0.
+    Where no class has two groups nothing is known of it: such means are refused (`fault`), for a
+    scatter of 0 would pass for knowledge.
     """
     weights, means = found.sizes.double(), found.means.double()
     counts = found.counts.double()
@@ -84,10 +85,9 @@ def to_moments(found: GroupMeans) -> Moments:
     sums.index_add_(0, found.labels, means * weights[:, None])
     own = sums / counts.clamp(min=1)[:, None]
     apart = (means - own[found.labels]) * weights.sqrt()[:, None]
-    classes = int((counts > 0).sum())
-    free = len(means) - classes
     scatter = apart.T @ apart
-    scatter *= (float(counts.sum()) - classes) / free if free else 0.0
+    free = _free(found)
+    scatter *= (float(counts.sum()) - (len(means) - free)) / free if free else 0.0
     return Moments(scatter + own.T @ sums, sums, counts)
 
 
@@ -106,7 +106,14 @@ def fault(found: GroupMeans) -> str | None:
         return "holds a mean of no image"
     if not torch.equal(torch.bincount(labels, sizes.double(), classes).long(), found.counts):
         return "holds counts that do not fit its groups"
+    if not _free(found):
+        return "holds one group of each class, from which no scatter follows"
     return None
+
+
+def _free(found: GroupMeans) -> int:
+    """How many groups there are beyond one of each class."""
+    return len(found.labels) - int((found.counts > 0).sum())
 
 
 def check_size(size: int, minimum: int) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from merge_kit import forms, vector
+from merge_kit.blocks import one_thread_each
 from merge_kit.encoding import Decoded, Encoded, encoded, part_name
 from merge_kit.errors import UsageError
 from merge_kit.files import canonical_json
@@ -133,7 +134,8 @@ def compress(source: Path, target: Path, roles: Mapping[str, Role], how: Compres
     NonFiniteError
         A value is NaN or infinite, or would be.
     """
-    with vector.opened(source) as file:
+    # Of one matrix LAPACK gives other last digits with other numbers of threads.
+    with one_thread_each(), vector.opened(source) as file:
         header = vector.read_header(file)
         kept, threshold = _Kept(), _threshold(file, roles, how)
         for name, tensor in vector.read_checked(file):
@@ -208,7 +210,8 @@ def _largest(kept: _Kept, name: str, tensor: Tensor, how: Compression, threshold
         kept.in_form(name, spec, SPARSE)
         kept.dense(part_name(name, "counts"), parts.counts)
         kept.dense(part_name(name, "places"), parts.places)
-        kept.numbers(part_name(name, "values"), parts.values, how.numbers)
+        # One scale for all: a row of its own for each value would be no saving.
+        kept.numbers(part_name(name, "values"), parts.values, how.numbers, by_column=True)
 
 
 def _threshold(file: Decoded[TensorFile], roles: Mapping[str, Role], how: Compression) -> float:

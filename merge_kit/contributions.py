@@ -307,12 +307,17 @@ def _check_statistics(
     again: bool,
 ) -> tuple[float, Checked]:
     """The norm of statistics, and the file that was checked."""
+    about, where = contribution.manifest.about, contribution.label
+    several = federation.multi_label
+    try:
+        # Before any value: as for vectors, and moments of many features would be squared.
+        _check_origin(contribution, statistics.check_header(file, kind, about, where), federation)
+        statistics.check_specs(file, kind, expected, roles, multi_label=several)
+    except MergeKitError:
+        _check_digest(contribution, sha256_file(file.path))  # else the damage is the fault
+        raise
     measured, checked = look(file, statistics.Measured, statistics.measure, again=again)
     _check_digest(contribution, measured.sha256)
-    about, where = contribution.manifest.about, contribution.label
-    _check_origin(contribution, statistics.check_header(file, kind, about, where), federation)
-    several = federation.multi_label
-    statistics.check_specs(file, kind, expected, roles, multi_label=several)
     if measured.norm is None or kind not in measured.sound:
         # A second reading finds and names what is wrong.
         return statistics.check(file, kind, expected, roles, multi_label=several), checked

@@ -50,11 +50,9 @@ def provenance(
     }
 
 
-def card(federation: Federation, record: Mapping[str, Any], architecture: str) -> str:
+def card(federation: Federation, record: Mapping[str, Any]) -> str:
     """The model's README.md, a Hugging Face model card."""
-    return render(
-        "distilled_card.md.j2", federation=federation, record=record, architecture=architecture
-    )
+    return render("distilled_card.md.j2", federation=federation, record=record)
 
 
 def write(
@@ -63,7 +61,6 @@ def write(
     config: str,
     federation: Federation,
     record: Mapping[str, Any],
-    architecture: str,
     *,
     replace: bool,
 ) -> None:
@@ -78,7 +75,7 @@ def write(
         write_tensors(folder / WEIGHTS, state, METADATA)
         write_atomic(folder / CONFIG, config)
         write_atomic(folder / PROVENANCE, json.dumps(record, indent=2, ensure_ascii=False))
-        write_atomic(folder / CARD, card(federation, record, architecture))
+        write_atomic(folder / CARD, card(federation, record))
 
 
 def fingerprint_of(state: Mapping[str, Tensor]) -> str:

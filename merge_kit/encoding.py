@@ -2,7 +2,8 @@
 
 The header names each tensor that is not stored dense, with its form and the dtype and shape that it
 has for the rest of the program; what the form keeps of it lies in the file under ``<name>@<part>``.
-A part may be stored in a form itself. Who does not know a form refuses the file by its name.
+A part may be stored as smaller numbers itself (`PLAIN`), and its parts may not. Who does not know a
+form refuses the file by its name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import Field, StringConstraints
 from torch import Tensor
 
 from merge_kit.errors import VectorError
-from merge_kit.forms import FORMS
+from merge_kit.forms import FORMS, PLAIN
 from merge_kit.schema import Document
 from merge_kit.tensorfile import StoredTensors
 from merge_kit.tensorheader import DTYPE_NAMES, DTYPES, TensorSpec, is_safe
@@ -100,9 +101,22 @@ class Decoded(Generic[S]):
                 f"read (known are {', '.join(FORMS)}): install a newer merge-kit."
             )
         parts = {}
+        if told.form in PLAIN and (
+            deeper := [p for p in form.parts if part_name(name, p) in self.encoding]
+        ):
+            raise VectorError(
+                f"{path}: tensor '{part_name(name, deeper[0])}' is a part of numbers, which are "
+                "dense: it is refused."
+            )
         for part in form.parts:
             inner = part_name(name, part)
             if inner in self.encoding:
+                # Deeper forms would let a small file ask for any amount of work.
+                if (within := self.encoding[inner].form) not in PLAIN:
+                    raise VectorError(
+                        f"{path}: tensor '{inner}' is a part of another and stored as '{within}': "
+                        f"parts are dense, {' or '.join(PLAIN)}; it is refused."
+                    )
                 parts[part] = self.encoding[inner].spec
             elif inner in specs:
                 parts[part] = specs[inner]

@@ -16,6 +16,8 @@ from torch import Tensor
 from merge_kit.tensorheader import TensorSpec
 
 FACTORS, ZERO, BF16, INT8, SPARSE = "factors", "zero", "bf16", "int8", "sparse"
+PLAIN = (BF16, INT8)
+"""Forms in which parts of other forms may be stored."""
 STRETCH = 1 << 16
 """Values of a sparse tensor whose places are counted together: a place then takes 16 bits."""
 _MIDDLE = 1 << 15

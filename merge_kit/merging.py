@@ -61,11 +61,11 @@ def choose(
     skip_refused: bool,
     sites: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    kind: Kind = "vector",
+    kinds: Sequence[Kind] = ("vector",),
 ) -> tuple[list[Contribution], list[Entry]]:
     """The contributions to merge, and the entries that were left out because of a problem.
 
-    What is of another kind is passed over: see `find_statistics`. Entries should have passed
+    What is of other kinds is passed over: see `find_statistics`. Entries should have passed
     `check_payloads`: what is unsound replaces nothing.
 
     A contribution that is given twice counts once.
@@ -84,7 +84,7 @@ def choose(
     chosen, refused = [], []
     once = {(entry.site, entry.id): entry for entry in current(entries)}
     for entry in once.values():
-        if (sites and entry.site not in sites) or entry.site in exclude or entry.kind != kind:
+        if (sites and entry.site not in sites) or entry.site in exclude or entry.kind not in kinds:
             continue
         problem = entry.problem or _distrust(entry, allow_unsigned)
         if problem and not skip_refused:

@@ -85,7 +85,9 @@ def measure(features: Tensor, labels: Tensor, classes: int) -> Moments:
     exact = features.double()
     sums = exact.new_zeros(classes, exact.shape[1]).index_add_(0, labels, exact)
     counts = torch.bincount(labels, minlength=classes).to(exact)
-    return Moments(exact.T @ exact, sums, counts)
+    gram = exact.T @ exact
+    # Some libraries give two last digits for one product: a file holds the lower triangle.
+    return Moments(gram.tril() + gram.tril(-1).T, sums, counts)
 
 
 def add(parts: Sequence[Moments]) -> Moments:

@@ -21,6 +21,7 @@ Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Key = Annotated[str, StringConstraints(pattern=r"^ed25519:[A-Za-z0-9+/]{43}=$")]
 SignatureText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{86}==$")]
 DeviceName = Annotated[str, StringConstraints(pattern=r"^[ -~]{1,100}$")]
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
 FolderName = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 
 
@@ -120,6 +121,8 @@ class DistilRecord(Document):
 
     start: Digest
     """Fingerprint of the weights that it started from."""
+    other_backbone: ModelName | None = None
+    """The timm name of a student that is not of the federation's backbone."""
     images: OwnImages
     """Without labels."""
     labelled: OwnImages | None = None

@@ -65,11 +65,6 @@ def find_model(hub: Hub, federation: Federation, folder: Path | None) -> Model:
         check_base(federation, weights, str(weights))
         return Model(weights, _backbone(weights, federation), None)
     record = record_of(folder, federation)
-    if record.distilled and record.recipe and record.recipe.get("student"):
-        raise ProvenanceError(
-            f"{folder} is of another backbone than the federation's: its classifier cannot be "
-            "solved from moments; give a model of the federation's backbone."
-        )
     with TensorFile(folder / WEIGHTS) as file:
         if (found := fingerprint(read_all(file))) != record.merged:
             raise BaseMismatchError(
@@ -85,7 +80,7 @@ def record_of(folder: Path, federation: Federation) -> Provenance:
     Raises
     ------
     ProvenanceError
-        The folder holds no model that was merged from a hub.
+        The folder holds no model that was merged from a hub, or one of another backbone.
     BaseMismatchError
         It is of another contract; names both.
     """
@@ -98,6 +93,11 @@ def record_of(folder: Path, federation: Federation) -> Provenance:
         raise BaseMismatchError(
             f"{folder} is of the contract {record.federation.hash}, this federation's is "
             f"{federation.contract_hash}: give a model that was merged from this hub."
+        )
+    if record.distilled and record.distilled.other_backbone:
+        raise ProvenanceError(
+            f"{folder} is a '{record.distilled.other_backbone}' and not of the federation's "
+            "backbone: what sites measure or add up does not fit it; give a model that does."
         )
     return record
 
@@ -142,7 +142,7 @@ def find_measured(
         skip_refused=skip_refused,
         sites=sites,
         exclude=exclude,
-        kind=kind,
+        kinds=(kind,),
     )
 
 

@@ -136,7 +136,12 @@ def _fault_of_norms(file: TensorFile) -> str | None:
 def _fault_of_predictions(file: TensorFile) -> str | None:
     if not predictionsfile.looks_so(file.specs):
         return "holds no predictions"
-    return predictionsfile.fault(file)
+    if found := predictionsfile.fault(file):
+        return found
+    header = vector.parse_header(file, StatisticsHeader, "holds no statistics")
+    if predictionsfile.read(file).about != header.about:
+        return "is of other images than it says"
+    return None
 
 
 def check_specs(
@@ -195,7 +200,7 @@ def check(
     faults = {
         "moments": (_fault_of_moments, "calibrate"),
         "norms": (_fault_of_norms, "calibrate"),
-        "predictions": (_fault_of_predictions, "predict"),
+        "predictions": (_fault_of_predictions, "run 'merge-kit predict-proxy'"),
     }
     if kind in faults and (fault := faults[kind][0](file)):
         raise VectorError(f"{file.path} {fault}: the site must {faults[kind][1]} again.")

@@ -111,7 +111,7 @@ def verify(
 
 
 def _config(folder: Path, record: Provenance, federation: Federation) -> Check:
-    if record.distilled and record.recipe and record.recipe.get("student"):
+    if record.distilled and record.distilled.other_backbone:
         return Check(CONFIG, "unknown", "is of a backbone that the contract does not know")
     return check_config(folder, federation.model_config_json, "the contract")
 
@@ -206,9 +206,7 @@ def _taken(
             checks.append(_backbone(record.head, model, federation))
         expected = head_card(federation, told)
     else:
-        student = (record.recipe or {}).get("student")
-        name = student["name"] if student else federation.architecture
-        expected = distilled.card(federation, told, name)
+        expected = distilled.card(federation, told)
     return [*checks, check_card(folder, expected, same_version=same_version(record.software))]
 
 

@@ -107,6 +107,13 @@ class Experiment(Document):
         named = [*self.unseen, *([self.arrivals.merge] if self.arrivals else [])]
         if odd := [name for name in named if name not in self.merges]:
             raise ValueError(f"'{odd[0]}' is none of the merges")
+        for name in self.unseen:
+            merge = self.merges[name]
+            if "=" in merge.transfer or "=" in merge.restore:
+                raise ValueError(
+                    f"'{name}' uses images of the table, which may be those of the site that is "
+                    "left out: take it from 'unseen'"
+                )
         return self
 
     def training_of(self, variant: str | None) -> dict[str, Any]:

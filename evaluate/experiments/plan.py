@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluate.experiments.config import Experiment
+from evaluate.experiments.config import Experiment, Merge
 from evaluate.experiments.tables import Union
 from finetune.cases import contents_digest, load_unlabelled
-from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.files import canonical_json, sha256_bytes, sha256_file
 from merge_kit.site import PUBLIC_KEY_FILE
 
 FIRST = "first"
@@ -109,6 +109,7 @@ def fold_folder(
         experiment.options(variant).model_dump(mode="json"),
         seed,
         without,
+        *([experiment.means] if experiment.means else []),
     ]
     name = f"seed-{seed}" + (f"-without-{without}" if without else "")
     name += f"-{variant}" if variant else ""
@@ -238,7 +239,7 @@ class Planner:
             model,
             "--replace",
             after=published,
-            about=self._content(merge.transfer),
+            about=self._content(merge),
         )
         if merge.restore:
             done = self._restore(merge.restore, model, plain, sites, only, done, hub)
@@ -272,10 +273,15 @@ class Planner:
             return (*self._images(), "--where", whose, "--split", "train")
         return ("--data", self._here / whose)
 
-    def _content(self, whose: str) -> str:
-        if not whose or "=" in whose:  # the table is a part of the fold's own name
-            return ""
-        return contents_digest(load_unlabelled(self._here / whose))
+    def _content(self, merge: Merge) -> str:
+        """Of files that a merge reads: a recipe, other images. The table is a part of the fold's
+        own name."""
+        words = shlex.split(merge.options)
+        files = [Path(word) for word in words if "/" in word or word.endswith(".yaml")]
+        found = [sha256_file(file) for file in files if file.is_file()]
+        if merge.transfer and "=" not in merge.transfer:
+            found.append(contents_digest(load_unlabelled(self._here / merge.transfer)))
+        return " ".join(found)
 
     def _visits(
         self, sites: Sequence[str], model: Path, after: Sequence[Job], hub: Path, *more: str

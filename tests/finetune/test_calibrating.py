@@ -140,6 +140,7 @@ def test_means_of_groups_travel_in_the_place_of_moments(
     hub, hospitals, calibrate, run_cli, tmp_path
 ):
     """Beside a site that sends moments; the classifier is that of their sum, and is verified."""
+    hospitals["north"] = write_table(tmp_path / "more", {"round": 12, "lobed": 11}, seed=3)
     whole = calibrate("south")
     small = calibrate("north", "--means", 5)
     read = {}
@@ -159,9 +160,10 @@ def test_means_of_groups_travel_in_the_place_of_moments(
     assert run_cli("verify", tmp_path / "first", "--hub", hub.root).exit_code == 0
 
 
-def test_means_replace_moments_of_the_same_model(hub, hospitals, calibrate, run_cli):
+def test_means_replace_moments_of_the_same_model(hub, hospitals, calibrate, run_cli, tmp_path):
+    hospitals["north"] = write_table(tmp_path / "more", {"round": 12, "lobed": 11}, seed=3)
     calibrate("north")
-    calibrate("north", "--means", 6)
+    calibrate("north", "--means", 5)
     told = json.loads(run_cli("status", hub.root, "--json").output)
     (sites_,) = [row["sites"] for row in told["calibrations"] if row["sites"]]
     assert [row["site"] for row in sites_] == ["north"]
@@ -182,3 +184,9 @@ def test_small_groups_and_other_measures_are_refused(hospitals, run_cli, tmp_pat
         "--norms."
     )
     assert not (tmp_path / "north" / "calibrations").exists()
+    few = run_cli("calibrate", tmp_path / "north", "--data", hospitals["north"], "--means", 5)
+    assert few.exit_code == 1
+    assert few.stderr.splitlines()[-1] == (
+        "Error: no class has two groups of 5 training images, and one group says nothing of how "
+        "images differ: give a smaller --means, or leave it out."
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -119,7 +121,10 @@ def test_the_same_command_gives_the_same_bytes_and_asks_nobody_again(
 def test_without_a_cache_it_gives_the_same(distill, monkeypatch):
     first = distill()
     monkeypatch.setenv(VARIABLE, "off")
+    before = set(Path(tempfile.gettempdir()).iterdir())
     assert (distill(out="again") / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+    left = {path.name for path in set(Path(tempfile.gettempdir()).iterdir()) - before}
+    assert "distilling" not in left
 
 
 def test_names_of_images_do_not_matter_but_their_content_does(distill, pictures, tmp_path):
@@ -173,7 +178,7 @@ training: {steps: 10, batch_size: 8, head_steps: 50}
 """
 
 
-def test_a_student_of_another_backbone(distill, trained, run_cli):
+def test_a_student_of_another_backbone(distill, trained, run_cli, hospitals, tmp_path):
     folder = distill(recipe=SMALL)
     config = json.loads((folder / "config.json").read_text())
     assert (config["architecture"], config["label_names"]) == ("test_byobnet", list(CLASSES))
@@ -182,7 +187,27 @@ def test_a_student_of_another_backbone(distill, trained, run_cli):
     assert result.exit_code == 0, result.output
     refused = run_cli("head", trained.root, folder, "--out", folder.parent / "h")
     assert refused.exit_code == 1
-    assert "is of another backbone than the federation's" in refused.stderr
+    assert "is a 'test_byobnet' and not of the federation's backbone" in refused.stderr
+    refused = run_cli(
+        "calibrate", tmp_path / "north", "--data", hospitals["north"], "--model", folder
+    )
+    assert "is a 'test_byobnet' and not of the federation's backbone" in refused.stderr
+
+
+def test_a_student_that_was_given_is_told_as_such(distill, trained, run_cli, tmp_path):
+    """Nothing was merged to start from; one of another backbone is verified all the same."""
+    small = distill(recipe=SMALL, out="small")
+    folder = distill("--student", small, out="2")
+    record = json.loads((folder / "provenance.json").read_text())
+    assert record["recipe"]["start"] is None
+    assert record["distilled"]["other_backbone"] == "test_byobnet"
+    result = run_cli("verify", folder, "--hub", trained.root)
+    assert result.exit_code == 0, result.output
+    assert run_cli("merge", trained.root, "--out", tmp_path / "merged").exit_code == 0
+    own = distill("--student", tmp_path / "merged", out="3")
+    told = json.loads((own / "provenance.json").read_text())
+    assert (told["recipe"]["start"], told["distilled"]["other_backbone"]) == (None, None)
+    assert run_cli("verify", own, "--hub", trained.root).exit_code == 0
 
 
 @pytest.fixture
@@ -252,6 +277,32 @@ def test_a_run_that_was_killed_goes_on(distill, trained, pictures, run_cli, tmp_
     one_go = distill(recipe=recipe, out="one")
     assert (gone_on / WEIGHTS).read_bytes() == (one_go / WEIGHTS).read_bytes()
     assert (gone_on / WEIGHTS).read_bytes() != (whole / WEIGHTS).read_bytes()
+
+
+def test_a_checkpoint_is_of_one_set_of_teachers(distill, hospitals, run_cli, tmp_path, monkeypatch):
+    """A new vector with the same counts arrives between the kill and the next try."""
+    from finetune import training
+
+    assert run_cli("merge", tmp_path / "hub", "--out", tmp_path / "merged").exit_code == 0
+    real, calls = training._Loop._update, []
+
+    def stop(self):
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        calls.append(1)
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Loop, "_update", stop)
+        distill("--student", tmp_path / "merged", code=130)
+    again = run_cli("finetune", tmp_path / "north", "--data", hospitals["north"], *TRAINING,
+                    "--seed", 5)  # fmt: skip
+    assert again.exit_code == 0, again.output
+    assert run_cli("publish", tmp_path / "north").exit_code == 0
+    calls.clear()
+    monkeypatch.setattr(training._Loop, "_update", lambda self: (calls.append(1), real(self)))
+    distill("--student", tmp_path / "merged")
+    assert len(calls) == 12
 
 
 def test_no_image_that_can_be_read(distill, tmp_path):

@@ -66,7 +66,7 @@ def test_candidates_begin_with_the_merged_model_itself(personalise, merged, run_
                                                        tmp_path):  # fmt: skip
     _, said = personalise()
     first = figures(said)[0]
-    assert first[:3] == (0.0, "merged", "merged")
+    assert first[:3] == (0.0, "between", "between")
     out = tmp_path / "report"
     done = run_cli("evaluate", merged, "--data", hospitals["north"], "--split", "val", "--out", out)
     assert done.exit_code == 0, done.output

@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.answering import noised, thinned
+from finetune.answering import noised, secret_seed, thinned
 from finetune.cases import content_key, load_unlabelled
+from finetune.ensembling import bounded, combined
 from merge_kit import predictionsfile
 from merge_kit import site as sites
-from merge_kit.checkpoints import WEIGHTS
 from merge_kit.errors import VectorError
 from merge_kit.federation import read_federation
+from merge_kit.files import sha256_file
 from merge_kit.predictionsfile import Predictions, fault
 from merge_kit.runs import latest_run
 from merge_kit.tensorfile import TensorFile, write_tensors
@@ -173,21 +174,75 @@ def test_the_images_may_be_fewer_but_not_others(predict, distill, proxy, tmp_pat
     Image.new("RGB", (32, 32)).save(fewer / "new.png")
     refused = distill(recipe=ALONE, data=fewer, out="2", code=1)
     assert refused.stderr.splitlines()[-1] == (
-        "Error: 1 of the 18 images are not among those that 'south, by its predictions' have been "
-        "made of: the set has changed since; let the site label it again with 'merge-kit "
-        "predict-proxy', give the images as they were, or leave the site out."
+        "Error: 1 of the 18 images are not among those that site 'south' has said something of: "
+        "the set has changed since; let it label the set again with 'merge-kit predict-proxy', "
+        "give the images as they were, or leave it out with --exclude south."
     )
     assert not (tmp_path / "2").exists()
 
 
 def test_top_classes_and_noise_change_what_is_sent(predict):
     plain = load(predict() / "predictions.safetensors")["logits"]
-    noisy = load(predict("--noise", 1.0, "--seed", 1) / "predictions.safetensors")["logits"]
+    noisy = load(predict("--noise", 1.0) / "predictions.safetensors")["logits"]
     top = load(predict("--top-k", 1) / "predictions.safetensors")["logits"]
     assert not torch.equal(plain, noisy)
+    again = load(predict("--noise", 1.0) / "predictions.safetensors")["logits"]
+    assert torch.equal(noisy, again)  # or the mean of many would be the truth
     known = [0, 2]
     assert torch.equal(plain[:, known].argmax(dim=1), top[:, known].argmax(dim=1))
     torch.testing.assert_close(plain[:, known].softmax(dim=1), top[:, known].softmax(dim=1))
+
+
+def test_noise_comes_from_the_sites_key(predict, tmp_path):
+    site = sites.open_site(tmp_path / "south") if (tmp_path / "south").exists() else None
+    predict("--noise", 1.0)
+    assert site is not None
+    first = secret_seed(site, "sha256:a", "k")
+    assert first == secret_seed(site, "sha256:a", "k")
+    assert len({first, secret_seed(site, "sha256:b", "k"), secret_seed(site, "sha256:a", "l")}) == 3
+    site.key_file.write_bytes(site.key_file.read_bytes()[::-1])
+    assert secret_seed(site, "sha256:a", "k") != first
+
+
+def test_one_site_may_be_left_out_and_have_said_something_of_several_sets(
+    predict, distill, hospitals, run_cli, proxy, tmp_path
+):
+    other = tmp_path / "other-set"
+    shutil.copytree(proxy, other)
+    Image.new("RGB", (32, 32), "red").save(other / "red.png")
+    (other / "0.png").unlink()
+    predict("--publish")
+    predict("--publish", data=other)
+    tuned = run_cli("finetune", tmp_path / "north", "--data", hospitals["north"], *TRAINING)
+    assert tuned.exit_code == 0
+    assert run_cli("publish", tmp_path / "north").exit_code == 0
+    for place, arguments in enumerate((("--exclude", "south"), ("--site", "north"))):
+        folder = distill(*arguments, out=f"without{place}")
+        assert (
+            json.loads((folder / "provenance.json").read_text())["distilled"]["predictions"] == []
+        )
+    folder = distill("--site", "south", recipe=ALONE, out="south-alone")
+    record = json.loads((folder / "provenance.json").read_text())
+    assert (record["contributions"], len(record["distilled"]["predictions"])) == ([], 1)
+    both = distill(out="both")
+    assert len(json.loads((both / "provenance.json").read_text())["distilled"]["predictions"]) == 1
+
+
+def test_predictions_of_other_images_than_announced_are_refused(predict, hub, distill, run_cli):
+    folder = predict()
+    forge(folder, lambda tensors: tensors["images"][-1, -1:].bitwise_xor_(torch.tensor(1)))
+    assert run_cli("publish", folder.parents[1], "--run", folder).exit_code == 0
+    refused = distill(recipe=ALONE, code=1)
+    assert "is of other images than it says" in refused.stderr
+
+
+def test_a_voice_that_shouts_is_one_of_several(predict, distill):
+    folder = predict("--publish")
+    assert folder.is_dir()
+    loud = bounded(torch.tensor([[[1e30, 0.0]], [[0.0, 2.0]]]).double(), torch.ones(2, 2).bool())
+    assert float(loud.min()) == -30.0
+    mixed = combined(loud, torch.ones(2, 2).bool(), torch.ones(2, 1, 1))
+    assert float(mixed.abs().max()) < 10
 
 
 def test_new_predictions_of_the_same_images_replace_the_old(predict, hub, run_cli):
@@ -215,6 +270,21 @@ def test_wrong_options_give_their_sentence(predict, proxy, private, tmp_path):
     config["label_names"] = ["a", "b", "c"]
     (private / "config.json").write_text(json.dumps(config))
     assert "has no class in common with the federation" in predict(code=1).stderr
+
+
+def forge(folder, change):
+    """Other values under the site's own signature."""
+    path = folder / "predictions.safetensors"
+    tensors = load(path)
+    change(tensors)
+    with TensorFile(path) as file:
+        metadata = next(iter(file.metadata.items()))
+    write_tensors(path, tensors, metadata)
+    draft = folder / "predictions.manifest.draft.json"
+    told = json.loads(draft.read_text())
+    norm = math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+    told["payload"] = {"sha256": sha256_file(path), "size": path.stat().st_size, "norm": norm}
+    draft.write_text(json.dumps(told))
 
 
 def sound(count=3):
@@ -269,26 +339,10 @@ def test_predictions_of_another_shape_are_refused(tmp_path):
 def test_a_forged_file_is_refused_by_name(predict, hub, distill, run_cli):
     """Signed by the site, but with the values of a model that says nothing sound."""
     folder = predict()
-    tensors = load(folder / "predictions.safetensors")
-    tensors["logits"][:, 1] = 9.0
-    with TensorFile(folder / "predictions.safetensors") as file:
-        metadata = next(iter(file.metadata.items()))
-    write_tensors(folder / "predictions.safetensors", tensors, metadata)
-    path = folder / "predictions.manifest.draft.json"
-    from merge_kit.files import sha256_file
-
-    draft = json.loads(path.read_text())
-    size = (folder / "predictions.safetensors").stat().st_size
-    norm = math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
-    digest = sha256_file(folder / "predictions.safetensors")
-    draft["payload"] = {"sha256": digest, "size": size, "norm": norm}
-    path.write_text(json.dumps(draft))
+    forge(folder, lambda tensors: tensors["logits"][:, 1].fill_(9.0))
     site = folder.parents[1]
     assert run_cli("publish", site, "--run", folder).exit_code == 0
     refused = distill(recipe=ALONE, code=1)
-    assert "says something of classes that are not known: the site must predict again" in (
-        refused.stderr
-    )
+    what = "says something of classes that are not known"
+    assert f"{what}: the site must run 'merge-kit predict-proxy' again" in refused.stderr
     assert read_federation(hub.root).classes == CLASSES
-    assert sites.open_site(site).name == "south"
-    assert WEIGHTS

@@ -194,6 +194,76 @@ def test_the_same_vector_gives_the_same_bytes(compressed, tmp_path, how):
     assert len(first) < (tmp_path / "whole").stat().st_size
 
 
+@pytest.mark.parametrize("keep", ["topk:0.1", "svd:0.5"])
+def test_smaller_numbers_make_smaller_files(compressed, tmp_path, keep):
+    sizes = []
+    thin = drawn(300, 8, seed=1) @ drawn(8, 300, seed=3, scale=1)
+    for how in (keep, f"{keep}+bf16", f"{keep}+int8"):
+        error, _, _ = compressed({"a": drawn(200, 200), "b": thin}, how)
+        sizes.append((tmp_path / "small").stat().st_size)
+        assert error < 1
+    assert sizes[0] > sizes[1] * 1.2
+    assert sizes[1] > sizes[2] * 1.2
+
+
+def test_the_bytes_do_not_depend_on_threads(compressed, tmp_path):
+    tensors, found = {"a": drawn(200, 300)}, []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        compressed(tensors, "svd:0.9")
+        found.append((tmp_path / "small").read_bytes())
+    torch.set_num_threads(1)
+    assert found[0] == found[1]
+
+
+def test_what_was_sent_stays_what_it_was(hub, published, tmp_path):
+    """As if another machine's linear algebra gave other last digits."""
+    first = published("north", "svd:0.9")
+    run = tmp_path / "north" / "runs" / "seed5"
+    (run / "vector.svd-0.9.safetensors").stat()
+    way = compressing.parse_compression("svd:0.9")
+    made = compressing.compress
+    try:
+        compressing.compress = None
+        publishing_compress, publishing.compress = publishing.compress, None
+        (again,) = publishing.prepare_all(open_site(tmp_path / "north"), run, hub, how=way)
+    finally:
+        compressing.compress, publishing.compress = made, publishing_compress
+    assert again.manifest == first.manifest
+
+
+def nested(form, inner):
+    """A matrix whose part is stored in a form that has parts itself."""
+    parts = {"left": (2, 2), "right": (2, 3)}
+    told = {"w": spec(form)}
+    tensors = {"w@left": torch.ones(parts["left"])}
+    told["w@right"] = spec(inner, parts["right"])
+    return tensors, told
+
+
+def test_deeper_forms_are_refused_before_any_value_is_read(tmp_path):
+    tensors, told = nested("factors", "factors")
+    tensors |= {"w@right@left": torch.ones(2, 1), "w@right@right": torch.ones(1, 3)}
+    sentences = {
+        "factors": "tensor 'w@right' is a part of another and stored as 'factors': parts are "
+        "dense, bf16 or int8; it is refused.",
+        "scales": "tensor 'w@scales' is a part of numbers, which are dense: it is refused.",
+    }
+    scales = {
+        "w@values": torch.ones(2, 3, dtype=torch.int8),
+        "w@scales@values": torch.ones(2, 1).bfloat16(),
+    }
+    for tensors_, told_, key in (
+        (tensors, told, "factors"),
+        (scales, {"w": spec("int8"), "w@scales": spec("bf16", (2, 1))}, "scales"),
+    ):
+        header = canonical_json({**ORIGIN, "format": 1, "encoding": told_}).decode()
+        path = tmp_path / key
+        write_tensors(path, tensors_, (vector.METADATA_KEY, header))
+        with says(VectorError, f"{path}: {sentences[key]}"), vector.opened(path):
+            pass
+
+
 def test_a_vector_of_zeros_loses_nothing(compressed):
     error, dense, stored = compressed({"w": torch.zeros(5, 5)}, "topk:0.5")
     assert (error, stored) == (0.0, {})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from merge_kit import publishing, site, statistics
-from merge_kit.contributions import check_payloads, list_entries
+from merge_kit.contributions import Entry, check_payloads, list_entries
 from merge_kit.errors import ContributionError, VectorError
 from merge_kit.federation import BASE_WEIGHTS, read_federation
 from merge_kit.files import sha256_file
@@ -222,3 +223,32 @@ def spy(original, seen):
         original(file, name, begin, out)
 
     return read_into
+
+
+def test_a_file_of_more_features_is_refused_before_they_are_squared(hub, measured, tmp_path):
+    """Squared, 200,000 features would take 320 GB."""
+    parcel = measured("north")
+    federation = read_federation(hub.root)
+    folder = tmp_path / "north" / "calibrations" / "seed0"
+    path = folder / "moments.safetensors"
+    with TensorFile(path) as file:
+        metadata = next(iter(file.metadata.items()))
+    tensors = {
+        "means": torch.ones(4, 200_000), "labels": torch.tensor([0, 0, 1, 2]),
+        "sizes": torch.tensor([20, 20, 20, 20]), "counts": torch.tensor([40, 20, 20]),
+    }  # fmt: skip
+    write_tensors(path, tensors, metadata)
+    stated = parcel.manifest.payload.model_copy(
+        update={"sha256": sha256_file(path), "size": path.stat().st_size}
+    )
+    forged = replace(
+        next(e for e in list_entries(hub, federation) if e.contribution).contribution,
+        payload=path,
+        manifest=parcel.manifest.model_copy(update={"payload": stated}),
+    )
+    entry = Entry(forged.site, forged.id, forged, None, "moments")
+    (checked,) = check_payloads([entry], federation, hub.fetch("base/model.safetensors"))
+    assert checked.contribution is None
+    assert "tensor 'means' is F32 [4, 200000], for this backbone it is F32 [4, 96]" in (
+        checked.problem
+    )

@@ -175,3 +175,23 @@ def test_each_way_to_travel_has_its_hub_once(plan):
     visits = [job for job in commands(fold, "calibrate") if "--hub" in job.argv]
     assert len(visits) == len(SITES)
     assert {job.key for job in plan().jobs} < {job.key for job in fold.jobs}
+
+
+def test_means_and_recipes_are_part_of_what_was_done(plan, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: mean")
+    told = {**TOLD["merges"], "mine": {"options": f"--recipe {recipe}"}}
+    first = {job.key for job in plan(merges=told).jobs}
+    recipe.write_text("method: mean\nweights: uniform\n")
+    second = {job.key for job in plan(merges=told).jobs}
+    assert len(first - second) == 1
+    assert plan(means=5).root != plan().root
+    visits = [job for job in commands(plan(means=5), "calibrate")]
+    assert all(job.argv[job.argv.index("--means") + 1] == "5" for job in visits)
+
+
+@pytest.mark.parametrize("field", ["transfer", "restore"])
+def test_a_site_that_is_left_out_gives_no_images_to_the_merge(field):
+    told = {**TOLD, "merges": {**TOLD["merges"], "odd": {field: "site=a"}}, "unseen": ["odd"]}
+    with pytest.raises(ValueError, match="may be those of the site that is left out"):
+        Experiment.model_validate(told)
