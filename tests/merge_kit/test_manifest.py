@@ -171,7 +171,8 @@ def test_bytes_that_are_not_canonical_are_refused(data):
         (
             "kind",
             "image",
-            "'kind': input should be 'vector', 'fisher', 'gram', 'moments' or 'norms' "
+            "'kind': input should be 'vector', 'fisher', 'gram', 'moments', 'norms' or "
+            "'predictions' "
             "(got 'image').",
         ),
         ("kind", "moments", "'the document': statistics name the vector that they are about"),

@@ -446,7 +446,7 @@ def test_a_provenance_that_cannot_be_read_is_said(hub, tmp_path, run_cli, conten
     [
         ({"format": 2}, "'format': input should be 1 (got 2)."),
         ({"odd": 1}, "unknown key 'odd'; known are format, federation, base, merged, recipe, "
-         "contributions, refused, software, head, norms."),
+         "contributions, refused, software, head, norms, distilled."),
         ({"contributions": []}, "'the document': a recipe goes with contributions."),
         ({"contributions": [], "recipe": None}, "'the document': contributions are missing."),
         ({"contributions": "twice"}, "'contributions': a contribution is named twice."),
