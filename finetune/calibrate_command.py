@@ -23,10 +23,8 @@ from finetune.network import choose_device
 from finetune.own_head import own_head
 from finetune.progress import Progress
 from merge_kit.commands.options import listed, next_step, shown
-from merge_kit.commands.publish import hub_option, send
+from merge_kit.commands.publish import hub_option, send_or_show
 from merge_kit.errors import LabelError, UsageError
-from merge_kit.hub import open_hub
-from merge_kit.publishing import prepare_all
 from merge_kit.site import Site, open_site
 
 
@@ -182,15 +180,7 @@ def calibrate(
         )
     what = "norm statistics" if norms else "means" if means else "moments"
     click.echo(f"  {what:<20} {made.size / 2**20:.1f} MiB in {made.folder}")
-    if publish:
-        opened = open_hub(hub or site.config.hub)
-        send(site, made.folder, opened, prepare_all(site, made.folder, opened))
-        next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")
-        return
-    next_step(
-        f"see what would leave the site with\n"
-        f"  merge-kit publish {shown(site.root)} --run {shown(made.folder)} --dry-run"
-    )
+    send_or_show(site, made.folder, hub, publish=publish)
 
 
 def _own_head(

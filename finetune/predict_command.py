@@ -13,11 +13,9 @@ from finetune.image_options import of_split, unlabelled_options
 from finetune.network import choose_device
 from finetune.progress import Progress
 from finetune.teachers import other_teacher
-from merge_kit.commands.options import next_step, pairs, shown, typed_pairs
-from merge_kit.commands.publish import hub_option, send
+from merge_kit.commands.options import pairs, typed_pairs
+from merge_kit.commands.publish import hub_option, send_or_show
 from merge_kit.errors import UsageError
-from merge_kit.hub import open_hub
-from merge_kit.publishing import prepare_all
 from merge_kit.remembered import cache_folder
 from merge_kit.site import open_site
 
@@ -121,15 +119,7 @@ def predict_proxy(
     click.echo(f"  classes  {', '.join(known)}")
     click.echo(f"  images   {made.about}")
     click.echo(f"  size     {made.size / 2**20:.1f} MiB in {made.folder}")
-    if publish:
-        opened = open_hub(hub or site.config.hub)
-        send(site, made.folder, opened, prepare_all(site, made.folder, opened))
-        next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")
-        return
-    next_step(
-        f"see what would leave the site with\n"
-        f"  merge-kit publish {shown(site.root)} --run {shown(made.folder)} --dry-run"
-    )
+    send_or_show(site, made.folder, hub, publish=publish)
 
 
 def _count(name: str, value: object) -> int:

@@ -97,3 +97,16 @@ def send(
             click.echo(f"Published: {target}")
         else:
             click.echo(f"Already published: {target}")
+
+
+def send_or_show(site: Site, folder: Path, hub: str | None, *, publish: bool) -> None:
+    """Publish at once what has been made in a folder, or say how to look at it first."""
+    if publish:
+        opened = open_hub(hub or site.config.hub)
+        send(site, folder, opened, publishing.prepare_all(site, folder, opened))
+        next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")
+        return
+    next_step(
+        f"see what would leave the site with\n"
+        f"  merge-kit publish {shown(site.root)} --run {shown(folder)} --dry-run"
+    )
