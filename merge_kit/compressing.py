@@ -125,7 +125,8 @@ def compress(source: Path, target: Path, roles: Mapping[str, Role], how: Compres
     Returns
     -------
     float
-        ``|tau' - tau| / |tau|`` over weights and heads, float64; 0 for a vector of zeros.
+        ``|tau' - tau| / |tau|`` over the weights of the body, float64; 0 where they are zeros. The
+        head's rows are not compressed, and may be many times as long.
 
     Raises
     ------
@@ -241,7 +242,7 @@ def _error(
 ) -> float:
     lost = whole = 0.0
     for name, tensor in vector.read_checked(written):
-        if roles[name] in (Role.WEIGHT, Role.HEAD):
+        if roles[name] is Role.WEIGHT:
             full = file.read(name).double()
             lost += float((tensor.double() - full).square().sum())
             whole += float(full.square().sum())

@@ -112,7 +112,7 @@ class Compression(Document):
     method: Annotated[str, StringConstraints(pattern=r"^[a-z0-9.:+]{1,40}$")]
     """As on the command line; see `merge_kit.compressing`."""
     error: float = Field(ge=0)
-    """L2 norm of what was given up over that of the whole, over weights and heads."""
+    """L2 norm of what was given up over that of the whole, over the weights of the body."""
 
 
 class Draft(Document):
