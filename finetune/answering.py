@@ -13,20 +13,18 @@ import torch
 from torch import Tensor
 
 from finetune.cases import Case, content_key
+from finetune.drafting import write_measured
 from finetune.ensembling import spread
 from finetune.outputs import Outputs, Stage, check_outputs
-from finetune.run import alone, now, software
+from finetune.run import alone
 from finetune.teachers import Teacher
 from merge_kit import predictionsfile
 from merge_kit.errors import DataError
-from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
-from merge_kit.manifest import Draft, Payload, suppress
+from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.manifest import suppress
 from merge_kit.predictionsfile import Predictions
-from merge_kit.publishing import draft_file, payload_file
+from merge_kit.publishing import payload_file
 from merge_kit.site import Site
-from merge_kit.statistics import StatisticsHeader
-from merge_kit.tensorfile import write_tensors
-from merge_kit.vector import METADATA_KEY
 
 ANSWERS = "predictions"
 KIND: Literal["predictions"] = "predictions"
@@ -140,36 +138,10 @@ def answer(
             logits = noised(logits, teacher.known, noise, seed)
         if top is not None:
             logits = thinned(logits, teacher.known, top)
-        path = folder / payload_file(KIND)
         found = Predictions(tuple(images), logits.float(), teacher.known)
-        _write(site, path, found, counts or {})
-        return Answered(folder, len(images), about, path.stat().st_size)
-
-
-def _write(site: Site, path: Path, found: Predictions, counts: Mapping[str, int]) -> None:
-    federation = site.federation
-    origin = {
-        "base": federation.base_fingerprint,
-        "federation": federation.contract_hash,
-        "site": site.name,
-        "kind": KIND,
-        "about": found.about,
-    }
-    header = StatisticsHeader.model_validate(origin)
-    tensors = predictionsfile.to_tensors(found)
-    write_tensors(path, tensors, (METADATA_KEY, canonical_json(header.model_dump()).decode()))
-    norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
-    minimum = federation.policy.minimum_class_count
-    draft = Draft.model_validate(
-        {
-            **origin,
-            "payload": Payload(sha256=sha256_file(path), size=path.stat().st_size, norm=norm),
-            "class_counts": suppress(
-                {name: counts.get(name, 0) for name in federation.classes}, minimum
-            ),
-            "preprocessing": federation.preprocessing.hash,
-            "software": software(),
-            "created_at": now(),
-        }
-    )
-    write_atomic(path.parent / draft_file(KIND), draft.model_dump_json(indent=2))
+        told_counts = {name: (counts or {}).get(name, 0) for name in federation.classes}
+        hidden = suppress(told_counts, federation.policy.minimum_class_count)
+        tensors = predictionsfile.to_tensors(found)
+        write_measured(site, folder, KIND, about, tensors, {"class_counts": hidden})
+        size = (folder / payload_file(KIND)).stat().st_size
+        return Answered(folder, len(images), about, size)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from finetune import network
 from finetune.cases import Case, case_key
+from finetune.drafting import write_measured
 from finetune.labelling import finding_counts
 from finetune.normalizing import norm_sums
 from finetune.objectives import told_of
 from finetune.pixels import decode
-from finetune.run import alone, now, software
+from finetune.run import alone
 from finetune.splits import split_of
 from finetune.withholding import withhold
 from merge_kit import classmeans, findings, moments, momentsfile, normstats
@@ -26,17 +26,15 @@ from merge_kit.checkpoints import WEIGHTS
 from merge_kit.classmeans import GroupMeans
 from merge_kit.errors import DataError, LabelError, UsageError
 from merge_kit.federation import BASE_WEIGHTS
-from merge_kit.files import canonical_json, sha256_bytes, sha256_file, write_atomic
-from merge_kit.manifest import Draft, Payload, read_draft
+from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.manifest import read_draft
 from merge_kit.momentsfile import AnyMoments
 from merge_kit.publishing import DRAFT, draft_file, payload_file
 from merge_kit.reheading import record_of
 from merge_kit.runs import latest_run
 from merge_kit.site import COPY, Site
 from merge_kit.solving import backbone_of
-from merge_kit.statistics import StatisticsHeader
-from merge_kit.tensorfile import TensorFile, write_tensors
-from merge_kit.vector import METADATA_KEY
+from merge_kit.tensorfile import TensorFile
 
 CALIBRATIONS = "calibrations"
 Measured: TypeAlias = Literal["moments", "norms"]
@@ -173,7 +171,7 @@ def calibrate(
                     _measured(site, features[kept], truth[kept], means)
                 )
             counted = withhold(truth, _minimum(site)) if several else truth
-            _write(site, folder, kind, about, tensors, counted[kept])
+            write_measured(site, folder, kind, about, tensors, _counts(site, counted[kept]))
         stated = read_draft(draft, "calibrate")
         counts, absent = (
             tuple(int(those[name]) for name in site.federation.classes if name in those)
@@ -282,38 +280,10 @@ def _held_back(
     return tuple((n, there[i]) for i, n in enumerate(names) if there[i] and not counts[i])
 
 
-def _write(
-    site: Site,
-    folder: Path,
-    kind: Measured,
-    about: str,
-    tensors: Mapping[str, Tensor],
-    truth: Tensor,
-) -> None:
-    federation, path = site.federation, folder / payload_file(kind)
-    origin = {
-        "base": federation.base_fingerprint,
-        "federation": federation.contract_hash,
-        "site": site.name,
-        "kind": kind,
-        "about": about,
-    }
-    header = StatisticsHeader.model_validate(origin)
-    write_tensors(path, tensors, (METADATA_KEY, canonical_json(header.model_dump()).decode()))
-    norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+def _counts(site: Site, truth: Tensor) -> dict[str, Any]:
+    """The fields of a manifest that count the images that were measured."""
+    federation = site.federation
     if federation.multi_label:
-        counts = finding_counts(federation, truth)
-    else:
-        found = torch.bincount(truth, minlength=len(federation.classes)).tolist()
-        counts = {"class_counts": dict(zip(federation.classes, found, strict=True))}
-    draft = Draft.model_validate(
-        {
-            **origin,
-            "payload": Payload(sha256=sha256_file(path), size=path.stat().st_size, norm=norm),
-            **counts,
-            "preprocessing": federation.preprocessing.hash,
-            "software": software(),
-            "created_at": now(),
-        }
-    )
-    write_atomic(folder / draft_file(kind), draft.model_dump_json(indent=2))
+        return finding_counts(federation, truth)
+    found = torch.bincount(truth, minlength=len(federation.classes)).tolist()
+    return {"class_counts": dict(zip(federation.classes, found, strict=True))}

@@ -32,7 +32,8 @@ from finetune.tables import (
     read_table,
 )
 from merge_kit.errors import ImageError, LabelError
-from merge_kit.files import canonical_json, sha256_bytes, sha256_file
+from merge_kit.files import sha256_file
+from merge_kit.predictionsfile import digest_of
 
 _ONE_READER = threading.Lock()
 
@@ -260,7 +261,7 @@ def content_key(case: Case) -> str:
 
 def contents_digest(cases: Sequence[Case]) -> str:
     """A digest of what the images hold, whatever they are called and in whatever order."""
-    return sha256_bytes(canonical_json(sorted(content_key(case) for case in cases)))
+    return digest_of([content_key(case) for case in cases])
 
 
 def _item(item: ArrayItem) -> NDArray[Any]:

@@ -14,9 +14,9 @@ from rich.console import Console
 from torch import nn
 
 from finetune import network
-from finetune.cases import Case, content_key, contents_digest, load_unlabelled
+from finetune.cases import content_key, load_unlabelled
 from finetune.distillation import Distillation, Student, read_distillation
-from finetune.distilling import Labelled, Lesson, digest_of, distil, lesson, split, told_of
+from finetune.distilling import Lesson, digest_of, distil, lesson, split, told_of
 from finetune.image_options import of_split, table_cases, unlabelled_options
 from finetune.network import choose_device
 from finetune.pixels import Images, decode
@@ -33,6 +33,7 @@ from merge_kit.federation import BASE_WEIGHTS, Federation, Preprocessing, prepro
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.hub import Hub, open_hub
 from merge_kit.manifest import Kind
+from merge_kit.predictionsfile import digest_of as digest_of_images
 from merge_kit.provenance import DistilRecord, OtherTeacher, OwnImages, StatedTeacher
 from merge_kit.recipe import DISTILL
 from merge_kit.remembered import cache_folder
@@ -135,9 +136,8 @@ def distill(
     cases = of_split(
         load_unlabelled(data, images=images, where=pairs(where, "--where")), split_of, data
     )
-    few = None
-    if labelled:
-        few = Labelled(tuple(table_cases(federation.classes, labelled, images, (), ())))
+    keys = [content_key(case) for case in cases]
+    few = table_cases(federation.classes, labelled, images, (), ()) if labelled else None
     arrived = _arrived(
         opened,
         federation,
@@ -149,7 +149,7 @@ def distill(
     )
     on = choose_device(device)
     precision = network.resolved("auto", on)
-    teachers = _teachers(opened, federation, arrived, others, precision, told.features > 0, cases)
+    teachers = _teachers(opened, federation, arrived, others, precision, told.features > 0, keys)
     with ExitStack() as stack, Progress() as progress:
         cache, works = cache_folder("outputs"), cache_folder("distilling")
         if cache is None or works is None:
@@ -158,6 +158,7 @@ def distill(
         heard = lesson(
             teachers,
             cases,
+            keys,
             told,
             on,
             cache,
@@ -171,8 +172,8 @@ def distill(
         record = DistilRecord(
             start=distilled.fingerprint_of(begun.model.state_dict()),
             other_backbone=begun.other,
-            images=_told(heard.cases),
-            labelled=_told(few.cases) if few else None,
+            images=_told(heard.keys),
+            labelled=_told([content_key(case) for case in few]) if few else None,
             **_beside(teachers, heard.shares, arrived),
         )
         parts = split(heard, told.validation, told.options().seed)
@@ -270,8 +271,8 @@ def _beside(
     return {"others": tuple(others), "predictions": tuple(predictions)}
 
 
-def _told(cases: Sequence[Case]) -> OwnImages:
-    return OwnImages(count=len(cases), sha256=contents_digest(cases))
+def _told(keys: Sequence[str]) -> OwnImages:
+    return OwnImages(count=len(keys), sha256=digest_of_images(keys))
 
 
 def _teachers(
@@ -281,16 +282,14 @@ def _teachers(
     others: Sequence[str],
     precision: str,
     features: bool,
-    cases: Sequence[Case],
+    keys: Sequence[str],
 ) -> list[Teacher]:
     teachers, silent = site_teachers(
         federation, base_folder(hub), arrived.vectors, precision, features=features
     )
     for sentence in silent:
         click.echo(f"Left out: {sentence}", err=True)
-    if arrived.predictions:
-        images = [content_key(case) for case in cases]
-        teachers += absent_teachers(federation, arrived.predictions, images)
+    teachers += absent_teachers(federation, arrived.predictions, keys)
     for text in others:
         name, separator, path = text.partition("=")
         if not separator or Path(text).exists():

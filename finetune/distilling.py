@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from finetune.distillation import Distillation, Weighting
 from finetune.feed import draw_seed
 from finetune.losses import rarity
 from finetune.objectives import Objective, Truth
-from finetune.outputs import Network, Outputs, Stage, check_outputs
+from finetune.outputs import Outputs, Stage, check_outputs
 from finetune.pixels import Images
 from finetune.tasks import Report, Task
 from finetune.teachers import Teacher, width_of
@@ -41,6 +41,8 @@ class Lesson:
     """How much each teacher had to say, over all images and classes; they sum to 1."""
     cases: tuple[Case, ...]
     """The images that can be read."""
+    keys: tuple[str, ...]
+    """Their contents, as `finetune.cases.content_key` gives them."""
     left_out: tuple[str, ...]
 
     def take(self, rows: Sequence[int]) -> Lesson:
@@ -51,29 +53,31 @@ class Lesson:
             None if self.features is None else self.features[chosen],
             self.shares,
             tuple(self.cases[row] for row in chosen),
+            tuple(self.keys[row] for row in chosen),
             self.left_out,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """A few labelled images, by which it is learnt how much each teacher counts."""
-
-    cases: tuple[Case, ...]
 
 
 def lesson(
     teachers: Sequence[Teacher],
     cases: Sequence[Case],
+    keys: Sequence[str],
     recipe: Distillation,
     device: torch.device,
     cache: Path | None,
     *,
-    labelled: Labelled | None = None,
+    labelled: Sequence[Case] | None = None,
     skip_unreadable: bool = False,
     progress: Stage | None = None,
 ) -> Lesson:
     """Ask every teacher about every image, once: what they say is kept in `cache`.
+
+    Parameters
+    ----------
+    keys
+        Content of each image, as `finetune.cases.content_key` gives it.
+    labelled
+        A few labelled images, by which it is learnt how much each teacher counts.
 
     Raises
     ------
@@ -82,7 +86,7 @@ def lesson(
         a class that a teacher knows.
     """
     _check(teachers, recipe, labelled)
-    said, run = _asked(teachers, cases, device, cache, skip_unreadable, progress)
+    said, run = _asked(teachers, cases, keys, device, cache, skip_unreadable, progress)
     rows = np.flatnonzero(run.readable).tolist()
     if not rows:
         raise DataError("no image can be read: check the image folder and the file formats.")
@@ -106,12 +110,20 @@ def lesson(
         features = sum(part * share for part, share in zip(told, each, strict=True))
         assert isinstance(features, Tensor)  # of one teacher at least
         features = features.float()
-    kept = tuple(cases[row] for row in rows)
     mixed = ensembling.combined(heard, known, weights)
-    return Lesson(mixed, features, tuple(shares), kept, tuple(run.problems.values()))
+    return Lesson(
+        mixed,
+        features,
+        tuple(shares),
+        tuple(cases[row] for row in rows),
+        tuple(keys[row] for row in rows),
+        tuple(run.problems.values()),
+    )
 
 
-def _check(teachers: Sequence[Teacher], recipe: Distillation, labelled: Labelled | None) -> None:
+def _check(
+    teachers: Sequence[Teacher], recipe: Distillation, labelled: Sequence[Case] | None
+) -> None:
     """Refuse what does not go together, before anybody is asked."""
     if (recipe.teachers == "stacking") != (labelled is not None):
         raise UsageError(
@@ -143,12 +155,12 @@ def _heard(teachers: Sequence[Teacher], said: Sequence[Tensor], known: Tensor) -
 def _asked(
     teachers: Sequence[Teacher],
     cases: Sequence[Case],
+    keys: Sequence[str],
     device: torch.device,
     cache: Path | None,
     skip_unreadable: bool,
     progress: Stage | None,
 ) -> tuple[list[Tensor], Outputs]:
-    keys = [content_key(case) for case in cases]
     for teacher in teachers:
         if teacher.network is None and (gone := [k for k in keys if k not in teacher.answers]):
             raise DataError(
@@ -165,7 +177,8 @@ def _asked(
         skip_unreadable=skip_unreadable,
         progress=progress,
     )
-    networks = [_fresh(teacher.network) if teacher.network else None for teacher in teachers]
+    # The same networks may be asked about other images, too.
+    networks = [one.network and replace(one.network, outputs={}) for one in teachers]
     run.complete([one for one in networks if one], run.batches)
     said = [
         torch.stack([teacher.answers[key] for key in keys]) if one is None else one.logits()
@@ -176,11 +189,6 @@ def _asked(
     return said, run
 
 
-def _fresh(one: Network) -> Network:
-    """The same network, asked about other images."""
-    return Network(one.name, one.place, one.key, one.size, one.preprocessing, one.load)
-
-
 def _weights(
     teachers: Sequence[Teacher],
     heard: Tensor,
@@ -188,16 +196,17 @@ def _weights(
     rule: Weighting,
     device: torch.device,
     cache: Path | None,
-    labelled: Labelled | None,
+    labelled: Sequence[Case] | None,
     skip_unreadable: bool,
     progress: Stage | None,
 ) -> Tensor:
     """How much each teacher counts, for `ensembling.combined`: (N, 1 or n, 1 or C) float64."""
     if labelled is not None:
-        said, run = _asked(teachers, labelled.cases, device, cache, skip_unreadable, progress)
+        keys = [content_key(case) for case in labelled]
+        said, run = _asked(teachers, labelled, keys, device, cache, skip_unreadable, progress)
         rows = np.flatnonzero(run.readable).tolist()
         told = _heard(teachers, [found[rows] for found in said], known)
-        labels = torch.tensor([labelled.cases[row].label for row in rows])
+        labels = torch.tensor([labelled[row].label for row in rows])
         return ensembling.stacked(told, known, labels)
     if rule == "confidence":
         return ensembling.certainty(heard, known)

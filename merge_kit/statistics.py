@@ -153,15 +153,15 @@ def check_specs(
     multi_label: bool = False,
 ) -> None:
     """Compare names, shapes and dtypes with what the base asks for; as in `check`."""
-    if kind == "moments":
+    if kind in ("moments", "predictions"):
         heads = [n for n, r in roles.items() if r is Role.HEAD and n.endswith("weight")]
         classes, features = expected[heads[0]].shape[:2]
+    if kind == "moments":
         momentsfile.check_specs(
             file.specs, features, classes, str(file.path), multi_label=multi_label
         )
     elif kind == "predictions":
-        heads = [n for n, r in roles.items() if r is Role.HEAD and n.endswith("weight")]
-        predictionsfile.check_specs(file.specs, expected[heads[0]].shape[0], str(file.path))
+        predictionsfile.check_specs(file.specs, classes, str(file.path))
     elif kind == "norms":
         normstats.check_specs(file.specs, expected, roles, str(file.path))
     elif kind == "fisher":

@@ -95,6 +95,18 @@ def run_cli() -> Callable[..., Result]:
     return run
 
 
+@pytest.fixture
+def ok(run_cli: Callable[..., Result]) -> Callable[..., str]:
+    """Run a command that must go through; gives what it said."""
+
+    def run(*arguments: object) -> str:
+        result = run_cli(*arguments)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def _federation_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template") / "hub"

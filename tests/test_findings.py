@@ -40,18 +40,6 @@ def _one_thread():
 
 
 @pytest.fixture
-def ok(run_cli):
-    """Run a command that must go through; gives what it said."""
-
-    def run(*arguments):
-        result = run_cli(*arguments)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    return run
-
-
-@pytest.fixture
 def refused(run_cli):
     """Run a command that must fail; gives its sentence."""
 

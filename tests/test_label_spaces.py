@@ -36,18 +36,6 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def ok(run_cli):
-    """Run a command that must go through; gives what it said."""
-
-    def run(*arguments):
-        result = run_cli(*arguments)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    return run
-
-
 def go(*arguments: object) -> None:
     """Run a command that must go through, before any test."""
     main([str(argument) for argument in arguments])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluate.experiments.config import Experiment, Merge
+from evaluate.experiments.orders import arrival_orders, stages
 from evaluate.experiments.tables import Union
 from finetune.cases import contents_digest, load_unlabelled
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file
@@ -389,15 +390,3 @@ class Planner:
     def _model(self, name: str, told: Mapping[str, object]) -> Path:
         """A folder that no other choice under the same name has."""
         return self.fold.root / "models" / f"{name}-{sha256_bytes(canonical_json(told))[7:15]}"
-
-
-def arrival_orders(sites: Sequence[str], count: int) -> list[tuple[str, ...]]:
-    """Orders of arrival: as the sites are sorted, turned by one each time."""
-    return [(*sites[turn:], *sites[:turn]) for turn in range(min(count, len(sites)))]
-
-
-def stages(order: Sequence[str]) -> list[tuple[str, ...]]:
-    """Who is there after each arrival, and then after each withdrawal but the last."""
-    arriving = [tuple(order[:size]) for size in range(1, len(order) + 1)]
-    leaving = [tuple(order[size:]) for size in range(1, len(order))]
-    return [*arriving, *leaving]

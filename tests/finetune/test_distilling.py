@@ -19,7 +19,8 @@ from tests.merge_kit.helpers import says
 
 def lesson(logits, features=None):
     logits = torch.tensor(logits, dtype=torch.float64)
-    return Lesson(logits, features, (1.0,), images([0] * len(logits)).cases, ())
+    cases = images([0] * len(logits)).cases
+    return Lesson(logits, features, (1.0,), cases, tuple(map(str, range(len(cases)))), ())
 
 
 @pytest.fixture

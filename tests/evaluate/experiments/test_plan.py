@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from evaluate.experiments.config import Experiment
-from evaluate.experiments.plan import Fold, Planner, arrival_orders, fold_folder, stages
+from evaluate.experiments.orders import arrival_orders, stages
+from evaluate.experiments.plan import Fold, Planner, fold_folder
 from evaluate.experiments.tables import Union
 
 SITES = ("a", "b", "c")
