@@ -46,6 +46,7 @@ def training_options(command: Any) -> Any:
         "select": click.Choice(["balanced_accuracy", "macro_auroc", "last"]),
         "precision": click.Choice(["auto", "float32", "bfloat16"]),
         "epochs": float,
+        "mutual": str,
         "clip_norm": float,
     }
     for name, field in reversed(TrainingOptions.model_fields.items()):
@@ -194,6 +195,8 @@ def _close(finished: runs.Run) -> None:
         click.echo(f"  {title:<18} {_interval(summary[name])}")
     if summary["skipped"]:
         click.echo(f"  left out           {len(summary['skipped'])} unreadable images")
+    if teacher := summary.get("teacher"):
+        click.echo(f"  private teacher    {_interval(teacher['balanced_accuracy'])}, stays here")
     size = summary["vector_bytes"] / 2**20
     click.echo(f"  vector             {size:.1f} MiB, norm {summary['vector_norm']:.3g}")
     click.echo(f"  run folder         {finished.folder}")

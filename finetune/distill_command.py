@@ -20,15 +20,16 @@ from finetune.distilling import Lesson, digest_of, distil, lesson, split, told_o
 from finetune.image_options import of_split, table_cases, unlabelled_options
 from finetune.network import choose_device
 from finetune.pixels import Images, decode
+from finetune.private import with_backbone
 from finetune.progress import Progress
 from finetune.run import alone
 from finetune.teachers import Teacher, absent_teachers, other_teacher, site_teachers
 from merge_kit import backbone, distilled, merging
 from merge_kit.commands.merging_options import contribution_options
 from merge_kit.commands.options import next_step, pairs, shown
-from merge_kit.configuration import CONFIG, read_config
+from merge_kit.configuration import CONFIG, require_config
 from merge_kit.contributions import Contribution, Entry, check_payloads, list_entries
-from merge_kit.errors import DataError, UsageError, VectorError
+from merge_kit.errors import DataError, UsageError
 from merge_kit.federation import BASE_WEIGHTS, Federation, Preprocessing, preprocessing_of
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.hub import Hub, open_hub
@@ -336,9 +337,7 @@ def _begin(
 
 
 def _given(folder: Path, federation: Federation) -> _Begun:
-    config = read_config(folder)
-    if config is None:
-        raise VectorError(f"{folder} is no model: it has no config.json; give a timm folder.")
+    config = require_config(folder)
     if config.label_names != federation.classes:
         own = ", ".join(config.label_names) or "of no name"
         raise DataError(
@@ -365,14 +364,7 @@ def _built(student: Student, federation: Federation) -> _Begun:
         model_args=student.model_args,
     )
     seen = backbone.preprocessing_of(model, student.preprocessing)
-    like = federation.model_copy(
-        update={
-            "architecture": student.name,
-            "model_args": student.model_args,
-            "classifier": backbone.classifier_names(model),
-            "preprocessing": seen,
-        }
-    )
+    like = with_backbone(federation, student.name, student.model_args, model, seen)
     return _Begun(model, like.model_config_json, seen, student.name)
 
 

@@ -22,7 +22,7 @@ from finetune.objectives import Objective, Truth
 from finetune.outputs import Outputs, Stage, check_outputs
 from finetune.pixels import Images
 from finetune.tasks import Report, Task
-from finetune.teachers import Teacher, width_of
+from finetune.teachers import Teacher
 from finetune.training import train
 from merge_kit.backbone import NO_WEIGHTS, PRETRAINED
 from merge_kit.errors import DataError, UsageError
@@ -338,7 +338,7 @@ def distil(
     DataError
         Features of the teachers have another width than the student's.
     """
-    width = width_of(model)
+    width = network.width_of(model)
     theirs = lessons[0].features
     if theirs is not None and width != theirs.shape[1]:
         raise DataError(

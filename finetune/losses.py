@@ -44,6 +44,21 @@ def loss_on_seen(
     return (weights * losses).sum() / weights.sum()
 
 
+def divergence(outputs: Tensor, told: Tensor, seen: Tensor, *, multi_label: bool) -> Tensor:
+    """Kullback-Leibler divergence from what another network says to what this one does.
+
+    Both are logits (b, C); of classes that the site has seen. Of findings it is the mean over them.
+    The mean over the images, a scalar; `told` gets no gradient.
+    """
+    ours, theirs = outputs[:, seen], told[:, seen].detach()
+    if multi_label:
+        ours, theirs = torch.stack([ours, -ours]), torch.stack([theirs, -theirs])
+        logs, others = functional.logsigmoid(ours), functional.logsigmoid(theirs)
+        return (others.exp() * (others - logs)).sum(dim=0).mean()
+    logs, others = ours.log_softmax(dim=1), theirs.log_softmax(dim=1)
+    return functional.kl_div(logs, others, reduction="batchmean", log_target=True)
+
+
 def rarity(labels: Tensor, meaning: Tensor | None = None) -> Tensor:
     """(L,) float64: by which images count so that the classes that occur count alike.
 

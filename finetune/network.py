@@ -63,6 +63,12 @@ def head_of(model: nn.Module) -> nn.Module:
     return classifier_of(model, type(model).__name__)
 
 
+def width_of(model: nn.Module) -> int:
+    """How many numbers the classifier is given."""
+    head = head_of(model)
+    return int(getattr(head, "in_features", 0) or getattr(head, "in_channels"))  # noqa: B009
+
+
 def with_classes(model: nn.Module, classes: int) -> nn.Module:
     """The model with a classifier of zeros for another number of classes, in place."""
     old = head_of(model)

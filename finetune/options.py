@@ -50,6 +50,13 @@ class TrainingOptions(Document):
     as large; distance is that of the products, sharpness climbs in the matrices."""
     lora_alpha: float = Field(default=16.0, gt=0)
     """Over the rank the factor of LoRA's products."""
+    mutual: str | None = None
+    """A private teacher that learns beside the network and teaches it (FedKD): a timm folder, or a
+    name of timm's, whose pretrained weights are taken. It never leaves the site."""
+    mutual_rate: float = Field(default=1e-4, gt=0)
+    """Learning rate of the private teacher."""
+    mutual_features: float = Field(default=1.0, ge=0)
+    """Weight of the distance between the teacher's features and a linear map of the network's."""
     soup: int = Field(default=0, ge=0)
     """Members of a local superior soup (LSS), which share the steps; their mean is published. 0 for
     none."""
@@ -81,9 +88,16 @@ class TrainingOptions(Document):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = Field(default=0, ge=0, lt=2**63)
 
+    def identity(self) -> dict[str, Any]:
+        """By what a run is told from others: runs of before there were private teachers are those
+        without one."""
+        return self.model_dump(mode="json", exclude=set() if self.mutual else _OF_A_TEACHER)
 
+
+_OF_A_TEACHER = {"mutual", "mutual_rate", "mutual_features"}
 _DEFAULTS = {name: field.default for name, field in TrainingOptions.model_fields.items()}
 _APART = (
+    ("mutual", ("soup", "sharpness"), "a private teacher goes with one network, and one pass back"),
     ("lora", ("ema", "average", "soup"), "a mean of LoRA's factors is not the mean of its weights"),
     ("soup", ("ema", "average"), "a soup is a mean of weights already"),
 )

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from finetune import curves, network, scores, training
+from finetune import curves, network, private, scores, training
 from finetune.cases import Case, case_key
 from finetune.labelling import Labelling
 from finetune.objectives import told_of
 from finetune.options import TrainingOptions
 from finetune.pixels import Images, decode
+from finetune.runlog import RunLog
 from finetune.splits import split_of
 from finetune.starting import HEAD, StartingHead, put, starting_head
-from finetune.tasks import Report, Task
+from finetune.tasks import PrivateTeacher, Report, Task
 from merge_kit import vector
 from merge_kit.errors import TrainingError
 from merge_kit.federation import BASE_WEIGHTS, check_base
@@ -51,6 +53,8 @@ METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 CASES = "cases.csv"
 MODEL = "model"
+TEACHER = "teacher"
+"""Folder of the private teacher, beside the model that has learnt with it."""
 RECORD = "run.json"
 
 
@@ -84,9 +88,12 @@ def run_folder(
 
     The same command finds its own run again, whether it was killed or has finished.
     """
+    chosen = options.identity()
+    if options.mutual:
+        chosen["mutual"] = private.identity(options.mutual)
     told = {
         "federation": site.config.federation,
-        "options": options.model_dump(mode="json"),
+        "options": chosen,
         "device": device.type,
         "cases": sorted([c.file, *told_of(c), c.split, c.patient, case_key(c)] for c in cases),
         **({"own_classes": list(own_classes)} if own_classes else {}),
@@ -160,26 +167,25 @@ def finetune(
         check_base(site.federation, site.root / COPY / BASE_WEIGHTS, str(site.base_folder))
         record = _record(site, options, device, data, images)
         write_atomic(folder / RECORD, json.dumps(record, indent=2))
-        log = _Log(folder / METRICS, report)
+        log = RunLog(folder / METRICS, report)
         labelling = labelling or Labelling(site.federation)
         model = labelling.base(site)
+        teacher = private.open_private(options.mutual, labelling) if options.mutual else None
+        head_steps = options.head_steps
         head = _starting_head(site, folder, options, labelling)
         if isinstance(head, StartingHead):
             put(head, model)
             options = options.model_copy(update={"head_steps": 0})
         report({"event": "head", "text": head if isinstance(head, str) else head.told})
         task = labelling.task(model, material.train, material.validation, options, device)
+        if teacher:
+            beside = private.teacher_of(
+                teacher, material.train, material.validation, head_steps, site.root / "cache"
+            )
+            task = replace(task, teacher=beside)
         trained = training.train(task, folder / CHECKPOINT, log)
         model.load_state_dict(trained.state)
-        outputs = network.logits(model, material.validation, device)
-        told, chances = task.objective().judged(outputs)
-        figures = scores.bootstrap_intervals(
-            told,
-            chances,
-            {"balanced_accuracy": scores.balanced_accuracy, "macro_auroc": scores.macro_auroc},
-            groups=_groups(material.validation),
-            seed=options.seed,
-        )
+        figures = _figures(task)
         write_tensors(folder / MODEL / "model.safetensors", trained.state, ("format", "pt"))
         write_atomic(folder / MODEL / "config.json", labelling.config)
         published = replace(trained, state=labelling.shared(site, trained.state))
@@ -191,9 +197,33 @@ def finetune(
         write_atomic(folder / CASES, _case_table(material.cases, labelling.space.names))
         write_atomic(folder / CURVES, curves.draw(log.lines()))
         summary = _summary(site, draft, material, trained, figures)
+        if teacher and trained.teacher and task.teacher:
+            private.write(folder / TEACHER, teacher, trained.teacher)
+            summary["teacher"] = _teacher_figures(task, task.teacher, trained.teacher)
         write_atomic(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False))
         (folder / CHECKPOINT).unlink(missing_ok=True)
         return Run(folder, summary, False)
+
+
+def _figures(task: Task) -> dict[str, scores.Interval]:
+    """Of a task's model as it is now, on the validation images."""
+    outputs = network.logits(task.model, task.validation, task.device)
+    told, chances = task.objective().judged(outputs)
+    return scores.bootstrap_intervals(
+        told,
+        chances,
+        {"balanced_accuracy": scores.balanced_accuracy, "macro_auroc": scores.macro_auroc},
+        groups=_groups(task.validation),
+        seed=task.options.seed,
+    )
+
+
+def _teacher_figures(
+    task: Task, teacher: PrivateTeacher, state: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    teacher.model.load_state_dict(state)
+    own = replace(task, model=teacher.model, validation=teacher.validation)
+    return {name: _estimate(figure).model_dump() for name, figure in _figures(own).items()}
 
 
 def _starting_head(
@@ -348,40 +378,3 @@ def _summary(
         "vector_norm": draft.payload.norm,
         "vector_sha256": draft.payload.sha256,
     }
-
-
-class _Log:
-    """metrics.jsonl: one line per step and validation, kept in step with the checkpoint."""
-
-    def __init__(self, path: Path, report: Report) -> None:
-        self._path, self._report = path, report
-        self._fresh = True
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        kind = event["event"]
-        if kind == "resumed":
-            # Steps after the checkpoint are taken again: their lines would stand twice.
-            kept = [line for line in self.lines() if line["step"] <= event["step"]]
-            self._write(kept)
-        elif kind in ("step", "validation"):
-            if self._fresh and event["step"] == 0:
-                self._write([])
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(event)) + "\n")
-        self._fresh = False if kind in ("step", "validation", "resumed") else self._fresh
-        self._report(event)
-
-    def lines(self) -> list[dict[str, Any]]:
-        """What has been logged; a line cut by a kill is left out."""
-        if not self._path.is_file():
-            return []
-        found = []
-        for text in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(text))
-            except ValueError:
-                continue
-        return found
-
-    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        write_atomic(self._path, "".join(json.dumps(dict(line)) + "\n" for line in lines))

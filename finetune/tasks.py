@@ -17,6 +17,19 @@ from finetune.pixels import Images
 
 
 @dataclass(frozen=True, slots=True)
+class PrivateTeacher:
+    """A network of the site's own choice, and the site's images as it sees them."""
+
+    model: nn.Module
+    train: Images
+    validation: Images
+    head_steps: int
+    """As in the options; 0 where it brings its classifier along."""
+    fingerprint: str
+    """Of its first weights."""
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """What is trained on what."""
 
@@ -32,6 +45,8 @@ class Task:
     """(L, C) bool: the classes that each label stands for; None where every label is a class."""
     multi_label: bool = False
     """An image has any number of the classes, or none."""
+    teacher: PrivateTeacher | None = None
+    """What learns beside the model and teaches it (`finetune.mutual`)."""
 
     def objective(self) -> Objective:
         """What is to be lowered."""

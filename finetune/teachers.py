@@ -89,7 +89,7 @@ def site_teachers(
     """
     if not contributions:
         return [], []
-    width = width_of(network.load(base)) if features else 0
+    width = network.width_of(network.load(base)) if features else 0
     counted = [_counts(c, federation) for c in contributions]
     anywhere = torch.stack(counted).sum(dim=0) > 0
     teachers, silent = [], []
@@ -199,7 +199,7 @@ def other_teacher(
     known = torch.tensor([place in rows for place in range(len(federation.classes))])
     with Checkpoint(folder) as file:
         fingerprint = look(file, Sound, sound)[0].fingerprint
-    width = width_of(network.load(folder)) if features else 0
+    width = network.width_of(network.load(folder)) if features else 0
     seen = preprocessing_of(config)
     told = f"{fingerprint}{' features' if features else ''}"
     key = kept.model_key(told, sha256_file(folder / CONFIG), seen.hash, precision)
@@ -230,12 +230,6 @@ def _site_model(base: Path, found: Contribution, features: bool) -> nn.Module:
         }
     model.load_state_dict(state)
     return _WithFeatures(model) if features else model
-
-
-def width_of(model: nn.Module) -> int:
-    """How many numbers the classifier is given."""
-    head = network.head_of(model)
-    return int(getattr(head, "in_features", 0) or getattr(head, "in_channels"))  # noqa: B009
 
 
 def _counts(found: Contribution, federation: Federation) -> Tensor:

@@ -12,31 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from finetune import levers, lora, network, scores
-from finetune.feed import Feed, draw_seed
+from finetune import levers, lora, network
+from finetune.feed import Batch, Feed, draw_seed
+from finetune.mutual import Companion
 from finetune.objectives import told_of
-from finetune.pixels import augment
+from finetune.optimizing import optimization
+from finetune.pixels import Images, augment
 from finetune.soup import Soup
-from finetune.tasks import Report, Task, restore_rows, stage, train_head
-from merge_kit.errors import TrainingError
+from finetune.tasks import Report, Task, restore_rows, train_head
+from finetune.validating import Best, or_none, validate
+from merge_kit.errors import TrainingError, UsageError
 from merge_kit.files import canonical_json, sha256_bytes, write_atomic
 from merge_kit.forms import Factors
 
 CHECKPOINT_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Figures of one validation."""
-
-    loss: float
-    balanced_accuracy: float
-    macro_auroc: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +39,8 @@ class Trained:
     steps: int
     """Steps after which they were kept; 0 is the head alone."""
     epochs: int
+    teacher: dict[str, Tensor] | None = None
+    """Weights of the private teacher that were kept."""
     factors: dict[str, Factors] | None = None
     """With LoRA: what each adapted weight has learnt; all else is as it was, or in the head."""
 
@@ -70,11 +64,15 @@ def train(task: Task, checkpoint: Path, report: Report) -> Trained:
         loop.start()
         loop.save(checkpoint)
     loop.run(checkpoint)
-    state, factors, options = loop.best_state, None, task.options
+    if loop.companion:
+        loop.companion.close()
+    state, factors, options = loop.best.state, None, task.options
     if options.lora:
         lora.remove(loop.model)
         state, factors = lora.plain(state, options.lora, options.lora_alpha)
-    return Trained(state, loop.best_step, math.ceil(loop.best_step / loop.updates), factors)
+    epochs = math.ceil(loop.best.step / loop.updates)
+    teacher = loop.companion.best.state if loop.companion else None
+    return Trained(state, loop.best.step, epochs, teacher, factors)
 
 
 class _Loop:
@@ -82,6 +80,8 @@ class _Loop:
 
     def __init__(self, task: Task, report: Report) -> None:
         options = task.options
+        if options.mutual and not task.teacher:
+            raise UsageError("'mutual' is for 'merge-kit finetune' alone: leave it out here.")
         self.task, self.report = task, report
         self.model = task.model.to(task.device)
         levers.freeze(self.model, options)
@@ -97,32 +97,14 @@ class _Loop:
         self.total = round(self.updates * (options.epochs or 0)) if whole else options.steps
         self.interval = max(1, math.ceil(self.total / options.validations))
         self.soup = Soup(self.anchor, options, self.total) if options.soup else None
-        self.optimizer = create_optimizer_v2(
-            self.model,
-            opt=options.optimizer,
-            lr=options.learning_rate,
-            weight_decay=options.weight_decay,
-            layer_decay=options.layer_decay if options.layer_decay < 1 else None,
-        )
         span = self.soup.longest if self.soup else self.total
-        warmup = round(options.warmup * span)
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched="cosine",
-            num_epochs=max(1, span - warmup),  # timm counts it without a warmup prefix
-            warmup_epochs=warmup,
-            warmup_prefix=True,
-            warmup_lr=options.learning_rate / 100,
-            min_lr=0.0,
-            step_on_epochs=False,
-            updates_per_epoch=1,
+        self.optimizer, self.scheduler = optimization(
+            self.model, options, options.learning_rate, span
         )
         self.ema = ModelEmaV3(self.model, decay=options.ema) if options.ema else None
+        self.companion = Companion(task, self.total) if task.teacher else None
         self.step = 0
-        self.stale = 0
-        self.best: Figures | None = None
-        self.best_state: dict[str, Tensor] = {}
-        self.best_step = 0
+        self.best = Best(options.select)
         self.loss_sum, self.loss_count = 0.0, 0
         self.objective, self.weighted = task.objective(), options.balance == "weights"
         self.masses = self.objective.masses(weighted=self.weighted)
@@ -136,12 +118,14 @@ class _Loop:
         if self.ema:
             self.ema.module.load_state_dict(self.model.state_dict())
         self.scheduler.step_update(0)
+        if self.companion:
+            self.companion.start(self.report)
         self._validate()
 
     def run(self, checkpoint: Path) -> None:
         """Train to the end, saving at each validation and every minute."""
         saved = time.monotonic()
-        while self.step < self.total and self.stale < self.task.options.patience:
+        while self.step < self.total and self.best.stale < self.task.options.patience:
             try:
                 self._update()
             except torch.OutOfMemoryError as error:
@@ -160,23 +144,10 @@ class _Loop:
     def _update(self) -> None:
         options = self.task.options
         batches = self.feed.step(self.step)
-        generator = torch.Generator().manual_seed(draw_seed(options.seed, "augment", self.step))
         # Dropout and stochastic depth draw from torch's global generator.
         torch.manual_seed(draw_seed(options.seed, "model", self.step))
         mass = sum(float(self.masses[indices].sum()) for indices, _ in batches)
-        ready = [
-            (
-                augment(
-                    pixels.to(self.task.device),
-                    self.task.train.preprocessing,
-                    options.augment,
-                    options.flip,
-                    generator,
-                ).contiguous(memory_format=torch.channels_last),
-                indices,
-            )
-            for indices, pixels in batches
-        ]
+        ready = self._views(batches, self.task.train)
         with self.soup.between(self.model, self.step) if self.soup else nullcontext():
             total = self._gradients(ready, mass)
             if options.sharpness:
@@ -201,10 +172,33 @@ class _Loop:
             {"event": "step", "step": self.step, "of": self.total, "loss": total, "lr": rate}
         )
 
-    def _gradients(self, batches: Sequence[tuple[Tensor, list[int]]], mass: float) -> float:
+    def _views(self, batches: Sequence[Batch], images: Images) -> list[Batch]:
+        """A step's batches as a network sees them, the same way each time."""
+        options = self.task.options
+        generator = torch.Generator().manual_seed(draw_seed(options.seed, "augment", self.step))
+        return [
+            (
+                indices,
+                augment(
+                    pixels.to(self.task.device),
+                    images.preprocessing,
+                    options.augment,
+                    options.flip,
+                    generator,
+                ).contiguous(memory_format=torch.channels_last),
+            )
+            for indices, pixels in batches
+        ]
+
+    def _gradients(self, batches: Sequence[Batch], mass: float) -> float:
         """Add the gradients of a step's batches up; gives the mean loss."""
         options, total = self.task.options, 0.0
-        for batch, indices in batches:
+        views: Sequence[Tensor | None] = [None] * len(batches)
+        if self.companion:
+            images = self.companion.task.train
+            seen = [(indices, images.batch(indices)) for indices, _ in batches]
+            views = [view for _, view in self._views(seen, images)]
+        for (indices, batch), view in zip(batches, views, strict=True):
             # One image alone has no batch statistics: torch refuses it where a map is one pixel.
             network.training_mode(self.model, options.norm if len(indices) > 1 else "frozen")
             with network.autocast(self.task.device, options.precision):
@@ -212,8 +206,10 @@ class _Loop:
             loss = self.objective.loss(outputs.float(), indices, weighted=self.weighted)
             # As in the mean over the whole step, in which nothing may be known of any image.
             share = float(self.masses[indices].sum()) / mass if mass else 0.0
-            torch.autograd.backward(loss * share)
             total += float(loss.detach()) * share
+            if self.companion and view is not None:
+                loss = loss + self.companion.lesson(outputs.float(), loss, view, indices)
+            torch.autograd.backward(loss * share)
         return total
 
     def _step(self) -> None:
@@ -229,6 +225,8 @@ class _Loop:
             self.soup.add(self.model)
             self.optimizer.state.clear()  # the next member begins as the first one did
         self.scheduler.step_update(self.step - (self.soup.begun(self.step) if self.soup else 0))
+        if self.companion:
+            self.companion.step(self.step)
         if self.ema:
             self.ema.update(self.model)
         if self.step > self.total * (1 - self.task.options.average):
@@ -238,13 +236,8 @@ class _Loop:
         model = self.ema.module if self.ema else self.model
         with self.soup.put(model) if self.soup else self.average.put(model):
             figures = validate(model, self.task, self.report)
-            if self._is_better(figures):
-                self.best, self.best_step = figures, self.step
-                state = model.state_dict()
-                self.best_state = {n: t.detach().cpu().clone() for n, t in state.items()}
-                self.stale = 0
-            else:
-                self.stale += 1
+            self.best.offer(figures, self.step, model)
+        more = self.companion.validate(self.step, self.report) if self.companion else {}
         mean_loss = self.loss_sum / self.loss_count if self.loss_count else None
         self.loss_sum, self.loss_count = 0.0, 0
         self.report(
@@ -254,20 +247,12 @@ class _Loop:
                 "epoch": self.step / self.updates,
                 "train_loss": mean_loss,
                 "validation_loss": figures.loss,
-                "balanced_accuracy": _or_none(figures.balanced_accuracy),
-                "macro_auroc": _or_none(figures.macro_auroc),
-                "best_step": self.best_step,
+                "balanced_accuracy": or_none(figures.balanced_accuracy),
+                "macro_auroc": or_none(figures.macro_auroc),
+                "best_step": self.best.step,
+                **more,
             }
         )
-
-    def _is_better(self, figures: Figures) -> bool:
-        select = self.task.options.select
-        if self.best is None or select == "last":
-            return True
-        new, old = getattr(figures, select), getattr(self.best, select)
-        if math.isnan(new) or new == old:  # small validation sets tie often: the loss decides
-            return figures.loss < self.best.loss
-        return bool(new > old) or math.isnan(old)
 
     def save(self, path: Path) -> None:
         """Write everything that the next step depends on, atomically."""
@@ -281,13 +266,9 @@ class _Loop:
             "average": [self.average.sums, self.average.count],
             "soup": self.soup.members if self.soup else [],
             "step": self.step,
-            "stale": self.stale,
             "loss": [self.loss_sum, self.loss_count],
-            "best": [self.best.loss, self.best.balanced_accuracy, self.best.macro_auroc]
-            if self.best
-            else None,
-            "best_state": self.best_state,
-            "best_step": self.best_step,
+            "best": self.best.state_dict(),
+            "companion": self.companion.state_dict() if self.companion else None,
             "random": torch.get_rng_state(),
         }
         buffer = io.BytesIO()
@@ -301,8 +282,8 @@ class _Loop:
             state = torch.load(path, map_location=self.task.device, weights_only=True)
             if state["identity"] != self.identity:
                 raise TrainingError(
-                    f"{path} was made from other images or labels than can be read now: restore "
-                    "them, or remove this file to start this run afresh."
+                    f"{path} was made from other images, labels or a teacher than can be read now: "
+                    "restore them, or remove this file to start this run afresh."
                 )
             self._take(state)
         except TrainingError:
@@ -324,38 +305,18 @@ class _Loop:
         self.average.sums = {n: t.cpu() for n, t in sums.items()}
         if self.soup:
             self.soup.members = state["soup"]
-        self.step, self.stale = state["step"], state["stale"]
+        self.step = state["step"]
         self.loss_sum, self.loss_count = state["loss"]
-        self.best = Figures(*state["best"]) if state["best"] else None
-        self.best_state = {n: t.cpu() for n, t in state["best_state"].items()}
-        self.best_step = state["best_step"]
+        self.best.load_state_dict(state["best"])
+        if self.companion:
+            self.companion.load_state_dict(state["companion"])
         torch.set_rng_state(state["random"].cpu())
 
 
 def task_identity(task: Task) -> str:
-    """Digest of the images and labels in their order: what a checkpoint goes on with."""
+    """Digest of the images and labels in their order, and of a private teacher: what a checkpoint
+    goes on with."""
     cases = (*task.train.cases, *task.validation.cases)
-    return sha256_bytes(canonical_json([[case.file, *told_of(case)] for case in cases]))
-
-
-def validate(model: nn.Module, task: Task, report: Report) -> Figures:
-    """Figures on the site's validation images: see `finetune.objectives`."""
-    objective = task.objective()
-    outputs = network.logits(
-        model, task.validation, task.device, progress=stage(report, "validation")
-    )
-    if not torch.isfinite(outputs).all():
-        raise TrainingError(
-            "the outputs on the validation images are not finite: "
-            "lower --learning-rate, or use --precision float32."
-        )
-    truth, probabilities = objective.judged(outputs)
-    return Figures(
-        objective.validation_loss(outputs),
-        scores.balanced_accuracy(truth, probabilities),
-        scores.macro_auroc(truth, probabilities),
-    )
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    told = [[case.file, *told_of(case)] for case in cases]
+    beside = [task.teacher.fingerprint] if task.teacher else []
+    return sha256_bytes(canonical_json([*told, *beside]))

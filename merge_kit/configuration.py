@@ -94,3 +94,17 @@ def _names(value: object, file: Path, key: str) -> tuple[str, ...]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise VectorError(f"{file}: '{key}' must hold names: correct it.")
     return tuple(names)
+
+
+def require_config(folder: Path) -> ModelConfig:
+    """The same of a folder that must be one of timm's.
+
+    Raises
+    ------
+    VectorError
+        It has none.
+    """
+    config = read_config(folder)
+    if config is None:
+        raise VectorError(f"{folder} is no model: it has no config.json; give a timm folder.")
+    return config

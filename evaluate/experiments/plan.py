@@ -107,7 +107,7 @@ def fold_folder(
         content,
         experiment.classes,
         experiment.backbone.model_dump(mode="json"),
-        experiment.options(variant).model_dump(mode="json"),
+        experiment.options(variant).identity(),
         seed,
         without,
         *([experiment.means] if experiment.means else []),

@@ -162,7 +162,7 @@ def test_within_a_member_the_mean_with_it_is_the_candidate(checkpoints):
     for name, member in first.items():
         now = saved["model"][name]
         assert not torch.equal(now, member)
-        torch.testing.assert_close(saved["best_state"][name], (member + now) / 2)
+        torch.testing.assert_close(saved["best"]["state"][name], (member + now) / 2)
 
 
 def test_coefficients_change_how_far_members_go(make_task, run):  # noqa: F811
