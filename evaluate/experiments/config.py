@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from finetune.options import TrainingOptions, make_options
 from merge_kit.compressing import parse_compression
 from merge_kit.errors import UsageError
-from merge_kit.schema import Document, Place, SiteName, parse
+from merge_kit.schema import Document, SiteName, parse
 from merge_kit.yamlfile import read_yaml
 
 Baseline = Literal["single", "pooled", "ensemble"]
@@ -82,6 +82,8 @@ class Experiment(Document):
     """Training options of every site that are not the defaults."""
     variants: dict[SiteName, dict[str, Any]] = Field(default_factory=dict)
     """Other training options to compare, by name: every merge of vectors that were trained so."""
+    teachers: dict[SiteName, Backbone] = Field(default_factory=dict)
+    """Backbones of private teachers, by the names that `mutual` of a training has here."""
     merges: dict[SiteName, Merge] = Field(min_length=1)
     baselines: tuple[Baseline, ...] = ("single", "pooled", "ensemble")
     rounds: int = Field(default=10, ge=1)
@@ -116,6 +118,14 @@ class Experiment(Document):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _teachers_are_there(self) -> Experiment:
+        for options in (self.training, *self.variants.values()):
+            named = options.get("mutual")
+            if named is not None and named not in self.teachers:
+                raise ValueError(f"'mutual: {named}' is none of the 'teachers'")
+        return self
+
     def training_of(self, variant: str | None) -> dict[str, Any]:
         """The training options that are not the defaults, without the seed."""
         return {**self.training, **(self.variants[variant] if variant else {})}
@@ -139,10 +149,15 @@ def read_experiment(path: Path, root: Path) -> Experiment:
     for name, changes in found.variants.items():
         inside = file.place.inside(f"{file.place}, variant {name}", "variants", name)
         make_options({**found.training, **changes}, inside)
-    for named, key in ((found.data, "data"), (found.backbone.weights, "weights")):
+    places = [
+        (found.data, file.place.at("data")),
+        (found.backbone.weights, file.place.at("backbone", "weights")),
+        *((t.weights, file.place.at("teachers", name)) for name, t in found.teachers.items()),
+    ]
+    for named, where in places:
         if named and not (root / named).exists():
             raise UsageError(
-                f"{_at(file.place, key)}: {root / named} does not exist: paths start from {root}; "
+                f"{where}: {root / named} does not exist: paths start from {root}; "
                 "--root changes it."
             )
     for name, merge in found.merges.items():
@@ -156,6 +171,8 @@ def read_experiment(path: Path, root: Path) -> Experiment:
             )
         if merge.compress:
             _check_compression(merge.compress, file.place.at("merges", name))
+    for name, teacher in found.teachers.items():
+        _split(teacher.init, f"{file.place.at('teachers', name)}: 'init'")
     init = _split(found.backbone.init, f"{file.place.at('backbone', 'init')}: 'init'")
     if "--multi-label" in init:
         raise UsageError(
@@ -170,10 +187,6 @@ def _check_compression(text: str, where: str) -> None:
         parse_compression(text)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
-
-
-def _at(place: Place, key: str) -> str:
-    return place.at("backbone", key) if key == "weights" else place.at(key)
 
 
 def _split(text: str, where: str) -> list[str]:

@@ -16,11 +16,17 @@ from evaluate.experiments.config import Experiment
 from evaluate.experiments.plan import POOLED, Fold
 from evaluate.experiments.tables import Union
 from evaluate.processes import Group
+from finetune.run import TEACHER
 from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.runs import latest_run
 
 REPORT, ARRIVALS = "report", "arrivals"
 SHARED = "shared"
 """Ends the name of a site's own part of the federation: trained from the common classifier."""
+TAUGHT = "teacher"
+"""Ends the name of a site's private teacher."""
+OWN = {SHARED: "own-published", TAUGHT: "own-teacher"}
+"""Every site's images by its own model, which is no one network."""
 
 
 def evaluate(
@@ -36,11 +42,10 @@ def evaluate(
     for fold in folds:
         _first(fold, experiment, union(fold))
     running.run(folds, jobs, say, device, group)
-    again = [fold for fold in folds if fold.whole]
-    if _has_combined(experiment):
-        for fold in again:
-            _combined(fold, experiment, union(fold), group)
-        running.run(again, jobs, say, device, group)
+    again = [fold for fold in folds if _combinations(fold, experiment)]
+    for fold in again:
+        _combined(fold, experiment, union(fold), group)
+    running.run(again, jobs, say, device, group)
 
 
 def members_of(fold: Fold, union: Union) -> dict[str, Path]:
@@ -49,15 +54,33 @@ def members_of(fold: Fold, union: Union) -> dict[str, Path]:
     return {f"{site}-{SHARED}": fold.root / "sites" / site for site in sites}
 
 
-def _has_combined(experiment: Experiment) -> bool:
-    return "ensemble" in experiment.baselines or "fedbn" in experiment.strategies
+def teachers_of(fold: Fold, union: Union) -> dict[str, Path]:
+    """The private teachers that have stayed at the sites, by name."""
+    if fold.teacher is None or fold.left_out is not None:
+        return {}
+    runs = {site: latest_run(fold.root / "sites" / site) for site in union.sites}
+    return {f"{site}-{TAUGHT}": run / TEACHER for site, run in runs.items() if run}
+
+
+def _combinations(fold: Fold, experiment: Experiment) -> list[str]:
+    """What is evaluated of a federation beside single networks."""
+    found = []
+    if fold.whole and "ensemble" in experiment.baselines:
+        found.append("ensemble")
+    if fold.whole and "fedbn" in experiment.strategies:
+        found.append("fedbn")
+    if fold.left_out is None and fold.teacher:
+        found += [SHARED, TAUGHT]
+    elif fold.whole and experiment.teachers:
+        found.append(SHARED)
+    return found
 
 
 def _models(fold: Fold, experiment: Experiment, union: Union) -> dict[str, Path]:
     there = set(fold.arrivals.values()) - set(experiment.merges)
     found = {name: path for name, path in fold.models.items() if name not in there}
-    if fold.whole:
-        found |= members_of(fold, union)
+    if fold.whole or fold.teacher:
+        found |= members_of(fold, union) | teachers_of(fold, union)
     if "fedbn" in found:
         folder = found.pop("fedbn")
         found |= {f"fedbn-{site}": folder / site for site in union.sites}
@@ -104,14 +127,19 @@ def _combined(fold: Fold, experiment: Experiment, union: Union, group: Group) ->
     models = _models(fold, experiment, union)
     outputs = combined.read_outputs(fold.reports[REPORT] / "predictions.csv")
     found: dict[str, NDArray[np.float64]] = {}
-    if "ensemble" in experiment.baselines:
+    wanted = _combinations(fold, experiment)
+    if "ensemble" in wanted:
         members, sizes = members_of(fold, union), training_images(union)
         for name, weigh in (("uniform", lambda n: 1.0), ("sqrt", math.sqrt)):
             weights = [weigh(sizes[site]) for site in union.sites]
             found[f"ensemble-{name}"] = combined.ensemble(outputs, list(members), weights)
-    if "fedbn" in experiment.strategies:
+    if "fedbn" in wanted:
         own = {site: f"fedbn-{site}" for site in union.sites}
         found["fedbn"] = combined.by_site(outputs, own)
+    for kind, name in OWN.items():
+        if kind in wanted:
+            own = {site: f"{site}-{kind}" for site in union.sites}
+            found[name] = combined.by_site(outputs, own)
     with group.together():
         for name, probabilities in found.items():
             models[name] = fold.root / "combined" / f"{name}.csv"

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluate.experiments.config import Experiment, Merge
+from evaluate.experiments.config import Backbone, Experiment, Merge
 from evaluate.experiments.orders import arrival_orders, stages
 from evaluate.experiments.tables import Union
 from finetune.cases import contents_digest, load_unlabelled
+from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file
 from merge_kit.site import PUBLIC_KEY_FILE
 
@@ -55,6 +56,8 @@ class Fold:
     """What is evaluated, by name."""
     arrivals: dict[frozenset[str], str] = field(default_factory=dict)
     """Names of the models of parts of the sites."""
+    teacher: str | None = None
+    """Which of the experiment's teachers learns beside the network at every site."""
     reports: dict[str, Path] = field(default_factory=dict)
     """Folders of the evaluations: of all, and of the arrivals."""
 
@@ -103,6 +106,7 @@ def fold_folder(
 
     `content` stands for the images, their labels, and the backbone's weights.
     """
+    teacher = experiment.training_of(variant).get("mutual")
     told = [
         content,
         experiment.classes,
@@ -111,6 +115,7 @@ def fold_folder(
         seed,
         without,
         *([experiment.means] if experiment.means else []),
+        *([experiment.teachers[teacher].model_dump(mode="json")] if teacher else []),
     ]
     name = f"seed-{seed}" + (f"-without-{without}" if without else "")
     name += f"-{variant}" if variant else ""
@@ -137,13 +142,14 @@ class Planner:
     def plan(self) -> Fold:
         """All commands but the evaluation."""
         measured = self._start()
+        before = [*measured, *self._teacher()]
         if self.fold.variant is None:
             first = self._model(FIRST, {})
             self.fold.add("head", self._hub, "--out", first, "--replace", after=measured)
             self.fold.models[FIRST] = first
         for site in self._sites:
             tuned = self.fold.add(
-                "finetune", self._site(site), *self._images(site), *self._training(), after=measured
+                "finetune", self._site(site), *self._images(site), *self._training(), after=before
             )
             self._published[""].append(self.fold.add("publish", self._site(site), after=[tuned]))
         wanted = self._told.merges if self.fold.left_out is None else self._told.unseen
@@ -177,8 +183,18 @@ class Planner:
             for site in self._sites
         ]
 
-    def _init(self, hub: Path, *more: object) -> Job:
-        base = self._told.backbone
+    def _teacher(self) -> list[Job]:
+        """The folder of the private teachers' first weights, where sites have any."""
+        self.fold.teacher = self._told.training_of(self.fold.variant).get("mutual")
+        if self.fold.teacher is None:
+            return []
+        return [self._init(self._teachers(), base=self._told.teachers[self.fold.teacher])]
+
+    def _teachers(self) -> Path:
+        return self.fold.root / f"teachers-{self.fold.teacher}"
+
+    def _init(self, hub: Path, *more: object, base: Backbone | None = None) -> Job:
+        base = base or self._told.backbone
         weights = ("--weights", self._here / base.weights) if base.weights else ()
         return self.fold.add(
             "init",
@@ -324,14 +340,15 @@ class Planner:
         return self.fold.add("restore", model, *how, "--out", out, "--replace", after=measured)
 
     def _baselines(self, measured: Sequence[Job]) -> None:
-        alone = self._training(head="own")
+        # Without a private teacher: what there would be without the federation, and in rounds.
+        alone = self._training(head="own", mutual=None)
         if "single" in self._told.baselines:
             for site in self._sites:
                 self._alone(site, self._images(site), alone)
         if "pooled" in self._told.baselines:
             options = self._told.options()
             steps = {} if options.epochs else {"steps": options.steps * len(self._sites)}
-            self._alone(POOLED, self._images(), self._training(head="own", **steps))
+            self._alone(POOLED, self._images(), self._training(head="own", mutual=None, **steps))
         for strategy in self._told.strategies:
             out = self._model(strategy, {"rounds": self._told.rounds})
             self.fold.add(
@@ -342,7 +359,7 @@ class Planner:
                 strategy,
                 "--rounds",
                 self._told.rounds,
-                *self._training(),
+                *self._training(mutual=None),
                 "--out",
                 out,
                 "--replace",
@@ -379,7 +396,11 @@ class Planner:
 
     def _training(self, **changes: object) -> tuple[object, ...]:
         told = self._told.training_of(self.fold.variant)
+        if self.fold.teacher:
+            told = {**told, "mutual": (self._teachers() / BASE_WEIGHTS).parent}
         chosen = {**told, "seed": self.fold.seed, **changes}
+        if chosen.get("mutual") is None:
+            chosen.pop("mutual", None)
         return tuple(
             part for k, v in sorted(chosen.items()) for part in (f"--{k.replace('_', '-')}", v)
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.experiments.config import Experiment
-from evaluate.experiments.evaluating import REPORT, SHARED
+from evaluate.experiments.evaluating import OWN, REPORT, TAUGHT
 from evaluate.experiments.plan import FIRST, POOLED, SITES, UNCALIBRATED, Fold, wire_hub
 from evaluate.experiments.rounds import RECORD
 from evaluate.experiments.tables import Union
@@ -101,9 +101,10 @@ def _rows(
 ) -> list[Row]:
     costs = _Costs(fold, experiment)
     found = {}
+    parts = {f"{site}-{kind}" for site in union.sites for kind in OWN}
     for model in _report(fold.reports[REPORT])["models"]:
         name = model["name"]
-        if name.endswith(f"-{SHARED}") or name.startswith("fedbn-"):
+        if name in parts or name.startswith("fedbn-"):
             continue
         figures = {**figures_of(model), "unseen": unseen.get(name)}
         found[name] = Row(fold.seed, name, figures, *costs.of(name, union.sites))
@@ -132,7 +133,7 @@ class _Costs:
     def of(self, name: str, sites: Sequence[str]) -> tuple[float | None, int | None]:
         """Megabytes a site, and how often it comes."""
         moments = self._size[""]["moments"]
-        if name in (*sites, BASE, "hub"):
+        if name in (*sites, BASE, "hub", OWN[TAUGHT]):
             return 0.0, 0
         if name == POOLED:
             return None, None

@@ -203,6 +203,44 @@ strategies: []
     assert '<tr class="ours"><td>sum, update</td>' in page
 
 
+def test_private_teachers_are_a_way_to_train_and_have_rows_of_their_own(cells, tmp_path):
+    text = """
+name: taught
+data: labels.csv
+classes: [round, lobed, granular]
+backbone: {name: test_resnet, init: --weights none --input-size 32 --crop-pct 1.0}
+training: {steps: 2, batch_size: 8, head_steps: 5, validations: 1}
+teachers:
+  vit: {name: test_vit, init: --weights none --input-size 32 --model-arg img_size=32 --crop-pct 1}
+variants: {taught: {mutual: vit, mutual_rate: 0.001}}
+merges: {mean: {}}
+baselines: [single]
+strategies: []
+"""
+    (cells / "taught.yaml").write_text(text)
+    assert run("experiment", cells / "taught.yaml", "--out", tmp_path) == 0
+    found = table(tmp_path)
+    ours = ("own-published", "own-teacher")
+    expected = {"mean, taught", *[f"{name}, taught" for name in ours], "own-published"}
+    assert expected <= set(found)
+    assert "own-teacher" not in found
+    assert not [name for name in found if name.startswith(("north-", "south-"))]
+    assert found["own-teacher, taught"]["megabytes_per_site"] == "0.000"
+    (report,) = tmp_path.glob("seed-0-taught-*/report-*/report.json")
+    models = {m["name"]: m for m in json.loads(report.read_text())["models"]}
+    assert {"north-teacher", "south-teacher", "north-shared"} <= set(models)
+    # On its own images every site's own teacher is what it is alone.
+    for site in ("north", "south"):
+        values = [
+            scope["figures"]["balanced_accuracy"]["value"]
+            for name in (f"{site}-teacher", "own-teacher")
+            for scope in models[name]["scopes"]
+            if scope["scope"] == f"site:{site}"
+        ]
+        assert len(values) == 2
+        assert values[0] == values[1]
+
+
 def test_images_that_were_copied_elsewhere_are_known_again(cells, done, tmp_path, capfd):
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -266,6 +304,7 @@ def test_a_command_that_fails_is_named_and_the_rest_can_go_on(cells, tmp_path, c
         ("{steps: 2,", "{stepps: 2,", "unknown key 'stepps'; did you mean 'steps'?"),
         ("--method sum", "--method 'sum", "has a quotation mark without its pair: close it."),
         ("--crop-pct 1.0", "--multi-label", "experiments are on images of one class each: leave"),
+        ("steps: 2,", "steps: 2, mutual: vit,", "'mutual: vit' is none of the 'teachers'"),
         ("fedbn]", "fedbn, fedbn]", "'strategies': an entry is named twice"),
     ],
 )
