@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
@@ -42,12 +42,25 @@ class Contribution:
 
     id: str
     manifest: Manifest
-    payload: Path
+    hub: Hub = field(repr=False, compare=False)
+    folder: str
+    """Its place on the hub."""
     trust: Trust
     key: str | None
     signature: str | None = None
     checked: Checked | None = None
     """The payload's file, once it was found sound."""
+
+    @property
+    def payload(self) -> Path:
+        """Its tensors: on a hub elsewhere they are copied when they are first asked for.
+
+        Raises
+        ------
+        HubError
+            They are not there, or damaged.
+        """
+        return self.hub.fetch(f"{self.folder}/{PAYLOAD}", self.manifest.payload.sha256)
 
     @property
     def site(self) -> str:
@@ -165,11 +178,12 @@ def _read(hub: Hub, federation: Federation, folder: str) -> Contribution:
     manifest = parse_manifest(data, f"{folder}/{MANIFEST}")
     trust, signature = _check_signature(hub, federation, folder, manifest, data)
     _check_contract(manifest, federation, folder)
-    payload = hub.fetch(f"{folder}/{PAYLOAD}")
+    hub.size(f"{folder}/{PAYLOAD}")  # it must be there
     return Contribution(
         manifest.id,
         manifest,
-        payload,
+        hub,
+        folder,
         trust,
         signature.key if signature else None,
         signature.signature if signature else None,

@@ -156,7 +156,7 @@ def contribute(hub: FolderHub, tmp_path: Path) -> Contribute:
         joined = site.join(hub, name, tmp_path / name)
         if admit:
             federation = read_federation(hub.root).admit(name, signing.public_key(joined.key_file))
-            hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+            hub.replace(FEDERATION_FILE, federation.to_yaml().encode(), hub.read(FEDERATION_FILE))
         run = tmp_path / name / "runs" / f"seed{seed}"
         write_run(joined, run, seed=seed, counts=counts, steps=steps, change=change)
         for kind in beside:
@@ -314,7 +314,7 @@ def measured(hub: FolderHub, tmp_path: Path) -> Measure:
         joined = site.join(hub, name, tmp_path / name)
         if admit:
             federation = read_federation(hub.root).admit(name, signing.public_key(joined.key_file))
-            hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+            hub.replace(FEDERATION_FILE, federation.to_yaml().encode(), hub.read(FEDERATION_FILE))
         base = reheading.find_model(hub, read_federation(hub.root), None)
         features, labels = drawn(counts, seed=seed, spread=spread)
         folder = tmp_path / name / "calibrations" / f"seed{seed}"

@@ -161,7 +161,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FolderHub]:
     for seed, name in enumerate(("north", "south")):
         joined = sites.join(hub, name, place / name)
         federation = read_federation(hub.root).admit(name, signing.public_key(joined.key_file))
-        hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+        hub.replace(FEDERATION_FILE, federation.to_yaml().encode(), hub.read(FEDERATION_FILE))
         write_run(joined, place / name / "runs" / "a", seed=seed)
         (place / name / "runs" / "a" / "summary.json").write_text("{}")
     yield hub

@@ -25,11 +25,12 @@ def admit(hub: str, name: str, key: str) -> None:
     if Path(key).is_file():
         key = Path(key).read_text(encoding="utf-8").strip()
     opened = open_hub(hub)
+    before = opened.read(FEDERATION_FILE) if opened.has(FEDERATION_FILE) else None
     federation = site.federation_on(opened)
     extended = federation.admit(name, key)
     if extended is federation:
         click.echo(f"Site '{name}' is admitted already.")
     else:
-        opened.replace(FEDERATION_FILE, extended.to_yaml().encode())
+        opened.replace(FEDERATION_FILE, extended.to_yaml().encode(), before)
         click.echo(f"Site '{name}' is admitted; {len(extended.sites)} in all.")
     next_step(f"see what has arrived with\n  merge-kit status {shown(hub)}")

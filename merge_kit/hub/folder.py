@@ -10,8 +10,7 @@ from pathlib import Path
 
 from merge_kit.errors import HubError, MergeKitError
 from merge_kit.files import storage_errors, sync_folder, write_atomic
-
-SMALL = 8 * 2**20
+from merge_kit.hub.base import SMALL, changed_meanwhile, check_name, is_plain
 
 
 class FolderHub:
@@ -32,11 +31,21 @@ class FolderHub:
         """
         path = self._path(folder)
         if path.is_dir():
-            yield from sorted(filter(_is_plain, os.listdir(path)))
+            yield from sorted(filter(is_plain, os.listdir(path)))
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""
         return self._path(name).is_file()
+
+    def size(self, name: str) -> int:
+        """Bytes of a file.
+
+        Raises
+        ------
+        HubError
+            The file is not there, or is a link.
+        """
+        return self.fetch(name).stat().st_size
 
     def read(self, name: str) -> bytes:
         """The bytes of a small file.
@@ -59,8 +68,10 @@ class FolderHub:
             raise HubError(f"{path} is larger than {SMALL} bytes: it is no file of a federation.")
         return data
 
-    def fetch(self, name: str) -> Path:
+    def fetch(self, name: str, digest: str | None = None) -> Path:
         """The file's own path; symbolic links are refused, they may lead out of the hub.
+
+        Nothing is copied, so no `digest` is checked: whoever reads the file checks what it reads.
 
         Raises
         ------
@@ -106,19 +117,27 @@ class FolderHub:
             shutil.rmtree(stale, ignore_errors=True)
         return published
 
-    def replace(self, name: str, data: bytes) -> None:
-        """Replace a small file atomically."""
-        write_atomic(self._path(name), data)
+    def replace(self, name: str, data: bytes, expected: bytes | None) -> None:
+        """Replace a small file atomically.
+
+        Raises
+        ------
+        HubError
+            It does not hold what was expected.
+        """
+        path = self._path(name)
+        if (self.read(name) if self.has(name) else None) != expected:
+            raise changed_meanwhile(str(path))
+        write_atomic(path, data)
+
+    def remove(self, name: str) -> bool:
+        """Remove a file."""
+        with storage_errors(self._path(name)):
+            self._path(name).unlink(missing_ok=True)
+        return True
 
     def _path(self, name: str) -> Path:
-        parts = name.split("/")
-        if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
-            raise HubError(f"'{name}' is no name inside a hub: it must be relative and plain.")
-        return self.root.joinpath(*parts)
-
-
-def _is_plain(name: str) -> bool:
-    return not name.startswith(".") and name.isprintable() and "\\" not in name
+        return self.root.joinpath(*check_name(name))
 
 
 def _write_through(path: Path, content: Path | bytes) -> None:

@@ -34,7 +34,7 @@ def hospitals(hub, tmp_path):
     for seed, (name, counts) in enumerate(HOSPITALS.items()):
         joined = sites.join(hub, name, tmp_path / name)
         federation = read_federation(hub.root).admit(name, signing.public_key(joined.key_file))
-        hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+        hub.replace(FEDERATION_FILE, federation.to_yaml().encode(), hub.read(FEDERATION_FILE))
         tables[name] = write_table(tmp_path / "images" / name, counts, seed=seed)
     return tables
 

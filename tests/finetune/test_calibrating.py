@@ -76,7 +76,7 @@ def test_what_leaves_the_site_names_no_training(calibrate, tmp_path):
 def test_a_class_of_too_few_images_is_held_back(hub, hospitals, run_cli, tmp_path):
     policy = Policy(minimum_class_count=7)
     federation = read_federation(hub.root).model_copy(update={"policy": policy})
-    hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+    hub.replace(FEDERATION_FILE, federation.to_yaml().encode(), hub.read(FEDERATION_FILE))
     sites.join(hub, "other", tmp_path / "other")
     result = run_cli("calibrate", tmp_path / "other", "--data", hospitals["north"])
     assert (

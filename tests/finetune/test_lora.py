@@ -224,7 +224,7 @@ def federated(hub, run_cli, tmp_path):
     for seed, name in enumerate(("north", "south")):
         joined = sites.join(hub, name, tmp_path / name)
         federation = read_federation(hub.root).admit(name, signing.public_key(joined.key_file))
-        hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+        hub.replace(FEDERATION_FILE, federation.to_yaml().encode(), hub.read(FEDERATION_FILE))
         counts = {"round": 8, "lobed": 6, "granular": 6}
         table = write_table(tmp_path / "images" / name, counts, seed=seed)
         quick = ("--steps", 3, "--head-steps", 10, "--batch-size", 8, "--device", "cpu")

@@ -367,7 +367,7 @@ def test_too_few_rows_for_a_layers_width_are_said(site, run, table, run_cli):
 def test_from_the_run_to_the_vectors_side_at_a_merge(hub, finetune, site, tmp_path):
     """Two runs of a site, the second in the place of the first, and another site without any."""
     federation = read_federation(hub.root).admit("north", signing.public_key(site.key_file))
-    hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+    hub.replace(FEDERATION_FILE, federation.to_yaml().encode(), hub.read(FEDERATION_FILE))
     base = hub.fetch("base/model.safetensors")
     for number in (1, 2):
         run = finetune(write_table(tmp_path / f"{number}", COUNTS, seed=number), name=f"r{number}")

@@ -66,4 +66,6 @@ class Bench:
 
     def change_federation(self, **changes):
         federation = read_federation(self.hub.root).model_copy(update=changes)
-        self.hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+        self.hub.replace(
+            FEDERATION_FILE, federation.to_yaml().encode(), self.hub.read(FEDERATION_FILE)
+        )

@@ -432,7 +432,7 @@ def test_a_site_that_trained_under_another_contract_is_refused(contribute, hub, 
     contribute("north")
     federation = read_federation(hub.root)
     text = federation.model_copy(update={"label_schema": 2}).to_yaml()
-    hub.replace(FEDERATION_FILE, text.encode())
+    hub.replace(FEDERATION_FILE, text.encode(), hub.read(FEDERATION_FILE))
     joined = site.open_site(tmp_path / "north")
     write_run(joined, tmp_path / "run")
     with pytest.raises(Exception, match="ask the coordinator, and join again"):

@@ -130,7 +130,7 @@ def test_the_model_card_is_one_that_hugging_face_reads(contribute, merge):
 
 def test_the_model_card_names_the_base_when_it_is_on_the_hub(contribute, hub, federation, merge):
     text = federation.model_copy(update={"weights_source": "timm/test_resnet.r160_in1k"}).to_yaml()
-    hub.replace(FEDERATION_FILE, text.encode())
+    hub.replace(FEDERATION_FILE, text.encode(), hub.read(FEDERATION_FILE))
     contribute("north")
     card = ModelCard((merge().folder / "README.md").read_text())
     assert card.data.base_model == "timm/test_resnet.r160_in1k"
@@ -259,7 +259,7 @@ def test_a_damaged_payload_stops_the_merge_before_it_starts(contribute, hub, mer
 def test_a_norm_above_the_policy_stops_the_merge(contribute, hub, merge):
     contribute("north")
     strict = read_federation(hub.root).model_copy(update={"policy": Policy(maximum_norm=0.01)})
-    hub.replace(FEDERATION_FILE, strict.to_yaml().encode())
+    hub.replace(FEDERATION_FILE, strict.to_yaml().encode(), hub.read(FEDERATION_FILE))
     with pytest.raises(ContributionError, match=r"above the policy's 0.01: it is refused"):
         merge()
 

@@ -18,7 +18,7 @@ def north(hub, tmp_path):
     """A joined and admitted site."""
     joined = site.join(hub, "north", tmp_path / "north")
     federation = read_federation(hub.root).admit("north", signing.public_key(joined.key_file))
-    hub.replace(FEDERATION_FILE, federation.to_yaml().encode())
+    hub.replace(FEDERATION_FILE, federation.to_yaml().encode(), hub.read(FEDERATION_FILE))
     return joined
 
 
@@ -97,7 +97,7 @@ def test_the_policy_of_today_hides_small_counts(north, hub, run, federation):
     """The coordinator has raised the minimum since the run."""
     folder = run()
     strict = federation.model_copy(update={"policy": Policy(minimum_class_count=50)})
-    hub.replace(FEDERATION_FILE, strict.to_yaml().encode())
+    hub.replace(FEDERATION_FILE, strict.to_yaml().encode(), hub.read(FEDERATION_FILE))
     counts = publishing.prepare(north, folder, hub).manifest.class_counts
     assert set(counts.values()) == {"<50"}
 
@@ -192,7 +192,7 @@ def test_a_run_under_another_contract_is_refused(north, hub, run, federation):
 def test_a_contract_that_changed_on_the_hub_is_refused(north, hub, run, federation):
     folder = run()
     other = federation.model_copy(update={"label_schema": 2})
-    hub.replace(FEDERATION_FILE, other.to_yaml().encode())
+    hub.replace(FEDERATION_FILE, other.to_yaml().encode(), hub.read(FEDERATION_FILE))
     with says(
         FederationError,
         f"{hub.root} holds the contract {other.contract_hash}, site 'north' joined "
@@ -204,7 +204,7 @@ def test_a_contract_that_changed_on_the_hub_is_refused(north, hub, run, federati
 def test_a_norm_above_the_policy_is_refused_at_the_site(north, hub, run, federation):
     folder = run()
     strict = federation.model_copy(update={"policy": Policy(maximum_norm=0.001)})
-    hub.replace(FEDERATION_FILE, strict.to_yaml().encode())
+    hub.replace(FEDERATION_FILE, strict.to_yaml().encode(), hub.read(FEDERATION_FILE))
     norm = publishing.read_draft(folder / publishing.DRAFT).payload.norm
     with says(
         VectorError,
@@ -330,7 +330,7 @@ def test_the_policy_hides_small_counts_of_statistics_too(north, hub, full, feder
     norm = publishing.read_draft(folder / publishing.DRAFT).payload.norm
     policy = Policy(minimum_class_count=50, maximum_norm=1.01 * norm)
     strict = federation.model_copy(update={"policy": policy})
-    hub.replace(FEDERATION_FILE, strict.to_yaml().encode())
+    hub.replace(FEDERATION_FILE, strict.to_yaml().encode(), hub.read(FEDERATION_FILE))
     for manifest, _ in publish_all(north, hub, folder):
         assert set(manifest.class_counts.values()) == {"<50"}
         assert (manifest.payload.norm > 1.01 * norm) is (manifest.kind != "vector")

@@ -83,7 +83,7 @@ def test_a_hub_without_a_federation_is_named(tmp_path):
     ids=["cut", "bytes", "twice", "reference", "deep"],
 )  # fmt: skip
 def test_a_broken_contract_on_the_hub_is_named(hub, tmp_path, content, sentence):
-    hub.replace(FEDERATION_FILE, content)
+    hub.replace(FEDERATION_FILE, content, hub.read(FEDERATION_FILE))
     with says(FederationError, f"{hub.root}/{FEDERATION_FILE}{sentence}"):
         site.join(hub, "north", tmp_path / "north")
 

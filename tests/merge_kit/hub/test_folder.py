@@ -1,4 +1,4 @@
-"""A hub that is a folder."""
+"""A hub that is a folder: the contract, and what is a folder's own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,24 @@ import pytest
 from merge_kit.errors import HubError
 from merge_kit.hub import FolderHub, open_hub
 from tests.merge_kit.helpers import listing, says
+from tests.merge_kit.hub.contract import HubContract
 
 ENTRY = "contributions/north/abc"
+
+
+class TestFolder(HubContract):
+    """The contract."""
+
+    @pytest.fixture
+    def hub(self, tmp_path):
+        """An empty folder."""
+        (tmp_path / "place").mkdir()
+        return FolderHub(tmp_path / "place")
+
+    @pytest.fixture
+    def again(self, hub):
+        """The same folder."""
+        return lambda: FolderHub(hub.root)
 
 
 @pytest.fixture
@@ -135,7 +151,7 @@ def test_names_that_lead_elsewhere_are_refused(place, name):
     with pytest.raises(HubError):
         place.publish(name, {"a": b""})
     with pytest.raises(HubError):
-        place.replace(name, b"")
+        place.replace(name, b"", None)
 
 
 @pytest.mark.parametrize("linked", ["file", "folder"])
@@ -180,8 +196,8 @@ def test_a_huge_file_in_place_of_a_small_one_is_not_read(place):
 
 
 def test_replacing_is_atomic(place):
-    for text in (b"old", b"new"):
-        place.replace("federation.yaml", text)
+    for before, text in ((None, b"old"), (b"old", b"new")):
+        place.replace("federation.yaml", text, before)
     assert place.read("federation.yaml") == b"new"
     assert listing(place.root) == ["federation.yaml"]
 
