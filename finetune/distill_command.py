@@ -112,9 +112,10 @@ def distill(
     """Merge what the sites' models know: a student learns what they say of images without labels.
 
     The images in --data may be public ones, or those of one willing site; their labels are not
-    read. The student starts from a merge of the weights, from --student, or is another backbone
-    that the recipe names; teachers are the sites' models, and any other ones that share classes
-    with the federation. Called again alike it goes on where it was.
+    read. The student starts from a merge of the weights, from --student, or is another backbone,
+    which the recipe names or --student holds under a classifier of zeros. Teachers are the sites'
+    models, and any other ones that share classes with the federation. Called again alike it goes on
+    where it was.
 
     \b
     merge-kit merge hub --recipe distill --data images --out distilled
@@ -170,6 +171,8 @@ def distill(
         for sentence in heard.left_out:
             click.echo(f"Left out: {sentence}", err=True)
         begun = _begin(federation, opened, arrived, told, student)
+        if student and not any(p.any() for p in network.head_of(begun.model).parameters()):
+            told = told.with_new_classifier()
         record = DistilRecord(
             start=distilled.fingerprint_of(begun.model.state_dict()),
             other_backbone=begun.other,

@@ -74,6 +74,10 @@ class Distillation(Document):
         new = _NEW_HEAD if self.student else {}
         return make_options({**_TRAINING, **new, **self.training}, where)
 
+    def with_new_classifier(self) -> Distillation:
+        """The recipe for a student that has no classifier yet."""
+        return self.model_copy(update={"training": {**_NEW_HEAD, **self.training}})
+
     def merge(self, where: str = "start") -> Recipe | None:
         """By what the student's first weights are merged."""
         return None if self.start is None else make_recipe(self.start, where)

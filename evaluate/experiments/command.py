@@ -118,7 +118,7 @@ def _content(data: Path, classes: Sequence[str], told: Experiment, here: Path) -
     """
     keys = sorted(content_key(case) for case in load_cases(data, classes=classes))
     split = told.sites.model_dump() if isinstance(told.sites, Split) else told.sites
-    places = (told.backbone.weights, *(teacher.weights for teacher in told.teachers.values()))
+    places = (told.backbone.weights, *(other.weights for other in told.others.values()))
     weights = [sha256_file(here / place) if place else None for place in places]
     return sha256_bytes(canonical_json([sha256_file(data), list(classes), split, keys, *weights]))
 

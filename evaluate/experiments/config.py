@@ -54,6 +54,8 @@ class Merge(Document):
     transfer: str = ""
     """Whose images, without labels, a recipe of distillation learns from: a choice of rows of the
     table, such as ``site=north`` (of the split train), or another table or folder of images."""
+    student: str = ""
+    """Which of the `others` a recipe of distillation teaches; empty for the federation's."""
     restore: str = ""
     """Whose images the norm statistics of the merged model are measured on again, before its
     classifier is solved: ``sites`` for what each site measures, or a choice of rows of the table,
@@ -82,8 +84,9 @@ class Experiment(Document):
     """Training options of every site that are not the defaults."""
     variants: dict[SiteName, dict[str, Any]] = Field(default_factory=dict)
     """Other training options to compare, by name: every merge of vectors that were trained so."""
-    teachers: dict[SiteName, Backbone] = Field(default_factory=dict)
-    """Backbones of private teachers, by the names that `mutual` of a training has here."""
+    others: dict[SiteName, Backbone] = Field(default_factory=dict)
+    """Other backbones, by name: of private teachers (`mutual` of a training), and of students that
+    models of the sites teach (`student` of a merge)."""
     merges: dict[SiteName, Merge] = Field(min_length=1)
     baselines: tuple[Baseline, ...] = ("single", "pooled", "ensemble")
     rounds: int = Field(default=10, ge=1)
@@ -119,11 +122,13 @@ class Experiment(Document):
         return self
 
     @model_validator(mode="after")
-    def _teachers_are_there(self) -> Experiment:
-        for options in (self.training, *self.variants.values()):
-            named = options.get("mutual")
-            if named is not None and named not in self.teachers:
-                raise ValueError(f"'mutual: {named}' is none of the 'teachers'")
+    def _others_are_there(self) -> Experiment:
+        trainings = (self.training, *self.variants.values())
+        named = [("mutual", options.get("mutual")) for options in trainings]
+        named += [("student", merge.student or None) for merge in self.merges.values()]
+        for key, name in named:
+            if name is not None and name not in self.others:
+                raise ValueError(f"'{key}: {name}' is none of the 'others'")
         return self
 
     def training_of(self, variant: str | None) -> dict[str, Any]:
@@ -152,7 +157,7 @@ def read_experiment(path: Path, root: Path) -> Experiment:
     places = [
         (found.data, file.place.at("data")),
         (found.backbone.weights, file.place.at("backbone", "weights")),
-        *((t.weights, file.place.at("teachers", name)) for name, t in found.teachers.items()),
+        *((t.weights, file.place.at("others", name)) for name, t in found.others.items()),
     ]
     for named, where in places:
         if named and not (root / named).exists():
@@ -171,8 +176,8 @@ def read_experiment(path: Path, root: Path) -> Experiment:
             )
         if merge.compress:
             _check_compression(merge.compress, file.place.at("merges", name))
-    for name, teacher in found.teachers.items():
-        _split(teacher.init, f"{file.place.at('teachers', name)}: 'init'")
+    for name, other in found.others.items():
+        _split(other.init, f"{file.place.at('others', name)}: 'init'")
     init = _split(found.backbone.init, f"{file.place.at('backbone', 'init')}: 'init'")
     if "--multi-label" in init:
         raise UsageError(

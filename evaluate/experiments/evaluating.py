@@ -71,7 +71,7 @@ def _combinations(fold: Fold, experiment: Experiment) -> list[str]:
         found.append("fedbn")
     if fold.left_out is None and fold.teacher:
         found += [SHARED, TAUGHT]
-    elif fold.whole and experiment.teachers:
+    elif fold.whole and any("mutual" in v for v in experiment.variants.values()):
         found.append(SHARED)
     return found
 

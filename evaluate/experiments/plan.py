@@ -57,7 +57,7 @@ class Fold:
     arrivals: dict[frozenset[str], str] = field(default_factory=dict)
     """Names of the models of parts of the sites."""
     teacher: str | None = None
-    """Which of the experiment's teachers learns beside the network at every site."""
+    """Which of the other backbones learns beside the network at every site."""
     reports: dict[str, Path] = field(default_factory=dict)
     """Folders of the evaluations: of all, and of the arrivals."""
 
@@ -79,6 +79,8 @@ class Fold:
             *([about] if about else []),
         ]
         key = sha256_bytes(canonical_json(told))[7:23]
+        if there := next((job for job in self.jobs if job.key == key), None):
+            return there
         phase = max((job.phase for job in after), default=0) + 1
         job = Job(texts, key, tuple(job.key for job in after), phase)
         self.jobs.append(job)
@@ -115,7 +117,7 @@ def fold_folder(
         seed,
         without,
         *([experiment.means] if experiment.means else []),
-        *([experiment.teachers[teacher].model_dump(mode="json")] if teacher else []),
+        *([experiment.others[teacher].model_dump(mode="json")] if teacher else []),
     ]
     name = f"seed-{seed}" + (f"-without-{without}" if without else "")
     name += f"-{variant}" if variant else ""
@@ -184,14 +186,19 @@ class Planner:
         ]
 
     def _teacher(self) -> list[Job]:
-        """The folder of the private teachers' first weights, where sites have any."""
+        """The private teachers' first weights, where sites have any."""
         self.fold.teacher = self._told.training_of(self.fold.variant).get("mutual")
-        if self.fold.teacher is None:
-            return []
-        return [self._init(self._teachers(), base=self._told.teachers[self.fold.teacher])]
+        return [] if self.fold.teacher is None else [self._other(self.fold.teacher)]
 
-    def _teachers(self) -> Path:
-        return self.fold.root / f"teachers-{self.fold.teacher}"
+    def _other(self, name: str) -> Job:
+        """First weights of another backbone; the same command is one job."""
+        return self._init(self._other_folder(name), base=self._told.others[name])
+
+    def _other_folder(self, name: str) -> Path:
+        return self.fold.root / f"other-{name}"
+
+    def _other_model(self, name: str) -> Path:
+        return (self._other_folder(name) / BASE_WEIGHTS).parent
 
     def _init(self, hub: Path, *more: object, base: Backbone | None = None) -> Job:
         base = base or self._told.backbone
@@ -243,6 +250,10 @@ class Planner:
         merge = self._told.merges[choice]
         only = [part for site in sites for part in ("--site", site)] if chosen else []
         hub, published = self._wire(merge.compress)
+        student: tuple[object, ...] = ()
+        if merge.student:
+            published = [*published, self._other(merge.student)]
+            student = ("--student", self._other_model(merge.student))
         told = merge.model_dump(mode="json", exclude_defaults=True)
         plain = self._model(f"{name}{UNCALIBRATED}" if merge.calibrate else name, told)
         model = self._model(f"{name}-merged", told) if merge.restore else plain
@@ -251,6 +262,7 @@ class Planner:
             hub,
             *shlex.split(merge.options),
             *self._transfer(merge.transfer),
+            *student,
             *only,
             "--out",
             model,
@@ -397,7 +409,7 @@ class Planner:
     def _training(self, **changes: object) -> tuple[object, ...]:
         told = self._told.training_of(self.fold.variant)
         if self.fold.teacher:
-            told = {**told, "mutual": (self._teachers() / BASE_WEIGHTS).parent}
+            told = {**told, "mutual": self._other_model(self.fold.teacher)}
         chosen = {**told, "seed": self.fold.seed, **changes}
         if chosen.get("mutual") is None:
             chosen.pop("mutual", None)

@@ -194,6 +194,19 @@ def test_a_student_of_another_backbone(distill, trained, run_cli, hospitals, tmp
     assert "is a 'test_byobnet' and not of the federation's backbone" in refused.stderr
 
 
+def test_a_student_with_a_classifier_of_zeros_learns_one_first(distill, ok, tmp_path):
+    ok("init", tmp_path / "other", "--backbone", "test_byobnet", "--weights", "none",
+       "--input-size", 32, "--crop-pct", 1, "--classes", ",".join(CLASSES))  # fmt: skip
+    folder = distill("--student", tmp_path / "other" / "base")
+    record = json.loads((folder / "provenance.json").read_text())
+    assert record["recipe"]["training"]["head_steps"] == 300
+    assert record["recipe"]["training"]["learning_rate"] == 1e-3  # as the recipe says
+    assert record["distilled"]["other_backbone"] == "test_byobnet"
+    again = distill("--student", folder, out="again")
+    told = json.loads((again / "provenance.json").read_text())
+    assert told["recipe"]["training"]["head_steps"] == 0
+
+
 def test_a_student_that_was_given_is_told_as_such(distill, trained, run_cli, tmp_path):
     """Nothing was merged to start from; one of another backbone is verified all the same."""
     small = distill(recipe=SMALL, out="small")

@@ -210,10 +210,12 @@ data: labels.csv
 classes: [round, lobed, granular]
 backbone: {name: test_resnet, init: --weights none --input-size 32 --crop-pct 1.0}
 training: {steps: 2, batch_size: 8, head_steps: 5, validations: 1}
-teachers:
+others:
   vit: {name: test_vit, init: --weights none --input-size 32 --model-arg img_size=32 --crop-pct 1}
 variants: {taught: {mutual: vit, mutual_rate: 0.001}}
-merges: {mean: {}}
+merges:
+  mean: {}
+  small: {options: --recipe distill, transfer: site=north, student: vit}
 baselines: [single]
 strategies: []
 """
@@ -226,6 +228,10 @@ strategies: []
     assert "own-teacher" not in found
     assert not [name for name in found if name.startswith(("north-", "south-"))]
     assert found["own-teacher, taught"]["megabytes_per_site"] == "0.000"
+    for folder in tmp_path.glob("seed-*"):
+        (small,) = folder.glob("models/small-*/config.json")
+        assert json.loads(small.read_text())["architecture"] == "test_vit"
+        assert len(list(folder.glob("other-*"))) == 1
     (report,) = tmp_path.glob("seed-0-taught-*/report-*/report.json")
     models = {m["name"]: m for m in json.loads(report.read_text())["models"]}
     assert {"north-teacher", "south-teacher", "north-shared"} <= set(models)
@@ -304,7 +310,8 @@ def test_a_command_that_fails_is_named_and_the_rest_can_go_on(cells, tmp_path, c
         ("{steps: 2,", "{stepps: 2,", "unknown key 'stepps'; did you mean 'steps'?"),
         ("--method sum", "--method 'sum", "has a quotation mark without its pair: close it."),
         ("--crop-pct 1.0", "--multi-label", "experiments are on images of one class each: leave"),
-        ("steps: 2,", "steps: 2, mutual: vit,", "'mutual: vit' is none of the 'teachers'"),
+        ("mean: {}", "mean: {student: vit}", "'student: vit' is none of the 'others'"),
+        ("steps: 2,", "steps: 2, mutual: vit,", "'mutual: vit' is none of the 'others'"),
         ("fedbn]", "fedbn, fedbn]", "'strategies': an entry is named twice"),
     ],
 )
