@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.run import now, software
+from finetune.run import software
 from merge_kit.files import canonical_json, sha256_file, write_atomic
-from merge_kit.manifest import Draft, Kind, Payload
+from merge_kit.manifest import Draft, Kind, Payload, now
 from merge_kit.publishing import draft_file, payload_file
 from merge_kit.site import Site
 from merge_kit.statistics import StatisticsHeader

@@ -13,7 +13,6 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from merge_kit.manifest import (
     Software,
     Training,
     Validation,
+    now,
 )
 from merge_kit.parameters import roles_of
 from merge_kit.publishing import DRAFT, VECTOR
@@ -330,11 +330,6 @@ def software() -> Software:
         torch=importlib.metadata.version("torch"),
         timm=importlib.metadata.version("timm"),
     )
-
-
-def now() -> str:
-    """The time of this moment as a manifest gives it."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _estimate(interval: scores.Interval) -> Estimate:

@@ -15,13 +15,13 @@ import torch
 from finetune import network, statistics
 from finetune.cases import Case
 from finetune.pixels import Images, decode
-from finetune.run import CASES, MODEL, RECORD, alone, now, software
+from finetune.run import CASES, MODEL, RECORD, alone, software
 from finetune.tables import ArrayItem, read_table
 from merge_kit import statistics as formats
 from merge_kit.errors import DataError
 from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.files import canonical_json, sha256_file, write_atomic
-from merge_kit.manifest import Draft, Payload, read_draft
+from merge_kit.manifest import Draft, Payload, now, read_draft
 from merge_kit.methods.base import Statistics
 from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.publishing import DRAFT, check_origin, draft_file, payload_file

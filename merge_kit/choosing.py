@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from merge_kit.contributions import Contribution, Entry, without_superseded
+from merge_kit.contributions import Contribution, Entry, live
 
 AUTO = "auto"
 
@@ -76,10 +76,12 @@ CHOICES = (
 
 def facts_of(vectors: Sequence[Contribution], entries: Sequence[Entry], base: str) -> Facts:
     """What a hub tells of the vectors that will be merged; `base` is the base's backbone."""
-    live = without_superseded([entry.contribution for entry in entries if entry.contribution])
+    counted = live(entries)
     sites = {vector.site for vector in vectors}
     come_again = {
-        c.site for c in live if c.kind == "moments" and c.manifest.about != base and c.site in sites
+        c.site
+        for c in counted
+        if c.kind == "moments" and c.manifest.about != base and c.site in sites
     }
     heads = {c.manifest.training.head if c.manifest.training else None for c in vectors}
     return Facts(tuple(vectors), len(come_again), len(heads) == 1 and None not in heads)

@@ -28,6 +28,10 @@ COMMANDS = {
     ),
     "publish": ("merge_kit.commands.publish:publish", "Sign a vector and put it on the hub."),
     "status": ("merge_kit.commands.status:status", "Show what lies on a hub."),
+    "withdraw": (
+        "merge_kit.commands.withdraw:withdraw_command",
+        "Take back what a site has published.",
+    ),
     "merge": ("merge_kit.commands.merge:merge", "Merge contributions into one model."),
     "predict-proxy": (
         "finetune.predict_command:predict_proxy",

@@ -19,6 +19,8 @@ from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.remembered import Checked, look
 from merge_kit.tensorfile import TensorFile
 from merge_kit.tensorheader import TensorSpec
+from merge_kit.withdrawals import ROOT as WITHDRAWALS
+from merge_kit.withdrawals import Tombstone, read_tombstones
 
 PAYLOAD = "payload.safetensors"
 MANIFEST = "manifest.json"
@@ -88,6 +90,13 @@ class Entry:
     problem: str | None
     kind: Kind = "vector"
     """Where the manifest cannot be trusted, a vector: what may be one must not be overlooked."""
+    withdrawn: Contribution | None = None
+    """What its site has taken back: it counts no more, and what it had replaced stays replaced."""
+
+    @property
+    def stated(self) -> Contribution | None:
+        """What its manifest states, whether it still counts or not."""
+        return self.contribution or self.withdrawn
 
 
 def bundle(
@@ -110,30 +119,50 @@ def folder_of(manifest: Manifest) -> str:
 def list_entries(hub: Hub, federation: Federation) -> list[Entry]:
     """Every contribution on the hub with its manifest and signature checked, sorted by id.
 
-    Payloads are not read: see `check_payload`.
+    Payloads are not read: see `check_payload`. What a site has withdrawn is `Entry.withdrawn`.
     """
+    tombstones = read_tombstones(hub, federation.contract_hash)
     entries = [
-        entry_at(hub, federation, site, name)
+        entry_at(hub, federation, site, name, tombstones.get((site, name)))
         for site in hub.list(ROOT)
         for name in hub.list(f"{ROOT}/{site}")
     ]
     return sorted(entries, key=lambda entry: entry.id)
 
 
-def entry_at(hub: Hub, federation: Federation, site: str, name: str) -> Entry:
+def entry_at(
+    hub: Hub, federation: Federation, site: str, name: str, tombstone: Tombstone | None = None
+) -> Entry:
     """What lies at one place of the hub, its manifest and signature checked."""
     try:
-        found = _read(hub, federation, f"{ROOT}/{site}/{name}")
+        found = _read(hub, federation, f"{ROOT}/{site}/{name}", whole=tombstone is None)
         if found.site != site or found.id != name:
             raise ContributionError(
                 f"{ROOT}/{site}/{name} holds contribution {found.site}/{found.id}: it was moved "
                 "or changed; it is refused."
             )
+        if tombstone:
+            _check_tombstone(tombstone, found, federation)
     except MergeKitError as error:
         return Entry(site, name, None, str(error))
     except OSError as error:
         return Entry(site, name, None, f"{ROOT}/{site}/{name} cannot be read: {error.strerror}.")
+    if tombstone:
+        return Entry(site, name, None, None, found.kind, found)
     return Entry(site, name, found, None, found.kind)
+
+
+def _check_tombstone(tombstone: Tombstone, found: Contribution, federation: Federation) -> None:
+    """Whoever may not withdraw a contribution makes it suspect all the same: nothing is merged that
+    its site may have taken back."""
+    if tombstone.problem:
+        raise ContributionError(tombstone.problem)
+    if tombstone.key not in (found.key, federation.key_of(found.site)):
+        raise SignatureError(
+            f"{found.label} is said to be withdrawn by {tombstone.key}, which is not its site's "
+            f"key: ask site '{found.site}', and let the coordinator remove {WITHDRAWALS}/"
+            f"{found.site}/{found.id} if it is not true."
+        )
 
 
 def check_payloads(
@@ -173,12 +202,13 @@ def read_local(folder: Path, federation: Federation) -> Contribution:
     return _read(FolderHub(folder.absolute().parent), federation, folder.absolute().name)
 
 
-def _read(hub: Hub, federation: Federation, folder: str) -> Contribution:
+def _read(hub: Hub, federation: Federation, folder: str, *, whole: bool = True) -> Contribution:
     data = hub.read(f"{folder}/{MANIFEST}")
     manifest = parse_manifest(data, f"{folder}/{MANIFEST}")
     trust, signature = _check_signature(hub, federation, folder, manifest, data)
     _check_contract(manifest, federation, folder)
-    hub.size(f"{folder}/{PAYLOAD}")  # it must be there
+    if whole:
+        hub.size(f"{folder}/{PAYLOAD}")  # it must be there
     return Contribution(
         manifest.id,
         manifest,
@@ -379,5 +409,10 @@ def without_superseded(contributions: Sequence[Contribution]) -> list[Contributi
 
 def current(entries: Sequence[Entry]) -> Iterator[Entry]:
     """Entries that count: refused ones, and contributions that nothing replaces."""
-    alive = {c.id for c in without_superseded([e.contribution for e in entries if e.contribution])}
-    return (e for e in entries if e.contribution is None or e.id in alive)
+    alive = {c.id for c in without_superseded([e.stated for e in entries if e.stated])}
+    return (e for e in entries if e.stated is None or (e.contribution and e.id in alive))
+
+
+def live(entries: Sequence[Entry]) -> list[Contribution]:
+    """Contributions that are sound, not withdrawn, and that nothing replaces."""
+    return [entry.contribution for entry in current(entries) if entry.contribution]

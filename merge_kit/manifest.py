@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -250,3 +250,8 @@ def read_draft(path: Path, command: str = "finetune") -> Draft:
     except ValueError as error:
         raise ContributionError(f"{path} is not JSON: run 'merge-kit {command}' again.") from error
     return parse(Draft, data, str(path), ContributionError)
+
+
+def now() -> str:
+    """The time of this moment as a manifest gives it."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -154,15 +154,17 @@ def prepare(
             "train with fewer steps or a lower learning rate."
         )
     key = signing.public_key(site.key_file)
-    own = [
-        entry.contribution
-        for entry in list_entries(hub, federation)
-        if entry.contribution and entry.site == site.name and entry.contribution.key == key
-    ]
+    entries = [entry for entry in list_entries(hub, federation) if entry.site == site.name]
+    own = [e.contribution for e in entries if e.contribution and e.contribution.key == key]
     own = [c for c in own if (c.kind, c.manifest.about) == (kind, draft.about)]
     minimum = federation.policy.minimum_class_count
     draft = Draft(**suppressed_counts(draft.model_dump(), minimum))
     final = _manifest(run, draft, hub, [] if alongside and kind == "vector" else own)
+    if any(entry.withdrawn and entry.id == final.id for entry in entries):
+        raise ContributionError(
+            f"{payload} was published as {final.id[:12]} and has been withdrawn, which is for "
+            f"good: run 'merge-kit {command}' again to contribute something new."
+        )
     replaces = next((c for c in own if f"sha256:{c.id}" == final.supersedes), None)
     return Parcel(final, payload, replaces)
 

@@ -130,10 +130,9 @@ def find_measured(
     there = [
         entry
         for entry in list_entries(hub, federation)
-        if entry.contribution
-        and (entry.kind, entry.contribution.manifest.about) == (kind, backbone)
+        if entry.stated and (entry.kind, entry.stated.manifest.about) == (kind, backbone)
     ]
-    if not there:
+    if not any(entry.contribution for entry in there):
         return [], []
     checked = check_payloads(there, federation, hub.fetch(BASE_WEIGHTS))
     return choose(

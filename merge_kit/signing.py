@@ -16,6 +16,7 @@ from merge_kit.errors import FederationError, SignatureError
 from merge_kit.files import storage_errors
 
 MANIFEST_CONTEXT = b"merge-kit-manifest-v1\n"
+WITHDRAWAL_CONTEXT = b"merge-kit-withdrawal-v1\n"
 _PREFIX = "ed25519:"
 
 

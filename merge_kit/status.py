@@ -17,8 +17,8 @@ from merge_kit.contributions import (
     Trust,
     check_payloads,
     list_entries,
+    live,
     speaks_of,
-    without_superseded,
 )
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.hub import Hub
@@ -50,10 +50,10 @@ def survey(
     entries = checked(hub, federation) if entries is None else entries
     with TensorFile(weights) as base:
         roles = roles_of(base.specs, federation.classifier)
-    current = without_superseded([entry.contribution for entry in entries if entry.contribution])
-    live = [c for c in current if c.kind == "vector"]
-    beside = [c for c in current if c.kind != "vector"]
-    cosines = dict(zip([c.id for c in live], cosines_to_mean(live, roles), strict=True))
+    counted = live(entries)
+    vectors = [c for c in counted if c.kind == "vector"]
+    beside = [c for c in counted if c.kind != "vector"]
+    cosines = dict(zip([c.id for c in vectors], cosines_to_mean(vectors, roles), strict=True))
     shown = [entry for entry in entries if entry.problem or entry.kind == "vector"]
     rows = [_row(entry, cosines, beside, now) for entry in shown]
     return sorted(rows, key=lambda row: (row["problem"] is not None, row["site"], row["created"]))
@@ -62,7 +62,7 @@ def survey(
 def _row(
     entry: Entry, cosines: Mapping[str, float], beside: Sequence[Contribution], now: datetime
 ) -> dict[str, Any]:
-    found = entry.contribution
+    found = entry.stated
     if found is None:
         return {
             "site": entry.site,
@@ -76,7 +76,9 @@ def _row(
     manifest, own = found.manifest, found.manifest.validation
     assert own is not None  # every vector's manifest tells it
     created = datetime.strptime(manifest.created_at, "%Y-%m-%dT%H:%M:%SZ")
-    if entry.id not in cosines:
+    if entry.withdrawn:
+        state = "withdrawn"
+    elif entry.id not in cosines:
         state = "replaced"
     else:
         state = "ready" if found.trust is Trust.ADMITTED else "not admitted"
@@ -84,7 +86,7 @@ def _row(
         "site": entry.site,
         "id": entry.id,
         "state": state,
-        "compatible": True,
+        "compatible": entry.contribution is not None,
         "problem": None,
         "created": manifest.created_at,
         "age_days": (now - created.replace(tzinfo=timezone.utc)).total_seconds() / 86400,
@@ -112,7 +114,7 @@ def calibrations(
     Of entries that have been `checked`; what is refused is among the rows of `survey`.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    for one in without_superseded([e.contribution for e in entries if e.contribution]):
+    for one in live(entries):
         if one.kind != kind:
             continue
         row = {

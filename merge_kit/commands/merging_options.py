@@ -12,7 +12,7 @@ from rich.console import Console
 
 from merge_kit import devices, merging
 from merge_kit.commands.options import typed_pairs
-from merge_kit.contributions import Contribution, Entry, check_payloads, current
+from merge_kit.contributions import Contribution, Entry, check_payloads, live
 from merge_kit.errors import UsageError
 from merge_kit.federation import Federation
 from merge_kit.recipe import Recipe, make_recipe, read_recipe
@@ -150,7 +150,7 @@ def gather(
     )
     for entry in refused:
         click.echo(f"Left out: {entry.problem}", err=True)
-    alive = [entry.contribution for entry in current(checked) if entry.contribution]
+    alive = live(checked)
     taken = {contribution.id for contribution in chosen}
     whole = [entry.contribution for entry in checked if entry.contribution]
     return Gathered(

@@ -1,0 +1,74 @@
+"""merge-kit withdraw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from merge_kit.commands.options import next_step, shown
+from merge_kit.contributions import PAYLOAD, Contribution, folder_of, list_entries
+from merge_kit.errors import UsageError
+from merge_kit.hub import Hub, open_hub
+from merge_kit.manifest import now
+from merge_kit.site import Site, check_pinned, federation_on, open_site
+from merge_kit.withdrawals import Withdrawal, withdraw
+
+
+@click.command(name="withdraw")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "everything", is_flag=True, help="Whatever the site has published.")
+@click.option("--hub", help="Another place than the hub that was joined.")
+def withdraw_command(folder: Path, ids: tuple[str, ...], everything: bool, hub: str | None) -> None:
+    """Take back what the site in FOLDER has published.
+
+    From then on nobody who looks at the hub merges it, and the tensors are removed from it where
+    the storage allows that. A signed note stays, so that whoever has merged it can see it: models
+    that hold it stay what they are until they are made again. It is for good.
+    """
+    if bool(ids) == everything:
+        raise UsageError("give the ids to withdraw, as 'merge-kit status' shows them, or --all.")
+    site = open_site(folder)
+    opened = open_hub(hub or site.config.hub)
+    chosen = _chosen(site, opened, ids)
+    for found in chosen:
+        told = f"{found.kind} {found.id[:12]}"
+        note = Withdrawal(
+            federation=site.config.federation,
+            site=site.name,
+            contribution=found.id,
+            created_at=now(),
+        )
+        fresh = withdraw(opened, site.key_file, note)
+        click.echo(f"Withdrawn: {told}" if fresh else f"Withdrawn before: {told}")
+        place = f"{folder_of(found.manifest)}/{PAYLOAD}"
+        if not opened.has(place):
+            continue
+        if opened.remove(place):
+            click.echo(f"  its tensors are removed from {opened.uri}")
+        else:
+            click.echo(
+                f"  its tensors cannot be removed for good: {opened.uri} keeps what was deleted in "
+                "its history; ask who runs it"
+            )
+    click.echo("Copies that others have made, and models that hold it, are not reached by this.")
+    next_step(f"see what is left with\n  merge-kit status {shown(hub or site.config.hub)}")
+
+
+def _chosen(site: Site, hub: Hub, ids: Sequence[str]) -> list[Contribution]:
+    """The site's own contributions that begin with one of the ids; all without any."""
+    federation = federation_on(hub)
+    check_pinned(site.config, federation, hub.uri)
+    entries = list_entries(hub, federation)
+    own = [entry.stated for entry in entries if entry.site == site.name and entry.stated]
+    if not own:
+        raise UsageError(f"site '{site.name}' has published nothing on {hub.uri}.")
+    for part in ids:
+        found = [one for one in own if one.id.startswith(part)]
+        if len(found) != 1:
+            there = ", ".join(f"{one.kind} {one.id[:12]}" for one in own)
+            many = "several contributions" if found else "no contribution"
+            raise UsageError(f"'{part}' names {many} of site '{site.name}'; there are {there}.")
+    return [one for one in own if not ids or one.id.startswith(tuple(ids))]

@@ -1,0 +1,91 @@
+"""Tombstones: what a site takes back counts no more, from the moment that the tombstone is there.
+
+``withdrawals/<site>/<id>/`` holds ``withdrawal.json``, canonical JSON, and ``withdrawal.sig``,
+signed as a manifest is, under a context of its own. The contribution's manifest stays where it is,
+so that what it had replaced stays replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import StringConstraints
+
+from merge_kit import signing
+from merge_kit.errors import ContributionError, MergeKitError, SignatureError
+from merge_kit.files import canonical_json
+from merge_kit.hub import Hub
+from merge_kit.manifest import Timestamp
+from merge_kit.schema import Digest, Document, SiteName, parse
+
+ROOT = "withdrawals"
+FILE = "withdrawal.json"
+SIGNATURE = "withdrawal.sig"
+
+
+class Withdrawal(Document):
+    """withdrawal.json."""
+
+    format: Literal[1] = 1
+    federation: Digest
+    site: SiteName
+    contribution: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    created_at: Timestamp
+
+    def to_bytes(self) -> bytes:
+        """What is signed and stored."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """A withdrawal, and who has signed it; or the sentence that says what is wrong with it."""
+
+    withdrawal: Withdrawal | None
+    key: str | None
+    problem: str | None
+
+
+def read_tombstones(hub: Hub, contract: str) -> dict[tuple[str, str], Tombstone]:
+    """What lies on a hub, by site and contribution; each is signed by the key that it names."""
+    return {
+        (site, name): _read(hub, contract, site, name)
+        for site in hub.list(ROOT)
+        for name in hub.list(f"{ROOT}/{site}")
+    }
+
+
+def _read(hub: Hub, contract: str, site: str, name: str) -> Tombstone:
+    where = f"{ROOT}/{site}/{name}"
+    try:
+        data = hub.read(f"{where}/{FILE}")
+        try:
+            content = json.loads(data)
+            signed = json.loads(hub.read(f"{where}/{SIGNATURE}"))
+            signature = signing.Signature(str(signed["key"]), str(signed["signature"]))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SignatureError(f"{where} is no withdrawal: ask site '{site}'.") from error
+        found = parse(Withdrawal, content, where, ContributionError)
+        signing.verify(signature, signing.WITHDRAWAL_CONTEXT, data, where)
+        if (found.site, found.contribution, found.federation) != (site, name, contract):
+            raise ContributionError(
+                f"{where} withdraws {found.site}/{found.contribution[:12]} of another place or "
+                "federation: it was moved or changed."
+            )
+    except MergeKitError as error:
+        return Tombstone(None, None, str(error))
+    return Tombstone(found, signature.key, None)
+
+
+def withdraw(hub: Hub, key_file: Path, withdrawal: Withdrawal) -> bool:
+    """Sign a tombstone and put it on the hub; False when there is one already."""
+    data = withdrawal.to_bytes()
+    signed = signing.sign(key_file, signing.WITHDRAWAL_CONTEXT, data)
+    files: dict[str, Path | bytes] = {
+        SIGNATURE: canonical_json({"key": signed.key, "signature": signed.signature}),
+        FILE: data,
+    }
+    return hub.publish(f"{ROOT}/{withdrawal.site}/{withdrawal.contribution}", files)
