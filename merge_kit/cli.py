@@ -72,6 +72,10 @@ COMMANDS = {
     ),
     "methods": ("merge_kit.commands.methods:methods", "List the merge methods."),
     "demo": ("evaluate.demo:demo", "Run the whole job on generated or your own images."),
+    "audit-log": (
+        "merge_kit.commands.audit_log:audit_log",
+        "Show or check what has left a site.",
+    ),
     "doctor": ("merge_kit.commands.doctor:doctor", "Check this machine."),
 }
 

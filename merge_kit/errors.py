@@ -94,6 +94,10 @@ class RecipeError(MergeKitError):
     """A merge recipe, or an option of a method, is wrong."""
 
 
+class AuditError(MergeKitError):
+    """A site's audit log is not what was written."""
+
+
 class HubError(MergeKitError):
     """The storage where contributions lie cannot do what was asked."""
 

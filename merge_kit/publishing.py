@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from merge_kit import manifest, signing, vector
+from merge_kit import auditlog, manifest, signing, vector
 from merge_kit.compressing import Compression, compress
 from merge_kit.contributions import (
     MANIFEST,
@@ -19,7 +19,7 @@ from merge_kit.contributions import (
 )
 from merge_kit.errors import ContributionError, UsageError, VectorError
 from merge_kit.federation import Federation
-from merge_kit.files import sha256_file, write_atomic
+from merge_kit.files import sha256_bytes, sha256_file, write_atomic
 from merge_kit.hub import Hub
 from merge_kit.manifest import (
     OF_A_MODEL,
@@ -240,12 +240,21 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     ------
     ContributionError
         What is there is damaged; nothing on a hub is ever overwritten.
+    AuditError
+        The site's audit log was changed: nothing leaves the site.
     """
     data = parcel.manifest.to_bytes()
     write_atomic(run / _manifest_file(parcel.manifest.kind), data)
     signature = signing.sign(site.key_file, signing.MANIFEST_CONTEXT, data)
     folder = folder_of(parcel.manifest)
-    if hub.publish(folder, bundle(parcel.manifest, parcel.payload, signature)):
+    files = bundle(parcel.manifest, parcel.payload, signature)
+    told = {
+        name: sha256_bytes(content) if isinstance(content, bytes) else sha256_file(content)
+        for name, content in files.items()
+    }
+    auditlog.append(site.root, "publishing", hub.uri, folder, told)
+    if hub.publish(folder, files):
+        auditlog.append(site.root, "published", hub.uri, folder, told)
         return True
     there = hub.fetch(f"{folder}/{PAYLOAD}")
     if sha256_file(there) != parcel.manifest.payload.sha256:

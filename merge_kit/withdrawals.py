@@ -14,12 +14,13 @@ from typing import Annotated, Literal
 
 from pydantic import StringConstraints
 
-from merge_kit import signing
+from merge_kit import auditlog, signing
 from merge_kit.errors import ContributionError, MergeKitError, SignatureError
-from merge_kit.files import canonical_json
+from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.hub import Hub
-from merge_kit.manifest import Timestamp
+from merge_kit.manifest import Timestamp, now
 from merge_kit.schema import Digest, Document, SiteName, parse
+from merge_kit.site import Site
 
 ROOT = "withdrawals"
 FILE = "withdrawal.json"
@@ -80,12 +81,24 @@ def _read(hub: Hub, contract: str, site: str, name: str) -> Tombstone:
     return Tombstone(found, signature.key, None)
 
 
-def withdraw(hub: Hub, key_file: Path, withdrawal: Withdrawal) -> bool:
+def withdraw(hub: Hub, site: Site, contribution: str) -> bool:
     """Sign a tombstone and put it on the hub; False when there is one already."""
-    data = withdrawal.to_bytes()
-    signed = signing.sign(key_file, signing.WITHDRAWAL_CONTEXT, data)
+    note = Withdrawal(
+        federation=site.config.federation,
+        site=site.name,
+        contribution=contribution,
+        created_at=now(),
+    )
+    data = note.to_bytes()
+    signed = signing.sign(site.key_file, signing.WITHDRAWAL_CONTEXT, data)
     files: dict[str, Path | bytes] = {
         SIGNATURE: canonical_json({"key": signed.key, "signature": signed.signature}),
         FILE: data,
     }
-    return hub.publish(f"{ROOT}/{withdrawal.site}/{withdrawal.contribution}", files)
+    place = f"{ROOT}/{site.name}/{contribution}"
+    told = {FILE: sha256_bytes(data)}
+    auditlog.append(site.root, "withdrawing", hub.uri, place, told)
+    fresh = hub.publish(place, files)
+    if fresh:
+        auditlog.append(site.root, "withdrawn", hub.uri, place, told)
+    return fresh

@@ -11,9 +11,8 @@ from merge_kit.commands.options import next_step, shown
 from merge_kit.contributions import PAYLOAD, Contribution, folder_of, list_entries
 from merge_kit.errors import UsageError
 from merge_kit.hub import Hub, open_hub
-from merge_kit.manifest import now
 from merge_kit.site import Site, check_pinned, federation_on, open_site
-from merge_kit.withdrawals import Withdrawal, withdraw
+from merge_kit.withdrawals import withdraw
 
 
 @click.command(name="withdraw")
@@ -35,13 +34,7 @@ def withdraw_command(folder: Path, ids: tuple[str, ...], everything: bool, hub: 
     chosen = _chosen(site, opened, ids)
     for found in chosen:
         told = f"{found.kind} {found.id[:12]}"
-        note = Withdrawal(
-            federation=site.config.federation,
-            site=site.name,
-            contribution=found.id,
-            created_at=now(),
-        )
-        fresh = withdraw(opened, site.key_file, note)
+        fresh = withdraw(opened, site, found.id)
         click.echo(f"Withdrawn: {told}" if fresh else f"Withdrawn before: {told}")
         place = f"{folder_of(found.manifest)}/{PAYLOAD}"
         if not opened.has(place):

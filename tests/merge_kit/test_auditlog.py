@@ -1,0 +1,155 @@
+"""The log of what has left a site: what is in it, and what its chain shows."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_kit import auditlog
+from merge_kit.errors import AuditError, MergeKitError
+from merge_kit.files import sha256_file
+from tests.merge_kit.helpers import quick
+
+DIGEST = "sha256:" + "1" * 64
+
+
+@pytest.fixture
+def published(contribute, tmp_path):
+    """A site that has published a vector and statistics."""
+    contribute("north", seed=1, beside=("fisher",))
+    return tmp_path / "north"
+
+
+def lines_of(root):
+    return (root / auditlog.LOG).read_bytes().splitlines(keepends=True)
+
+
+def test_all_that_leaves_is_named_before_and_after(published, hub):
+    records = auditlog.read(published)
+    assert [r.action for r in records] == ["publishing", "published"] * 2
+    assert {r.hub for r in records} == {hub.uri}
+    for record in records:
+        there = {p.name: sha256_file(p) for p in (hub.root / record.place).iterdir()}
+        assert record.files == there
+
+
+def test_a_withdrawal_is_in_it(published, ok):
+    ok("withdraw", published, "--all")
+    actions = [record.action for record in auditlog.read(published)]
+    assert actions[4:] == ["withdrawing", "withdrawn"] * 2
+
+
+def test_what_was_there_already_has_not_left_twice(published, ok):
+    ok("publish", published, "--run", published / "runs" / "seed1")
+    actions = [record.action for record in auditlog.read(published)]
+    assert actions[4:] == ["publishing", "publishing"]
+
+
+def test_a_dry_run_leaves_no_line(published, ok):
+    before = lines_of(published)
+    ok("publish", published, "--run", published / "runs" / "seed1", "--dry-run")
+    assert lines_of(published) == before
+
+
+def test_nothing_leaves_a_site_whose_log_was_changed(published, run_cli, hub):
+    lines = lines_of(published)
+    (published / auditlog.LOG).write_bytes(b"".join(lines[1:]))
+    before = sorted(p for p in hub.root.rglob("*"))
+    found = run_cli("withdraw", published, "--all")
+    assert found.exit_code == 1
+    assert f"{published / auditlog.LOG}, line 1 has been changed" in found.stderr
+    assert sorted(p for p in hub.root.rglob("*")) == before
+
+
+@quick
+@given(st.data())
+def test_any_change_before_the_end_is_found(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("site")
+    for number in range(4):
+        auditlog.append(root, "publishing", "hub", f"contributions/n/{number}", {"a": DIGEST})
+    text = (root / auditlog.LOG).read_bytes()
+    lines = text.splitlines(keepends=True)
+    how = data.draw(st.sampled_from(["flip", "drop", "swap", "twice"]))
+    if how == "flip":
+        place = data.draw(st.integers(0, len(text) - 1))
+        changed = bytearray(text)
+        changed[place] ^= 1 << data.draw(st.integers(0, 6))
+        changed = bytes(changed)
+    elif how == "drop":
+        at = data.draw(st.integers(0, 2))
+        changed = b"".join(lines[:at] + lines[at + 1 :])
+    elif how == "swap":
+        at = data.draw(st.integers(0, 2))
+        lines[at], lines[at + 1] = lines[at + 1], lines[at]
+        changed = b"".join(lines)
+    else:
+        at = data.draw(st.integers(0, 3))
+        changed = b"".join(lines[: at + 1] + lines[at:])
+    head = auditlog.heads(root)[-1]
+    (root / auditlog.LOG).write_bytes(changed)
+    # A last line that was changed shows by the head that somebody has kept.
+    with pytest.raises((AuditError, AssertionError)):
+        assert head in auditlog.heads(root)
+
+
+def test_lines_that_were_cut_off_show_by_the_head_that_was_kept(published, ok, run_cli):
+    said = ok("audit-log", "verify", published)
+    head = said.split("its head is ")[1].split()[0]
+    assert "The chain of 4 lines is whole" in said
+    assert "is whole" in ok("audit-log", "verify", published, "--head", head)
+    ok("withdraw", published, "--all")
+    assert "is whole" in ok("audit-log", "verify", published, "--head", head)
+    (published / auditlog.LOG).write_bytes(b"".join(lines_of(published)[:3]))
+    assert "The chain of 3 lines is whole" in ok("audit-log", "verify", published)
+    found = run_cli("audit-log", "verify", published, "--head", head)
+    assert found.exit_code == 1
+    assert f"never had the head {head}: lines were cut off or replaced" in found.stderr
+
+
+def test_a_line_that_a_kill_cut_short_is_written_over(published):
+    """It was being written before anything left."""
+    lines = lines_of(published)
+    (published / auditlog.LOG).write_bytes(b"".join(lines)[:-40])
+    assert len(auditlog.read(published)) == 3
+    auditlog.append(published, "publishing", "hub", "place", {})
+    assert [r.number for r in auditlog.read(published)] == [1, 2, 3, 4]
+    assert auditlog.read(published)[-1].place == "place"
+
+
+def test_many_at_once_write_one_chain(tmp_path):
+    barrier = threading.Barrier(8)
+
+    def go(number):
+        barrier.wait()
+        for _ in range(5):
+            auditlog.append(tmp_path, "publishing", "hub", f"place-{number}", {})
+
+    threads = [threading.Thread(target=go, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(auditlog.read(tmp_path)) == 40
+
+
+def test_it_is_shown_in_words_and_for_programs(published, ok, run_cli, hub, tmp_path):
+    said = ok("audit-log", "show", published)
+    assert f"published    {hub.uri}/contributions/north/" in said
+    told = json.loads(ok("audit-log", "show", published, "--json"))
+    assert [record["number"] for record in told] == [1, 2, 3, 4]
+    ok("join", hub.root, "--site", "south", "--folder", tmp_path / "south")
+    assert ok("audit-log", "show", tmp_path / "south") == "Nothing has left this site yet.\n"
+    assert "The chain of 0 lines is whole" in ok("audit-log", "verify", tmp_path / "south")
+
+
+def test_the_log_is_the_owners_alone(published):
+    assert (published / auditlog.LOG).stat().st_mode & 0o077 == 0
+
+
+def test_without_room_for_the_line_nothing_leaves(read_only_disk):
+    with pytest.raises(MergeKitError, match="Read-only file system"):
+        auditlog.append(read_only_disk, "publishing", "hub", "place", {})
