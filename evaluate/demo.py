@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -33,6 +33,8 @@ class Stage:
     """Options that choose all sites' images."""
     backbone: tuple[str, ...]
     """Options of `init`."""
+    training: Mapping[str, str] = field(default_factory=dict)
+    """Training options that are not the defaults."""
 
 
 @click.command()
@@ -102,6 +104,7 @@ def _generate(out: Path, seed: int) -> Stage:
             *("--backbone", demo_backbone.ARCHITECTURE, "--weights", str(weights)),
             *("--input-size", size, "--mean", *mean, "--std", *std),
         ),
+        {"steps": "40"},  # so that the whole takes minutes
     )
 
 
@@ -124,6 +127,7 @@ def _run_all(
     stage: Stage, out: Path, init_options: Sequence[str], training: Mapping[str, str], seed: int
 ) -> Path:
     hub = str(out / "hub")
+    training = {**stage.training, **training}
     chosen = {"seed": str(seed), **training}
     classes = ",".join(stage.classes)
     _call("init", hub, *stage.backbone, "--classes", classes, *init_options)

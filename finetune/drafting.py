@@ -11,8 +11,9 @@ from torch import Tensor
 
 from finetune.run import software
 from merge_kit.files import canonical_json, sha256_file, write_atomic
-from merge_kit.manifest import Draft, Kind, Payload, now
+from merge_kit.manifest import Draft, Kind, Payload
 from merge_kit.publishing import draft_file, payload_file
+from merge_kit.schema import now
 from merge_kit.site import Site
 from merge_kit.statistics import StatisticsHeader
 from merge_kit.tensorfile import write_tensors

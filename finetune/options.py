@@ -14,9 +14,10 @@ from merge_kit.schema import Document, Place, parse
 class TrainingOptions(Document):
     """Head first, then the whole network at a low learning rate (LP-FT, arXiv 2202.10054)."""
 
-    steps: int = Field(default=40, ge=0)
+    steps: int = Field(default=160, ge=0)
     """Steps of the whole network; 0 trains the head alone. Sites that take the same number drift
-    alike, which merges better than the same number of epochs."""
+    alike, which merges better than the same number of epochs. Fewer are as good as done sooner, and
+    lose a few points (docs/results.md)."""
     epochs: float | None = Field(default=None, ge=0)
     """Length in epochs instead of steps."""
     validations: int = Field(default=4, ge=1)

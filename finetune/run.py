@@ -40,11 +40,11 @@ from merge_kit.manifest import (
     Software,
     Training,
     Validation,
-    now,
 )
 from merge_kit.parameters import roles_of
 from merge_kit.publishing import DRAFT, VECTOR
 from merge_kit.runs import RUNS, SUMMARY
+from merge_kit.schema import now
 from merge_kit.site import COPY, Site
 from merge_kit.tensorfile import TensorFile, write_tensors
 

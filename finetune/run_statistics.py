@@ -21,11 +21,12 @@ from merge_kit import statistics as formats
 from merge_kit.errors import DataError
 from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.files import canonical_json, sha256_file, write_atomic
-from merge_kit.manifest import Draft, Payload, now, read_draft
+from merge_kit.manifest import Draft, Payload, read_draft
 from merge_kit.methods.base import Statistics
 from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.publishing import DRAFT, check_origin, draft_file, payload_file
 from merge_kit.runs import SUMMARY
+from merge_kit.schema import now
 from merge_kit.site import COPY, Site
 from merge_kit.tensorfile import TensorFile, write_tensors
 from merge_kit.vector import METADATA_KEY, check_finite

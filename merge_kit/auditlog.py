@@ -17,8 +17,7 @@ from typing import BinaryIO, Literal
 
 from merge_kit.errors import AuditError, ContributionError
 from merge_kit.files import canonical_json, sha256_bytes, storage_errors
-from merge_kit.manifest import Timestamp, now
-from merge_kit.schema import Digest, Document, parse
+from merge_kit.schema import Digest, Document, Timestamp, now, parse
 
 LOG = "audit.jsonl"
 START = "sha256:" + "0" * 64

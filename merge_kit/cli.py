@@ -17,6 +17,12 @@ COMMANDS = {
     "init": ("merge_kit.commands.init:init", "Create a federation: backbone, classes, policy."),
     "join": ("merge_kit.commands.join:join", "Join a federation as a site: base and key pair."),
     "admit": ("merge_kit.commands.admit:admit", "Admit a site's public key to a federation."),
+    "revoke": (
+        "merge_kit.commands.admit:revoke",
+        "Let nothing count that a site's key has signed.",
+    ),
+    "sign": ("merge_kit.commands.admit:sign", "Sign a federation file that was changed by hand."),
+    "key": ("merge_kit.commands.key:key", "Make, show or replace a key."),
     "finetune": ("finetune.command:finetune", "Fine-tune the base on a site's own images."),
     "statistics": (
         "finetune.command:statistics",

@@ -231,6 +231,20 @@ def _check_signature(
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SignatureError(f"{folder}/{SIGNATURE} is no signature: publish again.") from error
     signing.verify(signature, signing.MANIFEST_CONTEXT, data, f"{folder}/{MANIFEST}")
+    for gone in federation.revoked:
+        if gone.public_key == signature.key:
+            raise SignatureError(
+                f"{folder} is signed with {signature.key}, which was revoked on {gone.since}: it "
+                f"is refused; site '{gone.name}' publishes again with a new key."
+            )
+    for old in federation.retired:
+        if (old.name, old.public_key) == (manifest.site, signature.key):
+            if manifest.created_at <= old.until:
+                return Trust.ADMITTED, signature
+            raise SignatureError(
+                f"{folder} says to be of {manifest.created_at} and is signed with a key that site "
+                f"'{old.name}' had replaced on {old.until}: it is refused."
+            )
     admitted = federation.key_of(manifest.site)
     if admitted is None:
         return Trust.STRANGER, signature
@@ -398,13 +412,18 @@ def speaks_of(statistic: Contribution, vector: Contribution) -> bool:
 
 
 def without_superseded(contributions: Sequence[Contribution]) -> list[Contribution]:
-    """Drop what a later contribution replaces; only the key that signed one can replace it."""
+    """Drop what a later contribution replaces; only the key that signed one can replace it, or
+    another one by which the same site is admitted."""
     replaced = {
-        (c.site, c.key, c.manifest.supersedes.removeprefix("sha256:"))
+        (*_speaker(c), c.manifest.supersedes.removeprefix("sha256:"))
         for c in contributions
         if c.manifest.supersedes
     }
-    return [c for c in contributions if (c.site, c.key, c.id) not in replaced]
+    return [c for c in contributions if (*_speaker(c), c.id) not in replaced]
+
+
+def _speaker(found: Contribution) -> tuple[str, str | None]:
+    return found.site, "" if found.trust is Trust.ADMITTED else found.key
 
 
 def current(entries: Sequence[Entry]) -> Iterator[Entry]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_kit import backbone
+from merge_kit import backbone, signing
 from merge_kit.errors import FederationError, UsageError
 from merge_kit.federation import (
     BASE_CONFIG,
@@ -19,6 +19,7 @@ from merge_kit.federation import (
 from merge_kit.files import new_folder, sha256_file, write_atomic
 from merge_kit.labelspace import LabelSpace
 from merge_kit.tensorfile import fingerprint_file, write_tensors
+from merge_kit.trust import signed
 
 
 def create(
@@ -35,6 +36,7 @@ def create(
     multi_label: bool = False,
     seed: int = 0,
     allow_pickle: bool = False,
+    key_file: Path | None = None,
 ) -> Federation:
     """Write a federation folder: the contract and the base.
 
@@ -48,6 +50,9 @@ def create(
         Names for several classes at once: see `labelspace.LabelSpace`.
     multi_label
         An image has any number of the classes, or none.
+    key_file
+        The coordinator's private key, which is made if it is not there; None for a federation that
+        nobody signs.
 
     Raises
     ------
@@ -94,9 +99,12 @@ def create(
                 "weights_source": _source(architecture, weights, model),
                 "base_fingerprint": fingerprint_file(draft / BASE_WEIGHTS),
                 "policy": policy.model_dump(mode="json"),
+                "coordinator": _coordinator(key_file) if key_file else None,
             },
             "the new federation",
         )
+        if key_file:
+            federation = signed(federation, key_file)
         write_atomic(draft / BASE_CONFIG, federation.model_config_json)
         write_atomic(draft / FEDERATION_FILE, federation.to_yaml())
     return federation
@@ -108,3 +116,7 @@ def _source(architecture: str, weights: str, model: Any) -> str:
     if weights == backbone.NO_WEIGHTS:
         return "random"
     return f"local file {sha256_file(Path(weights))}"
+
+
+def _coordinator(key_file: Path) -> str:
+    return signing.public_key(key_file) if key_file.exists() else signing.create_key(key_file)

@@ -20,6 +20,7 @@ from merge_kit import signing
 from merge_kit.configuration import ModelConfig
 from merge_kit.errors import BaseMismatchError, FederationError, VectorError
 from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.keys import AdmittedSite, RetiredKey, RevokedKey, same_key_twice
 from merge_kit.labelspace import LabelSpace
 from merge_kit.remembered import Checked, look
 from merge_kit.schema import Digest, Document, Place, SiteName, parse
@@ -65,22 +66,6 @@ class Policy(Document):
     """A class count below this is published as "<N"."""
     maximum_norm: float | None = Field(default=None, gt=0)
     """Largest L2 norm of a vector; null for no bound."""
-
-
-class AdmittedSite(Document):
-    """A site that may contribute, and the key that speaks for it."""
-
-    name: SiteName
-    public_key: str
-
-    @field_validator("public_key")
-    @classmethod
-    def _is_a_key(cls, text: str) -> str:
-        try:
-            signing.parse_public_key(text)
-        except FederationError as fault:
-            raise ValueError(str(fault).rstrip(".")) from fault
-        return text
 
 
 def preprocessing_of(config: ModelConfig) -> Preprocessing:
@@ -148,11 +133,15 @@ _FIXED = {
     "preprocessing",
     "weights_source",
     "base_fingerprint",
+    "coordinator",
 }
+_LATER = {"groups", "multi_label", "coordinator", "serial", "retired", "revoked", "signature"}
+"""Fields that older contracts do not have: left out where they are empty."""
 
 
 class Federation(Document):
-    """The contract. Everything but `policy` and `sites` is fixed for good: see `contract_hash`."""
+    """The contract. Policy, sites and keys may change, all else is fixed for good: see
+    `contract_hash`."""
 
     format: Literal[1] = 1
     name: SiteName
@@ -170,6 +159,15 @@ class Federation(Document):
     base_fingerprint: Digest
     policy: Policy = Policy()
     sites: tuple[AdmittedSite, ...] = ()
+    retired: tuple[RetiredKey, ...] = ()
+    """Keys that sites have replaced: what they had signed by then counts."""
+    revoked: tuple[RevokedKey, ...] = ()
+    """Keys that nothing counts of any more."""
+    coordinator: str | None = None
+    """The key that signs this file; None where nobody does."""
+    serial: int = Field(default=0, ge=0)
+    """How often the file has been signed: an older one is not taken for the present one."""
+    signature: str | None = None
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Federation:
@@ -177,8 +175,8 @@ class Federation(Document):
             raise ValueError("a class is named twice")
         if len({site.name for site in self.sites}) != len(self.sites):
             raise ValueError("a site is named twice")
-        if len({site.public_key for site in self.sites}) != len(self.sites):
-            raise ValueError("two sites have the same key")
+        if twice := same_key_twice(self.sites, self.retired, self.revoked):
+            raise ValueError(f"the key {twice} is named twice")
         LabelSpace(self.classes, self.groups)
         if self.groups and self.multi_label:
             raise ValueError(
@@ -190,8 +188,7 @@ class Federation(Document):
     def _without_an_empty_field(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A contract must keep the hash that it had before there were groups, or findings.
         fields: dict[str, Any] = serialize(self)
-        later = ("groups", "multi_label")
-        return {key: value for key, value in fields.items() if key not in later or value}
+        return {key: value for key, value in fields.items() if key not in _LATER or value}
 
     @property
     def labels(self) -> LabelSpace:
@@ -202,7 +199,7 @@ class Federation(Document):
     def contract_hash(self) -> str:
         """Digest of what can never change; every vector names it.
 
-        Policy and admitted sites are left out: they change while contributions stay valid.
+        Policy, sites and their keys are left out: they change while contributions stay valid.
         """
         fixed = self.model_dump(mode="json", include=_FIXED)
         return sha256_bytes(canonical_json(fixed))
@@ -251,27 +248,32 @@ class Federation(Document):
         Raises
         ------
         FederationError
-            The name or key is malformed, or the site is there with another key.
+            The name or key is malformed, or known otherwise.
         """
         known = self.key_of(site)
         if known == key:
             return self
         if known is not None:
             raise FederationError(
-                f"site '{site}' is admitted with another key ({known}): "
-                "choose another name, or remove the old entry from federation.yaml."
+                f"site '{site}' is admitted with another key ({known}): choose another name; or, "
+                "if it has a new key, replace the old one with --rotate."
             )
         signing.parse_public_key(key)
-        if twin := next((s.name for s in self.sites if s.public_key == key), None):
+        everybody = (*self.sites, *self.retired, *self.revoked)
+        if twin := next((one.name for one in everybody if one.public_key == key), None):
             raise FederationError(
-                f"this key is admitted for the site '{twin}': each site has a key of its own, "
-                f"ask '{site}' for theirs."
+                f"this key is known as one of the site '{twin}': a key is used once, ask '{site}' "
+                "for theirs."
             )
         newcomer = parse(
             AdmittedSite, {"name": site, "public_key": key}, f"site '{site}'", FederationError
         )
         sites = tuple(sorted((*self.sites, newcomer), key=lambda s: s.name))
         return self.model_copy(update={"sites": sites})
+
+    def to_sign(self) -> bytes:
+        """What the coordinator signs: all but the signature."""
+        return canonical_json(self.model_dump(mode="json", exclude={"signature"}))
 
     def to_yaml(self) -> str:
         """The text of federation.yaml."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     StringConstraints,
@@ -19,13 +17,7 @@ from pydantic import (
 
 from merge_kit.errors import ContributionError
 from merge_kit.files import canonical_json, sha256_bytes
-from merge_kit.schema import Digest, Document, SiteName, parse
-
-
-def _check_time(text: str) -> str:
-    datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
-    return text
-
+from merge_kit.schema import Digest, Document, SiteName, Timestamp, parse
 
 Kind = Literal["vector", "fisher", "gram", "moments", "norms", "predictions"]
 OF_A_MODEL: tuple[Kind, ...] = ("moments", "norms", "predictions")
@@ -35,11 +27,6 @@ LARGEST = 10**12  # numbers from outside stay within what floats and tensors can
 Number = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Number | Annotated[str, StringConstraints(pattern=r"^<[1-9][0-9]{0,8}$")]
 Version = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z.+!_-]{1,40}$")]
-Timestamp = Annotated[
-    str,
-    StringConstraints(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z$"),
-    AfterValidator(_check_time),
-]
 MANIFEST_LIMIT = 1 << 20
 _OPTIONAL = (
     *("about", "absent_counts", "group_counts", "images", "other_images"),
@@ -250,8 +237,3 @@ def read_draft(path: Path, command: str = "finetune") -> Draft:
     except ValueError as error:
         raise ContributionError(f"{path} is not JSON: run 'merge-kit {command}' again.") from error
     return parse(Draft, data, str(path), ContributionError)
-
-
-def now() -> str:
-    """The time of this moment as a manifest gives it."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -12,6 +12,7 @@ from merge_kit.contributions import (
     MANIFEST,
     PAYLOAD,
     Contribution,
+    Trust,
     bundle,
     folder_of,
     list_entries,
@@ -155,7 +156,16 @@ def prepare(
         )
     key = signing.public_key(site.key_file)
     entries = [entry for entry in list_entries(hub, federation) if entry.site == site.name]
-    own = [e.contribution for e in entries if e.contribution and e.contribution.key == key]
+    admitted = federation.key_of(site.name) == key
+    own = [
+        entry.contribution
+        for entry in entries
+        if entry.contribution
+        and (
+            entry.contribution.key == key
+            or (admitted and entry.contribution.trust is Trust.ADMITTED)
+        )
+    ]
     own = [c for c in own if (c.kind, c.manifest.about) == (kind, draft.about)]
     minimum = federation.policy.minimum_class_count
     draft = Draft(**suppressed_counts(draft.model_dump(), minimum))

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
@@ -15,6 +16,7 @@ from merge_kit.errors import MergeKitError
 
 _SHOWN = 120
 _LISTED = 40
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -24,9 +26,24 @@ def _check_name(text: str) -> str:
     return text
 
 
+def _check_time(text: str) -> str:
+    datetime.strptime(text, _TIME)
+    return text
+
+
+def now() -> str:
+    """The time of this moment, UTC, as a `Timestamp`."""
+    return datetime.now(timezone.utc).strftime(_TIME)
+
+
 # Names become folders on every kind of storage; plain ASCII leaves no room for look-alikes.
 SiteName = Annotated[str, AfterValidator(_check_name)]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+Timestamp = Annotated[
+    str,
+    StringConstraints(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z$"),
+    AfterValidator(_check_time),
+]
 
 
 class Document(BaseModel):

@@ -17,6 +17,7 @@ from merge_kit.files import storage_errors
 
 MANIFEST_CONTEXT = b"merge-kit-manifest-v1\n"
 WITHDRAWAL_CONTEXT = b"merge-kit-withdrawal-v1\n"
+FEDERATION_CONTEXT = b"merge-kit-federation-v1\n"
 _PREFIX = "ed25519:"
 
 
@@ -41,7 +42,12 @@ def create_key(path: Path) -> str:
     )
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            raise FederationError(
+                f"{path} is there already: a key is never written over; choose another file."
+            ) from None
         with os.fdopen(handle, "wb") as file:
             file.write(pem)
             file.flush()

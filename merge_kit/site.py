@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,13 @@ from merge_kit.federation import (
     FEDERATION_FILE,
     Federation,
     check_base,
-    parse_federation,
     read_federation,
 )
 from merge_kit.files import new_folder, storage_errors, write_atomic
 from merge_kit.hub import Hub
-from merge_kit.schema import Digest, Document, SiteName, parse
-from merge_kit.yamlfile import dump_yaml, parse_yaml, read_yaml
+from merge_kit.schema import Digest, Document, SiteName, now, parse
+from merge_kit.trust import check_latest, check_signed, unchecked_on
+from merge_kit.yamlfile import dump_yaml, read_yaml
 
 SITE_FILE = "site.yaml"
 KEY_FILE = "keys/site.pem"
@@ -70,6 +71,8 @@ def federation_on(hub: Hub) -> Federation:
     ------
     FederationError
         The hub holds no federation.
+    SignatureError
+        Its coordinator has not signed it as it stands, or it is older than one seen before.
     """
     if not hub.has(FEDERATION_FILE):
         raise FederationError(
@@ -77,8 +80,10 @@ def federation_on(hub: Hub) -> Federation:
             "create one with 'merge-kit init'."
         )
     where = f"{hub.uri}/{FEDERATION_FILE}"
-    file = parse_yaml(hub.read(FEDERATION_FILE), where, FederationError)
-    return parse_federation(file.data, file.place)
+    _, federation = unchecked_on(hub)
+    check_signed(federation, where)
+    check_latest(federation, where)
+    return federation
 
 
 def base_folder(hub: Hub) -> Path:
@@ -161,3 +166,21 @@ def check_pinned(config: SiteConfig, federation: Federation, where: str) -> None
             f"{where} holds the contract {federation.contract_hash}, site '{config.name}' joined "
             f"{config.federation}: ask the coordinator, and join again if the change is wanted."
         )
+
+
+def rotate_key(site: Site) -> tuple[Path, str]:
+    """Make a new key pair for a site; gives the place of the old private key, and the new public
+    one.
+
+    Killed in between it leaves the old pair, or the new one with the old public key's text beside
+    it, which the next call of `merge-kit key show` does not read.
+    """
+    stamp = now().replace(":", "").replace("-", "")
+    fresh = site.key_file.with_name(f"site-new-{stamp}.pem")
+    kept = site.key_file.with_name(f"site-until-{stamp}.pem")
+    public = signing.create_key(fresh)
+    with storage_errors(site.key_file):
+        os.link(site.key_file, kept)
+        fresh.replace(site.key_file)
+    write_atomic(site.root / PUBLIC_KEY_FILE, public + "\n")
+    return kept, public

@@ -18,8 +18,7 @@ from merge_kit import auditlog, signing
 from merge_kit.errors import ContributionError, MergeKitError, SignatureError
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.hub import Hub
-from merge_kit.manifest import Timestamp, now
-from merge_kit.schema import Digest, Document, SiteName, parse
+from merge_kit.schema import Digest, Document, SiteName, Timestamp, now, parse
 from merge_kit.site import Site
 
 ROOT = "withdrawals"

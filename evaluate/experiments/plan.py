@@ -14,6 +14,7 @@ from finetune.cases import contents_digest, load_unlabelled
 from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file
 from merge_kit.site import PUBLIC_KEY_FILE
+from merge_kit.trust import default_key
 
 FIRST = "first"
 UNCALIBRATED = "-uncalibrated"
@@ -200,7 +201,13 @@ class Planner:
     def _other_model(self, name: str) -> Path:
         return (self._other_folder(name) / BASE_WEIGHTS).parent
 
-    def _init(self, hub: Path, *more: object, base: Backbone | None = None) -> Job:
+    def _init(
+        self,
+        hub: Path,
+        *more: object,
+        base: Backbone | None = None,
+        after: Sequence[Job] = (),
+    ) -> Job:
         base = base or self._told.backbone
         weights = ("--weights", self._here / base.weights) if base.weights else ()
         return self.fold.add(
@@ -213,14 +220,15 @@ class Planner:
             ",".join(self._union.classes),
             *shlex.split(base.init),
             *more,
+            after=after,
         )
 
-    def _admit(self, hub: Path, created: Job) -> Job:
+    def _admit(self, hub: Path, created: Job, *more: object) -> Job:
         """All sites, one after the other, as each writes the federation's file; the last one."""
         done = created
         for site, joined in zip(self._sites, self._joined, strict=True):
             key = self._site(site) / PUBLIC_KEY_FILE
-            done = self.fold.add("admit", hub, site, key, after=[joined, done])
+            done = self.fold.add("admit", hub, site, key, *more, after=[joined, done])
         return done
 
     def _wire(self, how: str) -> tuple[Path, list[Job]]:
@@ -228,7 +236,10 @@ class Planner:
         hub = wire_hub(self.fold.root, how)
         if how not in self._published:
             # The same contract at another place: its vectors are those of the same runs.
-            admitted = self._admit(hub, self._init(hub, "--name", self._hub.name))
+            key = ("--key", default_key(self._hub))
+            first = self.fold.jobs[0]
+            created = self._init(hub, "--name", self._hub.name, *key, after=[first])
+            admitted = self._admit(hub, created, *key)
             # A run's folder holds the manifest of what was published last: one after the other.
             before = list(self._published.values())[-1]
             self._published[how] = [

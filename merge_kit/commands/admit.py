@@ -1,36 +1,100 @@
-"""merge-kit admit."""
+"""merge-kit admit, revoke and sign: what a coordinator decides."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from merge_kit import site
+from merge_kit import site, trust
 from merge_kit.commands.options import next_step, shown
-from merge_kit.federation import FEDERATION_FILE
-from merge_kit.hub import open_hub
+from merge_kit.federation import Federation
+from merge_kit.hub import Hub, open_hub
+
+key_option = click.option(
+    "--key",
+    "key_file",
+    type=click.Path(path_type=Path),
+    help="The coordinator's private key [where 'init' has put it].",
+)
 
 
 @click.command()
 @click.argument("hub")
 @click.argument("name", metavar="SITE")
-@click.argument("key")
-def admit(hub: str, name: str, key: str) -> None:
+@click.argument("public_key", metavar="KEY")
+@click.option("--rotate", is_flag=True, help="It takes the place of the key that SITE has.")
+@key_option
+def admit(hub: str, name: str, public_key: str, rotate: bool, key_file: Path | None) -> None:
     """Let SITE contribute to the federation on HUB with the public KEY that it printed at join.
 
     KEY may be the file that holds it. Ask the site on another channel (a telephone) whether the key
-    is theirs.
+    is theirs. With --rotate what the site had signed with its old key until now still counts.
     """
-    if Path(key).is_file():
-        key = Path(key).read_text(encoding="utf-8").strip()
+    if Path(public_key).is_file():
+        public_key = Path(public_key).read_text(encoding="utf-8").strip()
     opened = open_hub(hub)
-    before = opened.read(FEDERATION_FILE) if opened.has(FEDERATION_FILE) else None
-    federation = site.federation_on(opened)
-    extended = federation.admit(name, key)
-    if extended is federation:
+
+    def decide(federation: Federation) -> Federation:
+        if rotate:
+            return trust.rotated(federation, name, public_key)
+        return federation.admit(name, public_key)
+
+    changed = _change(opened, decide, key_file)
+    if changed is None:
         click.echo(f"Site '{name}' is admitted already.")
+    elif rotate:
+        click.echo(f"Site '{name}' speaks with its new key from now on.")
     else:
-        opened.replace(FEDERATION_FILE, extended.to_yaml().encode(), before)
-        click.echo(f"Site '{name}' is admitted; {len(extended.sites)} in all.")
+        click.echo(f"Site '{name}' is admitted; {len(changed.sites)} in all.")
     next_step(f"see what has arrived with\n  merge-kit status {shown(hub)}")
+
+
+@click.command()
+@click.argument("hub")
+@click.argument("name", metavar="SITE")
+@click.option("--public-key", help="An earlier key of the site [the present one].")
+@key_option
+def revoke(hub: str, name: str, public_key: str | None, key_file: Path | None) -> None:
+    """Let nothing count that SITE has signed with its key, whenever that was.
+
+    For a key that may be in other hands, or a site that is out. With its present key gone the site
+    is not admitted any more; after 'merge-kit key rotate' it can be admitted with a new one, and
+    publishes again. Models that were merged before are what they are: make them again.
+    """
+    opened = open_hub(hub)
+    changed = _change(opened, lambda told: trust.revoked(told, name, public_key), key_file)
+    said = "was revoked before" if changed is None else "is revoked: what it has signed is refused"
+    click.echo(f"The key of site '{name}' {said}.")
+    next_step(f"see what is left with\n  merge-kit status {shown(hub)}")
+
+
+@click.command()
+@click.argument("hub")
+@key_option
+def sign(hub: str, key_file: Path | None) -> None:
+    """Sign the federation file on HUB after you have changed it by hand, its policy for instance.
+
+    Look at it first: whatever stands in it is what you sign.
+    """
+    opened = open_hub(hub)
+    before, federation = trust.unchecked_on(opened)
+    if federation.coordinator is None:
+        click.echo(f"The federation '{federation.name}' has no coordinator: nobody signs it.")
+        return
+    changed = trust.change(opened, before, federation, key_file)
+    click.echo(f"Signed: '{changed.name}', serial number {changed.serial}.")
+
+
+def _change(
+    hub: Hub, decide: Callable[[Federation], Federation], key_file: Path | None
+) -> Federation | None:
+    """The federation as it is now; None where nothing was to be changed."""
+    federation = site.federation_on(hub)
+    before, seen = trust.unchecked_on(hub)
+    changed = decide(federation)
+    if changed is federation:
+        return None
+    assert seen.serial == federation.serial  # else the hub refuses the change below
+    return trust.change(hub, before, changed, key_file)

@@ -11,6 +11,7 @@ from merge_kit.creation import create
 from merge_kit.errors import UsageError
 from merge_kit.federation import Policy
 from merge_kit.schema import parse
+from merge_kit.trust import default_key
 
 
 @click.command()
@@ -61,6 +62,12 @@ from merge_kit.schema import parse
     show_default=True,
     help="For --weights none.",
 )
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    help="The coordinator's private key, made if it is not there "
+    "[<folder>-coordinator.pem, beside FOLDER].",
+)
 @click.option("--allow-pickle", is_flag=True, help="Convert a pickled checkpoint (tensors only).")
 def init(
     folder: Path,
@@ -80,6 +87,7 @@ def init(
     minimum_count: int,
     maximum_norm: float | None,
     seed: int,
+    key: Path | None,
     allow_pickle: bool,
 ) -> None:
     """Create a federation in FOLDER: the contract and the base that all sites share.
@@ -112,6 +120,7 @@ def init(
         multi_label=multi_label,
         seed=seed,
         allow_pickle=allow_pickle,
+        key_file=key or default_key(folder),
     )
     size = federation.preprocessing.input_size[1]
     click.echo(f"Federation '{federation.name}' in {folder}")
@@ -124,6 +133,9 @@ def init(
         click.echo(f"  group     {name}: {', '.join(members)}")
     click.echo(f"  base      {federation.base_fingerprint}")
     click.echo(f"  contract  {federation.contract_hash}")
+    click.echo(
+        f"  key       {key or default_key(folder)}: keep it safe, it alone admits and revokes sites"
+    )
     next_step(
         "let the sites reach this folder; each runs\n"
         f"  merge-kit join {shown(folder)} --site <name>"

@@ -229,7 +229,7 @@ def test_another_key_for_an_admitted_name_is_refused():
     with says(
         FederationError,
         f"site 'north' is admitted with another key ({KEYS[0]}): "
-        "choose another name, or remove the old entry from federation.yaml.",
+        "choose another name; or, if it has a new key, replace the old one with --rotate.",
     ):
         make(sites=[SITE]).admit("north", KEYS[1])
 
@@ -288,7 +288,6 @@ def test_a_key_speaks_for_one_site_only(federation):
     admitted = federation.admit("north", KEYS[0])
     with says(
         FederationError,
-        "this key is admitted for the site 'north': each site has a key of its own, ask 'south' "
-        "for theirs.",
+        "this key is known as one of the site 'north': a key is used once, ask 'south' for theirs.",
     ):
         admitted.admit("south", KEYS[0])

@@ -10,7 +10,7 @@ from merge_kit import signing, site, withdrawals
 from merge_kit.contributions import PAYLOAD, current, folder_of, list_entries, live
 from merge_kit.federation import FEDERATION_FILE, read_federation
 from merge_kit.files import canonical_json
-from merge_kit.manifest import now
+from merge_kit.schema import now
 from merge_kit.status import survey
 from merge_kit.withdrawals import Withdrawal
 from tests.conftest import write_run

@@ -58,7 +58,7 @@ def test_sites_train_from_the_common_classifier_and_yardsticks_do_not(plan):
 
 def test_the_pooled_model_has_the_steps_of_all_sites(plan):
     (pooled,) = [job for job in commands(plan(), "finetune") if job.argv[1].endswith("pooled")]
-    assert pooled.argv[pooled.argv.index("--steps") + 1] == "120"
+    assert pooled.argv[pooled.argv.index("--steps") + 1] == "480"
 
 
 def test_admissions_wait_for_each_other(plan):
@@ -78,7 +78,7 @@ def test_one_more_merge_changes_no_other_command(plan):
 
 def test_other_training_is_another_federation(plan):
     assert plan().root != plan(training={"steps": 3}).root
-    assert plan().root == plan(training={"steps": 40}).root  # the default, written out
+    assert plan().root == plan(training={"steps": 160}).root  # the default, written out
 
 
 def test_what_has_moved_is_not_done_again(plan, tmp_path):

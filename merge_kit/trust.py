@@ -1,0 +1,180 @@
+"""What a coordinator decides: who is admitted, whose key gives way, who is out; and that it was the
+coordinator who decided."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from merge_kit import signing
+from merge_kit.errors import FederationError, SignatureError
+from merge_kit.federation import FEDERATION_FILE, Federation, parse_federation
+from merge_kit.files import write_atomic
+from merge_kit.hub import Hub
+from merge_kit.keys import RetiredKey, RevokedKey
+from merge_kit.remembered import cache_folder
+from merge_kit.schema import now
+from merge_kit.yamlfile import parse_yaml
+
+KEY_SUFFIX = "-coordinator.pem"
+
+
+def rotated(federation: Federation, site: str, key: str) -> Federation:
+    """The federation in which a site speaks with a new key from now on.
+
+    Raises
+    ------
+    FederationError
+        The site is not admitted, or the key is malformed or known otherwise.
+    """
+    known = federation.key_of(site)
+    if known == key:
+        return federation
+    if known is None:
+        raise FederationError(f"site '{site}' is not admitted: leave --rotate out.")
+    retired = RetiredKey(name=site, public_key=known, until=now())
+    rest = tuple(one for one in federation.sites if one.name != site)
+    changed = federation.model_copy(
+        update={"sites": rest, "retired": (*federation.retired, retired)}
+    )
+    return changed.admit(site, key)
+
+
+def revoked(federation: Federation, site: str, key: str | None = None) -> Federation:
+    """The federation in which nothing counts that a site's key has signed: its present one, and the
+    site is admitted no more; or an earlier `key`.
+
+    Raises
+    ------
+    FederationError
+        The site has no such key.
+    """
+    chosen = key or federation.key_of(site)
+    if any((one.name, one.public_key) == (site, chosen) for one in federation.revoked):
+        return federation
+    known = {one.public_key for one in (*federation.sites, *federation.retired) if one.name == site}
+    if chosen not in known:
+        raise FederationError(
+            f"site '{site}' has {'no such key' if key else 'no key'} in this federation; known are "
+            f"{', '.join(sorted(known)) or 'none'}."
+        )
+    assert chosen is not None  # it is known
+    gone = RevokedKey(name=site, public_key=chosen, since=now())
+    return federation.model_copy(
+        update={
+            "sites": tuple(one for one in federation.sites if one.public_key != chosen),
+            "retired": tuple(one for one in federation.retired if one.public_key != chosen),
+            "revoked": (*federation.revoked, gone),
+        }
+    )
+
+
+def signed(federation: Federation, key_file: Path) -> Federation:
+    """The federation with the coordinator's signature, one serial number later.
+
+    Raises
+    ------
+    FederationError
+        It is another key than the contract names.
+    """
+    next_one = federation.model_copy(update={"serial": federation.serial + 1, "signature": None})
+    signature = signing.sign(key_file, signing.FEDERATION_CONTEXT, next_one.to_sign())
+    if signature.key != federation.coordinator:
+        raise FederationError(
+            f"{key_file} is the key {signature.key}, and the coordinator of '{federation.name}' "
+            f"has {federation.coordinator}: give the coordinator's with --key."
+        )
+    return next_one.model_copy(update={"signature": signature.signature})
+
+
+def check_signed(federation: Federation, where: str) -> None:
+    """Refuse a federation file that its coordinator has not signed as it stands.
+
+    Raises
+    ------
+    SignatureError
+        It was changed since, or not signed.
+    """
+    if federation.coordinator is None:
+        return
+    signature = signing.Signature(federation.coordinator, federation.signature or "")
+    try:
+        signing.verify(signature, signing.FEDERATION_CONTEXT, federation.to_sign(), where)
+    except SignatureError as error:
+        raise SignatureError(
+            f"{where} is not as its coordinator has signed it: if you are the coordinator and have "
+            "changed it, sign it with 'merge-kit sign'; else ask the coordinator."
+        ) from error
+
+
+def check_latest(federation: Federation, where: str) -> None:
+    """Refuse a signed federation file that is older than one that was seen on this machine: it may
+    lack a revocation.
+
+    Raises
+    ------
+    SignatureError
+        Names both serial numbers.
+    """
+    folder = cache_folder("federations")
+    if federation.coordinator is None or folder is None:
+        return
+    path = folder / federation.contract_hash.removeprefix("sha256:")
+    try:
+        seen = int(path.read_text())
+    except (OSError, ValueError):
+        seen = 0
+    if federation.serial < seen:
+        raise SignatureError(
+            f"{where} has the serial number {federation.serial}, and {seen} was seen on this "
+            "machine: somebody has put an older file in its place; ask the coordinator."
+        )
+    if federation.serial > seen:
+        write_atomic(path, str(federation.serial))
+
+
+def change(hub: Hub, before: bytes, federation: Federation, key_file: Path | None) -> Federation:
+    """Put a changed federation file on the hub, signed where it has a coordinator.
+
+    Parameters
+    ----------
+    before
+        What lies there now.
+    key_file
+        The coordinator's; None for the place where `init` has put it.
+
+    Raises
+    ------
+    FederationError
+        The key is not there, or is another one.
+    HubError
+        Somebody else was faster.
+    """
+    final = federation
+    if federation.coordinator is not None:
+        final = signed(federation, key_file or _key_of(hub.uri, federation))
+    hub.replace(FEDERATION_FILE, final.to_yaml().encode(), before)
+    return final
+
+
+def default_key(folder: Path) -> Path:
+    """Where `init` puts the coordinator's key: beside a federation's folder, never in it."""
+    folder = Path(os.path.abspath(folder))
+    return folder.with_name(f"{folder.name}{KEY_SUFFIX}")
+
+
+def _key_of(uri: str, federation: Federation) -> Path:
+    path = Path(f"{federation.name}{KEY_SUFFIX}") if "://" in uri else default_key(Path(uri))
+    if not path.is_file():
+        raise FederationError(
+            f"{path} is not there, with which the coordinator of '{federation.name}' signs: give "
+            "the place of the key with --key; without it nobody can change this federation."
+        )
+    return path
+
+
+def unchecked_on(hub: Hub) -> tuple[bytes, Federation]:
+    """The federation file on a hub and what it says, whoever has written it."""
+    data = hub.read(FEDERATION_FILE)
+    file = parse_yaml(data, f"{hub.uri}/{FEDERATION_FILE}", FederationError)
+    return data, parse_federation(file.data, file.place)
