@@ -154,6 +154,7 @@ def change(hub: Hub, before: bytes, federation: Federation, key_file: Path | Non
     if federation.coordinator is not None:
         final = signed(federation, key_file or _key_of(hub.uri, federation))
     hub.replace(FEDERATION_FILE, final.to_yaml().encode(), before)
+    check_latest(final, hub.uri)  # from now on older ones are refused here
     return final
 
 

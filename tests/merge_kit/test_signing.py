@@ -89,9 +89,7 @@ def test_only_the_owner_can_read_a_new_key(tmp_path):
 
 def test_a_key_is_never_rewritten(tmp_path):
     public = signing.create_key(tmp_path / "site.pem")
-    with pytest.raises(
-        MergeKitError, match="is there already: a key is never written over"
-    ):
+    with pytest.raises(MergeKitError, match="is there already: a key is never written over"):
         signing.create_key(tmp_path / "site.pem")
     assert signing.public_key(tmp_path / "site.pem") == public
 
