@@ -60,6 +60,10 @@ COMMANDS = {
         "Make a merged model a site's own, by its own images.",
     ),
     "verify": ("merge_kit.commands.verify:verify", "Make a merged model again and compare."),
+    "remerge": (
+        "merge_kit.commands.remerge:remerge_command",
+        "Make merged models again, without what was withdrawn.",
+    ),
     "unmask": ("merge_kit.commands.unmask:unmask", "Give back a model close to a site's own."),
     "select": ("evaluate.select_command:select", "Choose a merge on validation images."),
     "tune": (

@@ -47,7 +47,10 @@ def withdraw_command(folder: Path, ids: tuple[str, ...], everything: bool, hub: 
                 "its history; ask who runs it"
             )
     click.echo("Copies that others have made, and models that hold it, are not reached by this.")
-    next_step(f"see what is left with\n  merge-kit status {shown(hub or site.config.hub)}")
+    next_step(
+        f"let whoever merges make their models again with\n"
+        f"  merge-kit remerge {shown(hub or site.config.hub)} <merged models>"
+    )
 
 
 def _chosen(site: Site, hub: Hub, ids: Sequence[str]) -> list[Contribution]:
