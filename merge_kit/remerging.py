@@ -38,9 +38,9 @@ class Remade:
 def remerge(folder: Path, hub: Hub, federation: Federation, device: Device = CPU) -> Remade:
     """Make a merged model again, in its place, from what is left of it; else it stays as it is.
 
-    Where only moments are gone its classifier is solved again with the options that it states (where
-    those had been chosen from all moments, too). Where vectors are gone they are
-    merged again by the same recipe, and what sites had measured of the old backbone is of no use.
+    Where only moments are gone its classifier is solved again with the options that it states, also
+    where they had been chosen from all moments. Where vectors are gone the others are merged again
+    by the same recipe, and what sites had measured of the old backbone is of no use.
 
     Raises
     ------
