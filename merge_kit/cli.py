@@ -33,6 +33,7 @@ COMMANDS = {
         "Measure a site's own images for the classifier of the base or a merged model.",
     ),
     "publish": ("merge_kit.commands.publish:publish", "Sign a vector and put it on the hub."),
+    "pull": ("merge_kit.commands.pull:pull_command", "Copy a whole hub into a folder, checked."),
     "status": ("merge_kit.commands.status:status", "Show what lies on a hub."),
     "withdraw": (
         "merge_kit.commands.withdraw:withdraw_command",

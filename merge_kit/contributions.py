@@ -121,13 +121,15 @@ def list_entries(hub: Hub, federation: Federation) -> list[Entry]:
 
     Payloads are not read: see `check_payload`. What a site has withdrawn is `Entry.withdrawn`.
     """
+    return sorted(walk_entries(hub, federation), key=lambda entry: entry.id)
+
+
+def walk_entries(hub: Hub, federation: Federation) -> Iterator[Entry]:
+    """The same one after the other, as the hub names them."""
     tombstones = read_tombstones(hub, federation.contract_hash)
-    entries = [
-        entry_at(hub, federation, site, name, tombstones.get((site, name)))
-        for site in hub.list(ROOT)
-        for name in hub.list(f"{ROOT}/{site}")
-    ]
-    return sorted(entries, key=lambda entry: entry.id)
+    for site in hub.list(ROOT):
+        for name in hub.list(f"{ROOT}/{site}"):
+            yield entry_at(hub, federation, site, name, tombstones.get((site, name)))
 
 
 def entry_at(

@@ -1,0 +1,136 @@
+"""A full copy of a hub in a folder, which is a hub itself: checked, and only what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from merge_kit import withdrawals
+from merge_kit.contributions import (
+    MANIFEST,
+    PAYLOAD,
+    ROOT,
+    SIGNATURE,
+    Entry,
+    walk_entries,
+)
+from merge_kit.errors import HubError, MergeKitError, UsageError
+from merge_kit.federation import BASE_CONFIG, BASE_WEIGHTS, FEDERATION_FILE, Federation, check_base
+from merge_kit.files import sha256_file, storage_errors
+from merge_kit.hub import FolderHub, Hub
+from merge_kit.site import federation_on
+from merge_kit.trust import unchecked_on
+
+
+@dataclass(slots=True)
+class Pulled:
+    """What a copy has gained."""
+
+    new: int = 0
+    """Contributions that were copied."""
+    there: int = 0
+    """Contributions that were there already, whole."""
+    withdrawn: int = 0
+    left_out: list[str] = field(default_factory=list)
+    """A sentence for each entry that is refused, and was not copied."""
+
+
+def pull(hub: Hub, folder: Path, progress: Callable[[str], None] = lambda label: None) -> Pulled:
+    """Copy a hub's federation, base, sound contributions and withdrawals into a folder.
+
+    What lies there whole is not fetched again, so that a copy which was broken off goes on; the
+    tensors of what has been withdrawn since are removed. The federation file comes last.
+
+    Raises
+    ------
+    UsageError
+        The folder holds something else.
+    HubError
+        A file arrives damaged, or the hub cannot be read.
+    """
+    federation = federation_on(hub)
+    data, _ = unchecked_on(hub)
+    copy = _opened(folder, federation)
+    _copy_base(hub, copy, federation)
+    done = Pulled()
+    for entry in walk_entries(hub, federation):
+        progress(f"{entry.site}/{entry.id[:12]}")
+        place = f"{ROOT}/{entry.site}/{entry.id}"
+        found = entry.stated
+        if entry.problem or found is None:
+            done.left_out.append(str(entry.problem))
+            continue
+        if entry.withdrawn:
+            _withdraw(hub, copy, entry, place)
+            done.withdrawn += 1
+            continue
+        digest = found.manifest.payload.sha256
+        if copy.has(f"{place}/{MANIFEST}"):
+            if sha256_file(copy.fetch(f"{place}/{PAYLOAD}")) != digest:
+                raise HubError(
+                    f"{folder}/{place} was damaged since it was copied: remove this folder, and "
+                    "pull again."
+                )
+            done.there += 1
+            continue
+        try:
+            payload = hub.fetch(f"{place}/{PAYLOAD}", digest)
+            if sha256_file(payload) != digest:  # a folder's file is not copied before
+                raise HubError(f"{hub.uri}/{place}/{PAYLOAD} is not what its manifest names.")
+        except MergeKitError as error:
+            done.left_out.append(str(error))
+            continue
+        files = {PAYLOAD: payload, **_small(hub, place)}
+        copy.publish(place, files)
+        done.new += 1
+    before = copy.read(FEDERATION_FILE) if copy.has(FEDERATION_FILE) else None
+    if before != data:
+        copy.replace(FEDERATION_FILE, data, before)
+    return done
+
+
+def _small(hub: Hub, place: str) -> dict[str, Path | bytes]:
+    """The signature, if there is one, and the manifest, which comes last."""
+    found: dict[str, Path | bytes] = {}
+    if hub.has(f"{place}/{SIGNATURE}"):
+        found[SIGNATURE] = hub.read(f"{place}/{SIGNATURE}")
+    found[MANIFEST] = hub.read(f"{place}/{MANIFEST}")
+    return found
+
+
+def _opened(folder: Path, federation: Federation) -> FolderHub:
+    copy = FolderHub(folder.absolute())
+    if copy.has(FEDERATION_FILE):
+        theirs = federation_on(copy)
+        if theirs.contract_hash != federation.contract_hash:
+            raise UsageError(
+                f"{folder} is a copy of the federation '{theirs.name}' and not of this one: choose "
+                "another folder."
+            )
+    elif folder.is_dir() and any(p.name not in ("base", ROOT, withdrawals.ROOT)
+                                 for p in folder.iterdir()):  # fmt: skip
+        raise UsageError(f"{folder} holds something else: choose another folder.")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return copy
+
+
+def _copy_base(hub: Hub, copy: FolderHub, federation: Federation) -> None:
+    if not copy.has(BASE_WEIGHTS):
+        weights = hub.fetch(BASE_WEIGHTS)
+        check_base(federation, weights, f"{hub.uri}/{BASE_WEIGHTS}")
+        folder, _, name = BASE_WEIGHTS.rpartition("/")
+        config = BASE_CONFIG.rpartition("/")[2]
+        copy.publish(folder, {config: federation.model_config_json.encode(), name: weights})
+    check_base(federation, copy.fetch(BASE_WEIGHTS), f"{copy.uri}/{BASE_WEIGHTS}")
+
+
+def _withdraw(hub: Hub, copy: FolderHub, entry: Entry, place: str) -> None:
+    """The note, and of what it takes back the manifest alone."""
+    if not copy.has(f"{place}/{MANIFEST}"):
+        copy.publish(place, _small(hub, place))
+    note = f"{withdrawals.ROOT}/{entry.site}/{entry.id}"
+    names = (withdrawals.SIGNATURE, withdrawals.FILE)
+    copy.publish(note, {name: hub.read(f"{note}/{name}") for name in names})
+    copy.remove(f"{place}/{PAYLOAD}")

@@ -1,0 +1,124 @@
+"""A copy of a hub: whole, checked, and only what is missing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from merge_kit.contributions import MANIFEST, PAYLOAD, folder_of, list_entries, live
+from merge_kit.federation import FEDERATION_FILE, read_federation
+from merge_kit.hub import FolderHub
+from merge_kit.pulling import pull
+from tests.merge_kit.helpers import load
+
+
+@pytest.fixture
+def full(hub, contribute):
+    """A hub with the vectors of three sites, one with statistics."""
+    contribute("north", seed=1, beside=("fisher",))
+    contribute("south", seed=2)
+    contribute("west", seed=3)
+    return hub
+
+
+def content(root):
+    return {
+        str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*")
+        if p.is_file() and not p.name.startswith(".")
+    }  # fmt: skip
+
+
+def test_a_copy_is_a_hub_and_everything_works_from_it(full, ok, tmp_path):
+    said = ok("pull", full.root, tmp_path / "copy")
+    assert "4 new, 0 that were there" in said
+    assert content(tmp_path / "copy") == content(full.root)
+    ok("merge", tmp_path / "copy", "--out", tmp_path / "from-copy")
+    ok("merge", full.root, "--out", tmp_path / "from-hub")
+    one, other = (load(tmp_path / n / "model.safetensors") for n in ("from-copy", "from-hub"))
+    assert all((other[name] == tensor).all() for name, tensor in one.items())
+
+
+def test_again_only_what_is_missing_is_copied(full, contribute, ok, tmp_path):
+    ok("pull", full.root, tmp_path / "copy")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "copy").rglob("payload.*")}
+    contribute("east", seed=4)
+    said = ok("pull", full.root, tmp_path / "copy")
+    assert "1 new, 4 that were there" in said
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert content(tmp_path / "copy") == content(full.root)  # with the new federation file
+
+
+def test_what_was_withdrawn_leaves_the_copy(full, ok, tmp_path):
+    ok("pull", full.root, tmp_path / "copy")
+    ok("withdraw", tmp_path / "south", "--all")
+    said = ok("pull", full.root, tmp_path / "copy")
+    assert "1 withdrawn: their tensors are not in the copy" in said
+    assert content(tmp_path / "copy") == content(full.root)
+    copy = FolderHub(tmp_path / "copy")
+    sites = {c.site for c in live(list_entries(copy, read_federation(copy.root)))}
+    assert sites == {"north", "west"}
+    ok("pull", full.root, tmp_path / "late")
+    assert content(tmp_path / "late") == content(full.root)
+
+
+def test_what_is_refused_is_named_and_not_copied(full, run_cli, tmp_path, contribute):
+    parcel = contribute("east", seed=4)
+    path = full.root / folder_of(parcel.manifest) / PAYLOAD
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    found = run_cli("pull", full.root, tmp_path / "copy")
+    assert found.exit_code == 0
+    assert "is not what its manifest names" in found.stderr
+    assert not (tmp_path / "copy" / folder_of(parcel.manifest)).exists()
+
+
+def test_a_copy_that_was_damaged_here_is_named(full, contribute, ok, run_cli, tmp_path):
+    ok("pull", full.root, tmp_path / "copy")
+    path = next((tmp_path / "copy").rglob(PAYLOAD))
+    path.write_bytes(b"rubbish")
+    found = run_cli("pull", full.root, tmp_path / "copy")
+    assert found.exit_code == 1
+    assert "was damaged since it was copied: remove this folder, and pull again." in found.stderr
+
+
+def test_a_copy_that_was_killed_goes_on(full, tmp_path, ok):
+    command = [sys.executable, "-m", "merge_kit", "pull", str(full.root), str(tmp_path / "copy")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not list((tmp_path / "copy").glob("contributions/*/*")) and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for manifest in (tmp_path / "copy").glob(f"contributions/*/[!.]*/{MANIFEST}"):
+        assert (manifest.parent / PAYLOAD).is_file()
+    ok("pull", full.root, tmp_path / "copy")
+    assert content(tmp_path / "copy") == content(full.root)
+
+
+def test_another_folder_is_never_written_into(full, ok, run_cli, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    found = run_cli("pull", full.root, tmp_path / "mine")
+    assert found.exit_code == 2
+    assert f"{tmp_path / 'mine'} holds something else: choose another folder." in found.stderr
+    ok("init", tmp_path / "other", "--backbone", "test_resnet", "--weights", "none",
+       "--input-size", 32, "--classes", "a,b")  # fmt: skip
+    found = run_cli("pull", full.root, tmp_path / "other")
+    assert found.exit_code == 2
+    assert "is a copy of the federation 'other' and not of this one" in found.stderr
+
+
+def test_the_federation_file_comes_last(full, tmp_path):
+    """A copy without it is no hub yet."""
+    seen = []
+    copy = FolderHub(tmp_path / "copy")
+    pull(full, copy.root, lambda label: seen.append(copy.has(FEDERATION_FILE)))
+    assert seen == [False] * 4
+    assert copy.has(FEDERATION_FILE)
