@@ -32,6 +32,7 @@ COMMANDS = {
         "finetune.calibrate_command:calibrate",
         "Measure a site's own images for the classifier of the base or a merged model.",
     ),
+    "approve": ("merge_kit.commands.approve:approve", "Approve, as a second, what is to leave."),
     "publish": ("merge_kit.commands.publish:publish", "Sign a vector and put it on the hub."),
     "pull": ("merge_kit.commands.pull:pull_command", "Copy a whole hub into a folder, checked."),
     "status": ("merge_kit.commands.status:status", "Show what lies on a hub."),

@@ -16,6 +16,7 @@ from merge_kit.files import canonical_json, sha256_file
 from merge_kit.hub import FolderHub, Hub
 from merge_kit.manifest import Kind, Manifest, parse_manifest
 from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.policies import breach
 from merge_kit.remembered import Checked, look
 from merge_kit.tensorfile import TensorFile
 from merge_kit.tensorheader import TensorSpec
@@ -209,6 +210,7 @@ def _read(hub: Hub, federation: Federation, folder: str, *, whole: bool = True) 
     manifest = parse_manifest(data, f"{folder}/{MANIFEST}")
     trust, signature = _check_signature(hub, federation, folder, manifest, data)
     _check_contract(manifest, federation, folder)
+    _check_policy(manifest, federation, folder)
     if whole:
         hub.size(f"{folder}/{PAYLOAD}")  # it must be there
     return Contribution(
@@ -326,12 +328,13 @@ def check_payload(
         raise ContributionError(
             f"{where} has the norm {norm:.4g}, its manifest says {stated.norm:.4g}: it is refused."
         )
-    bound = federation.policy.maximum_norm
-    if kind == "vector" and bound is not None and norm > bound:
-        raise ContributionError(
-            f"{where} has the norm {norm:.4g}, above the policy's {bound:.4g}: it is refused."
-        )
+    _check_policy(contribution.manifest, federation, where)
     return checked
+
+
+def _check_policy(manifest: Manifest, federation: Federation, where: str) -> None:
+    if reason := breach(manifest, federation.policy, "the federation's policy"):
+        raise ContributionError(f"{where} {reason}: it is refused.")
 
 
 def _check_vector(

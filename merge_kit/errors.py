@@ -94,6 +94,10 @@ class RecipeError(MergeKitError):
     """A merge recipe, or an option of a method, is wrong."""
 
 
+class PolicyError(MergeKitError):
+    """A policy does not let something leave the site, or cannot be read."""
+
+
 class AuditError(MergeKitError):
     """A site's audit log is not what was written."""
 

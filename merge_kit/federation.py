@@ -59,13 +59,22 @@ class Preprocessing(Document):
         return sha256_bytes(canonical_json(self.model_dump(mode="json")))
 
 
-class Policy(Document):
+class Bounds(Document):
+    """What a federation, or a site, asks of each contribution; null for no bound."""
+
+    maximum_norm: float | None = Field(default=None, gt=0)
+    """Largest L2 norm of a vector."""
+    minimum_examples: int | None = Field(default=None, ge=1)
+    """Fewest training images, by the counts that are published ("<N" counts as 1)."""
+    maximum_epsilon: float | None = Field(default=None, gt=0)
+    """Largest epsilon of differential privacy; what states none is refused."""
+
+
+class Policy(Bounds):
     """What the federation asks of each contribution."""
 
     minimum_class_count: int = Field(default=5, ge=1)
     """A class count below this is published as "<N"."""
-    maximum_norm: float | None = Field(default=None, gt=0)
-    """Largest L2 norm of a vector; null for no bound."""
 
 
 def preprocessing_of(config: ModelConfig) -> Preprocessing:

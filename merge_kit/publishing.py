@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from merge_kit import auditlog, manifest, signing, vector
+from merge_kit import auditlog, manifest, policies, signing, vector
 from merge_kit.compressing import Compression, compress
 from merge_kit.contributions import (
     MANIFEST,
@@ -18,7 +18,7 @@ from merge_kit.contributions import (
     list_entries,
     without_superseded,
 )
-from merge_kit.errors import ContributionError, UsageError, VectorError
+from merge_kit.errors import ContributionError, UsageError
 from merge_kit.federation import Federation
 from merge_kit.files import sha256_bytes, sha256_file, write_atomic
 from merge_kit.hub import Hub
@@ -148,12 +148,6 @@ def prepare(
     check_pinned(site.config, federation, hub.uri)
     if how:
         payload, draft = _compressed(run, payload, draft, federation, how)
-    bound = federation.policy.maximum_norm
-    if kind == "vector" and bound is not None and draft.payload.norm > bound:
-        raise VectorError(
-            f"{payload} has the norm {draft.payload.norm:.4g}, above the policy's {bound:.4g}: "
-            "train with fewer steps or a lower learning rate."
-        )
     key = signing.public_key(site.key_file)
     entries = [entry for entry in list_entries(hub, federation) if entry.site == site.name]
     admitted = federation.key_of(site.name) == key
@@ -175,6 +169,8 @@ def prepare(
             f"{payload} was published as {final.id[:12]} and has been withdrawn, which is for "
             f"good: run 'merge-kit {command}' again to contribute something new."
         )
+    policies.check(final, federation.policy, "the federation's policy")
+    policies.check_site(final, policies.site_policy(site.root), hub.uri)
     replaces = next((c for c in own if f"sha256:{c.id}" == final.supersedes), None)
     return Parcel(final, payload, replaces)
 
@@ -246,13 +242,20 @@ def _manifest(run: Path, draft: Draft, hub: Hub, own: list[Contribution]) -> Man
 def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     """Sign and put the contribution on the hub; False when it is there already.
 
+    The site's policy is read again: what was allowed when the parcel was prepared may not be now.
+
     Raises
     ------
     ContributionError
         What is there is damaged; nothing on a hub is ever overwritten.
+    PolicyError
+        The site's policy does not let it leave, or nobody has approved it.
     AuditError
         The site's audit log was changed: nothing leaves the site.
     """
+    policy = policies.site_policy(site.root)
+    policies.check_site(parcel.manifest, policy, hub.uri)
+    policies.check_approved(site.root, parcel.manifest, policy)
     data = parcel.manifest.to_bytes()
     write_atomic(run / _manifest_file(parcel.manifest.kind), data)
     signature = signing.sign(site.key_file, signing.MANIFEST_CONTEXT, data)

@@ -18,6 +18,7 @@ from merge_kit.files import storage_errors
 MANIFEST_CONTEXT = b"merge-kit-manifest-v1\n"
 WITHDRAWAL_CONTEXT = b"merge-kit-withdrawal-v1\n"
 FEDERATION_CONTEXT = b"merge-kit-federation-v1\n"
+APPROVAL_CONTEXT = b"merge-kit-approval-v1\n"
 _PREFIX = "ed25519:"
 
 

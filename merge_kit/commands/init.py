@@ -55,6 +55,12 @@ from merge_kit.trust import default_key
     help='Class counts below this are published as "<N".',
 )
 @click.option("--maximum-norm", type=float, help="Largest norm of a vector that is accepted.")
+@click.option("--minimum-examples", type=int, help="Fewest training images of a contribution.")
+@click.option(
+    "--maximum-epsilon",
+    type=float,
+    help="Largest epsilon of differential privacy; what states none is refused.",
+)
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
@@ -86,6 +92,8 @@ def init(
     sixteen_bit: str | None,
     minimum_count: int,
     maximum_norm: float | None,
+    minimum_examples: int | None,
+    maximum_epsilon: float | None,
     seed: int,
     key: Path | None,
     allow_pickle: bool,
@@ -99,7 +107,12 @@ def init(
     if len(names) < 2:
         raise UsageError("--classes: name at least two classes, with commas between them.")
     model_args = typed_pairs(model_arg, "--model-arg")
-    policy = {"minimum_class_count": minimum_count, "maximum_norm": maximum_norm}
+    policy = {
+        "minimum_class_count": minimum_count,
+        "maximum_norm": maximum_norm,
+        "minimum_examples": minimum_examples,
+        "maximum_epsilon": maximum_epsilon,
+    }
     federation = create(
         folder,
         name=name or folder.absolute().name.lower().replace("_", "-"),

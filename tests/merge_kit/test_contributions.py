@@ -366,7 +366,8 @@ def test_a_norm_above_the_policy_is_refused(contribute, only, check, federation)
     with says(
         ContributionError,
         f"contribution north/{found.id[:12]} has the norm {found.payload.norm:.4g}, "
-        "above the policy's 0.001: it is refused.",
+        "above the 0.001 of the federation's policy (fewer steps or a lower learning rate give a "
+        "smaller one): it is refused.",
     ):
         check(only().contribution, strict)
 
@@ -631,7 +632,7 @@ def test_a_remembered_payload_still_has_to_meet_the_policy(contribute, hub, read
     settle(hub.root)
     reading()
     strict = federation.model_copy(update={"policy": Policy(maximum_norm=0.001)})
-    with pytest.raises(ContributionError, match=r"above the policy's 0\.001: it is refused"):
+    with pytest.raises(ContributionError, match=r"above the 0\.001 of the federation's policy"):
         reading(strict)
     assert found.payload.norm > 0.001
 

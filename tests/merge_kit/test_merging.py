@@ -260,7 +260,7 @@ def test_a_norm_above_the_policy_stops_the_merge(contribute, hub, merge):
     contribute("north")
     strict = read_federation(hub.root).model_copy(update={"policy": Policy(maximum_norm=0.01)})
     hub.replace(FEDERATION_FILE, strict.to_yaml().encode(), hub.read(FEDERATION_FILE))
-    with pytest.raises(ContributionError, match=r"above the policy's 0.01: it is refused"):
+    with pytest.raises(ContributionError, match=r"above the 0\.01 of the federation's policy"):
         merge()
 
 

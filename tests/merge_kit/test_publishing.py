@@ -6,7 +6,7 @@ import pytest
 
 from merge_kit import publishing, signing, site
 from merge_kit.contributions import MANIFEST, PAYLOAD, SIGNATURE, current, folder_of, list_entries
-from merge_kit.errors import ContributionError, FederationError, VectorError
+from merge_kit.errors import ContributionError, FederationError, PolicyError
 from merge_kit.federation import FEDERATION_FILE, Policy, read_federation
 from merge_kit.manifest import Manifest
 from tests.conftest import write_run, write_statistics
@@ -207,9 +207,9 @@ def test_a_norm_above_the_policy_is_refused_at_the_site(north, hub, run, federat
     hub.replace(FEDERATION_FILE, strict.to_yaml().encode(), hub.read(FEDERATION_FILE))
     norm = publishing.read_draft(folder / publishing.DRAFT).payload.norm
     with says(
-        VectorError,
-        f"{folder / publishing.VECTOR} has the norm {norm:.4g}, above the policy's 0.001: "
-        "train with fewer steps or a lower learning rate.",
+        PolicyError,
+        f"the vector has the norm {norm:.4g}, above the 0.001 of the federation's policy (fewer "
+        "steps or a lower learning rate give a smaller one): nothing was sent.",
     ):
         publishing.prepare(north, folder, hub)
 
