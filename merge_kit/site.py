@@ -82,7 +82,7 @@ def federation_on(hub: Hub) -> Federation:
     where = f"{hub.uri}/{FEDERATION_FILE}"
     _, federation = unchecked_on(hub)
     check_signed(federation, where)
-    check_latest(federation, where)
+    check_latest(federation, hub.uri)
     return federation
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from merge_kit import signing
 from merge_kit.errors import FederationError, SignatureError
 from merge_kit.federation import FEDERATION_FILE, Federation, parse_federation
-from merge_kit.files import write_atomic
+from merge_kit.files import canonical_json, sha256_bytes, write_atomic
 from merge_kit.hub import Hub
 from merge_kit.keys import RetiredKey, RevokedKey
 from merge_kit.remembered import cache_folder
@@ -107,9 +107,9 @@ def check_signed(federation: Federation, where: str) -> None:
         ) from error
 
 
-def check_latest(federation: Federation, where: str) -> None:
-    """Refuse a signed federation file that is older than one that was seen on this machine: it may
-    lack a revocation.
+def check_latest(federation: Federation, uri: str) -> None:
+    """Refuse a signed federation file that is older than one that was seen on the same hub from
+    this machine: it may lack a revocation. Copies of a hub may lag behind it.
 
     Raises
     ------
@@ -119,15 +119,17 @@ def check_latest(federation: Federation, where: str) -> None:
     folder = cache_folder("federations")
     if federation.coordinator is None or folder is None:
         return
-    path = folder / federation.contract_hash.removeprefix("sha256:")
+    told = canonical_json([federation.contract_hash, uri])
+    path = folder / sha256_bytes(told).removeprefix("sha256:")
     try:
         seen = int(path.read_text())
     except (OSError, ValueError):
         seen = 0
     if federation.serial < seen:
         raise SignatureError(
-            f"{where} has the serial number {federation.serial}, and {seen} was seen on this "
-            "machine: somebody has put an older file in its place; ask the coordinator."
+            f"{uri}/{FEDERATION_FILE} has the serial number {federation.serial}, and {seen} was "
+            "seen from this machine: somebody has put an older file in its place; ask the "
+            "coordinator."
         )
     if federation.serial > seen:
         write_atomic(path, str(federation.serial))

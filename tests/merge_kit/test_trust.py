@@ -136,7 +136,16 @@ def test_an_older_file_is_not_taken_for_the_present_one(place, north, ok, run_cl
     (place.root / FEDERATION_FILE).write_bytes(old)
     found = run_cli("status", place.root)
     assert found.exit_code == 1
-    assert "has the serial number 2, and 3 was seen on this machine" in found.stderr
+    assert "has the serial number 2, and 3 was seen from this machine" in found.stderr
+
+
+def test_a_copy_may_lag_behind(place, north, ok, tmp_path):
+    ok("pull", place.root, tmp_path / "copy")
+    ok("revoke", place.root, "north")
+    ok("status", place.root)
+    assert "ready" in ok("status", tmp_path / "copy")
+    ok("pull", place.root, tmp_path / "copy")
+    assert site.federation_on(FolderHub(tmp_path / "copy")).revoked
 
 
 def test_a_changed_key_is_replaced_and_what_was_signed_before_counts(place, north, ok, run_cli):
