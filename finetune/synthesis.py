@@ -2,8 +2,8 @@
 
 Batch norm remembers the mean and the variance of every layer's inputs over the training images.
 Noise is changed until the networks find a class in it that it is to show, and until it gives each
-layer inputs of the remembered mean and variance. What the terms weigh is FedISCA's by default
-(MICCAI 2023, doi 10.1007/978-3-031-43895-0_49).
+layer inputs of the remembered mean and variance. FedISCA (MICCAI 2023, doi
+10.1007/978-3-031-43895-0_49) has teachers of a federation inverted so.
 """
 
 from __future__ import annotations

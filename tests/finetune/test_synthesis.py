@@ -134,7 +134,7 @@ def brief(model, targets=(0, 1, 2) * 3, *, preprocessing=SMALL, **changes):
     return replace(told, **changes)
 
 
-SHORT = Synthesis(images=9, steps=40, learning_rate=0.1, statistics=0.01)
+SHORT = Synthesis(images=9, steps=40, learning_rate=0.1, statistics=0.01, stages=1)
 SHORTER = SHORT.model_copy(update={"steps": 8})
 
 
