@@ -171,7 +171,8 @@ def with_images(recipe: Distillation, data: Path | None, synthesise: int | None)
     Raises
     ------
     UsageError
-        There are no images to learn from, or they come from two places.
+        There are no images to learn from, or they come from two places; or teachers are to be
+        weighed by what noise-adapted ones cannot know.
     """
     asked = recipe.synthesis.images if recipe.synthesis else None
     if data and synthesise:
@@ -192,4 +193,9 @@ def with_images(recipe: Distillation, data: Path | None, synthesise: int | None)
         )
     settings = recipe.synthesis or Synthesis()
     number = synthesise or asked
+    if recipe.teachers == "stacking" and settings.stages > 1:
+        raise UsageError(
+            "'teachers: stacking' is learnt on labelled images, of which noise-adapted teachers "
+            "know nothing: set 'stages: 1' under 'synthesis', or choose other 'teachers'."
+        )
     return recipe.model_copy(update={"synthesis": settings.model_copy(update={"images": number})})

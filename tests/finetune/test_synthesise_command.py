@@ -289,6 +289,13 @@ def test_a_backbone_without_batch_norm_is_refused_with_the_other_ways(run_cli, t
     assert not (tmp_path / "d").exists()
 
 
+def test_a_few_labelled_images_may_weigh_the_teachers_all_the_same(distill, hospitals):
+    recipe = f"{RECIPE}teachers: stacking\n"
+    folder = distill("--labelled", hospitals["south"], recipe=recipe)
+    assert provenance(folder)["distilled"]["labelled"]["count"] == 20
+    assert provenance(folder)["distilled"]["synthesised"]
+
+
 def test_predictions_say_nothing_of_synthesised_images(
     distill, trained, hospitals, run_cli, tmp_path
 ):
@@ -336,6 +343,12 @@ WRONG = {
     "pictures of given ones": (
         ["--data", "x", "--save-images", "seen"], GIVEN,
         "--save-images is for images that are synthesised: leave it out.",
+    ),
+    "stacking": (
+        ["--synthesise", "30", "--labelled", "few.csv"],
+        f"{GIVEN}teachers: stacking\n",
+        "'teachers: stacking' is learnt on labelled images, of which noise-adapted teachers know "
+        "nothing: set 'stages: 1' under 'synthesis', or choose other 'teachers'.",
     ),
     "too few": (
         ["--synthesise", "2"], RECIPE,
