@@ -31,9 +31,10 @@ from finetune.tables import (
     read_array,
     read_table,
 )
-from merge_kit.errors import ImageError, LabelError
+from merge_kit.errors import ImageError, LabelError, TensorFileError
 from merge_kit.files import sha256_file
 from merge_kit.predictionsfile import digest_of
+from merge_kit.tensorfile import TensorFile
 
 _ONE_READER = threading.Lock()
 
@@ -268,7 +269,15 @@ def _item(item: ArrayItem) -> NDArray[Any]:
     size, changed = _size_and_time(item.path)
     try:
         pixels: NDArray[Any] = _pixels(item.path, item.array, size, changed)[item.index]
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TensorFileError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise ImageError(
             f"{item.path.as_posix()} {item.array}[{item.index}] cannot be read as an image "
             f"({error}): replace the file, or pass --skip-unreadable."
@@ -295,6 +304,10 @@ def _pixels(path: Path, array: str, size: int, changed: int) -> NDArray[Any]:
 # Three, for the three splits of a MedMNIST file: a compressed array cannot be read in parts.
 @lru_cache(maxsize=3)
 def _unpacked(path: Path, array: str, size: int, changed: int) -> NDArray[Any]:
-    """A whole image array of a .npz; size and time of the file are part of the cache's key."""
+    """All images of an array; size and time of the file are part of the cache's key."""
+    if path.suffix == ".safetensors":
+        with TensorFile(path) as file:
+            images: NDArray[Any] = file.read(array).numpy()
+            return images
     with zipfile.ZipFile(path) as archive:
         return read_array(archive, array)

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
-from torch import nn
 
 from finetune import network
-from finetune.cases import content_key, load_unlabelled
-from finetune.distillation import Distillation, Student, read_distillation
+from finetune.cases import Case, content_key, load_unlabelled
+from finetune.distillation import Distillation, read_distillation, with_images
 from finetune.distilling import Lesson, digest_of, distil, lesson, split, told_of
 from finetune.image_options import of_split, table_cases, unlabelled_options
 from finetune.network import choose_device
 from finetune.pixels import Images, decode
-from finetune.private import with_backbone
 from finetune.progress import Progress
 from finetune.run import alone
+from finetune.students import Begun, begin
+from finetune.synthesising import Synthetic, able, make, save, taught
 from finetune.teachers import Teacher, absent_teachers, other_teacher, site_teachers
-from merge_kit import backbone, distilled, merging
+from merge_kit import distilled, merging
 from merge_kit.commands.merging_options import contribution_options
 from merge_kit.commands.options import next_step, pairs, shown
-from merge_kit.configuration import CONFIG, require_config
 from merge_kit.contributions import Contribution, Entry, check_payloads, list_entries
-from merge_kit.errors import DataError, UsageError
-from merge_kit.federation import BASE_WEIGHTS, Federation, Preprocessing, preprocessing_of
+from merge_kit.errors import UsageError
+from merge_kit.federation import BASE_WEIGHTS, Federation, Preprocessing
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.hub import Hub, open_hub
 from merge_kit.manifest import Kind
 from merge_kit.predictionsfile import digest_of as digest_of_images
-from merge_kit.provenance import DistilRecord, OtherTeacher, OwnImages, StatedTeacher
+from merge_kit.provenance import DistilRecord, OtherTeacher, OwnImages, StatedTeacher, Synthesised
 from merge_kit.recipe import DISTILL
 from merge_kit.remembered import cache_folder
 from merge_kit.site import base_folder, federation_on
@@ -44,17 +46,6 @@ from merge_kit.writing import check_target
 CHECKPOINT = "checkpoint.pt"
 _TEACH: tuple[Kind, ...] = ("vector", "predictions")
 """What of a hub teaches."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A student before its training."""
-
-    model: nn.Module
-    config: str
-    preprocessing: Preprocessing
-    other: str | None
-    """Its timm name, where it is not of the federation's backbone."""
 
 
 @click.command()
@@ -66,7 +57,19 @@ class _Begun:
     show_default=True,
     help="A YAML recipe of distillation, or the name of a shipped one.",
 )
-@unlabelled_options
+@partial(unlabelled_options, required=False)
+@click.option(
+    "--synthesise",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Learn from N images that are made from the teachers themselves, in the place of --data.",
+)
+@click.option(
+    "--save-images",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write synthesised images as PNG, to look at them.",
+)
 @click.option(
     "--teacher",
     "others",
@@ -92,7 +95,9 @@ class _Begun:
 def distill(
     hub: str,
     recipe: Path,
-    data: Path,
+    data: Path | None,
+    synthesise: int | None,
+    save_images: Path | None,
     images: Path | None,
     where: tuple[str, ...],
     split_of: str,
@@ -112,22 +117,21 @@ def distill(
     """Merge what the sites' models know: a student learns what they say of images without labels.
 
     The images in --data may be public ones, or those of one willing site; their labels are not
-    read. The student starts from a merge of the weights, from --student, or is another backbone,
-    which the recipe names or --student holds under a classifier of zeros. Teachers are the sites'
-    models, and any other ones that share classes with the federation. Called again alike it goes on
-    where it was.
+    read. Where there are none, backbones with batch norm can have them made from themselves. The
+    student starts from a merge of the weights, from --student, or is another backbone, which the
+    recipe names or --student holds under a classifier of zeros. Teachers are the sites' models, and
+    any other ones that share classes with the federation. Called again alike it goes on where it
+    was.
 
     \b
     merge-kit merge hub --recipe distill --data images --out distilled
     merge-kit merge hub --recipe distill --data images --student merged --out distilled
+    merge-kit merge hub --recipe distill-synthetic --out distilled
     """
     target = out or Path(f"merged-{DISTILL}")
     check_target(target, replace=replace)
-    told = read_distillation(recipe)
-    if told.student and student:
-        raise UsageError(
-            "--student and the recipe's 'student' are two students: leave one of them out."
-        )
+    told = with_images(read_distillation(recipe), data, synthesise)
+    _check(told, student, save_images, for_data=bool(where) or skip_unreadable)
     opened = open_hub(hub)
     federation = federation_on(opened)
     if federation.multi_label:
@@ -135,9 +139,10 @@ def distill(
             "distillation is for images of one class each: in a federation of findings merge "
             "weights, with 'merge-kit merge' and another recipe."
         )
-    cases = of_split(
-        load_unlabelled(data, images=images, where=pairs(where, "--where")), split_of, data
-    )
+    cases: list[Case] = []
+    if data:
+        found = load_unlabelled(data, images=images, where=pairs(where, "--where"))
+        cases = of_split(found, split_of, data)
     keys = [content_key(case) for case in cases]
     few = table_cases(federation.classes, labelled, images, (), ()) if labelled else None
     arrived = _arrived(
@@ -149,38 +154,44 @@ def distill(
         skip_refused=skip_refused,
         allow_unsigned=allow_unsigned,
     )
+    if told.synthesis:
+        arrived = _without_predictions(arrived)
     on = choose_device(device)
     precision = network.resolved("auto", on)
     teachers = _teachers(opened, federation, arrived, others, precision, told.features > 0, keys)
     with ExitStack() as stack, Progress() as progress:
-        cache, works = cache_folder("outputs"), cache_folder("distilling")
-        if cache is None or works is None:
-            place = Path(stack.enter_context(TemporaryDirectory()))
-            cache, works = place / "outputs", place / "distilling"
-        heard = lesson(
-            teachers,
-            cases,
-            keys,
-            told,
-            on,
-            cache,
-            labelled=few,
-            skip_unreadable=skip_unreadable,
-            progress=progress.stage,
-        )
+        cache, works, batches = _folders(stack)
+        begun = begin(federation, opened, arrived.vectors, told, student)
+        if student and not begun.knows:
+            told = told.with_new_classifier()
+        made = None
+        if told.synthesis:
+            made = _made(teachers, told, federation, begun, on, batches, progress)
+            heard = taught(teachers, made, told, on, cache, labelled=few, progress=progress.stage)
+        else:
+            heard = lesson(
+                teachers,
+                cases,
+                keys,
+                told,
+                on,
+                cache,
+                labelled=few,
+                skip_unreadable=skip_unreadable,
+                progress=progress.stage,
+            )
         for sentence in heard.left_out:
             click.echo(f"Left out: {sentence}", err=True)
-        begun = _begin(federation, opened, arrived, told, student)
-        if student and not any(p.any() for p in network.head_of(begun.model).parameters()):
-            told = told.with_new_classifier()
         record = DistilRecord(
             start=distilled.fingerprint_of(begun.model.state_dict()),
             other_backbone=begun.other,
             images=_told(heard.keys),
+            synthesised=Synthesised(probability=round(made.after, 6)) if made else None,
             labelled=_told([content_key(case) for case in few]) if few else None,
             **_beside(teachers, heard.shares, arrived),
         )
-        parts = split(heard, told.validation, told.options().seed)
+        kin = [case.group for case in made.cases] if made else None
+        parts = split(heard, told.validation, told.options().seed, kin)
         stated = told_of(told, given=student is not None)
         identity = [stated, record.model_dump(mode="json"), on.type, digest_of(heard), begun.config]
         work = works / sha256_bytes(canonical_json(identity))[7:23]
@@ -205,12 +216,79 @@ def distill(
             federation, shares, arrived.refused, stated, record, merged, on.type
         )
         distilled.write(target, state, begun.config, federation, whole, replace=replace)
+        if made and save_images:
+            save(made, federation.classes, save_images)
         (work / CHECKPOINT).unlink(missing_ok=True)
     click.echo(f"Model in {target}: distilled from {len(teachers)} teachers")
     for teacher, share in zip(teachers, heard.shares, strict=True):
         click.echo(f"  {teacher.name:<30} share {share:.3f}")
-    click.echo(f"  on {len(heard.cases)} images without labels; fingerprint {merged}")
+    if made:
+        click.echo(f"  on {len(heard.cases)} synthesised images; fingerprint {merged}")
+        click.echo(
+            f"  the classes that they were to show: probability {made.before:.3f} in the noise, "
+            f"{made.after:.3f} in the images"
+        )
+    else:
+        click.echo(f"  on {len(heard.cases)} images without labels; fingerprint {merged}")
+    if made and save_images:
+        click.echo(f"  images to look at in {save_images}")
     next_step(f"evaluate it with\n  merge-kit evaluate {shown(target)} --data <labels.csv>")
+
+
+def _check(
+    recipe: Distillation,
+    student: Path | None,
+    images: Path | None,
+    *,
+    for_data: bool,
+) -> None:
+    """Refuse options that do not go together.
+
+    Raises
+    ------
+    UsageError
+        Says which.
+    """
+    if recipe.student and student:
+        raise UsageError(
+            "--student and the recipe's 'student' are two students: leave one of them out."
+        )
+    if images and not recipe.synthesis:
+        raise UsageError("--save-images is for images that are synthesised: leave it out.")
+    if images and images.exists():
+        raise UsageError(f"{images} exists already: choose another --save-images.")
+    if recipe.synthesis and for_data:
+        raise UsageError(
+            "--where and --skip-unreadable choose among the images of --data: leave them out where "
+            "images are synthesised."
+        )
+
+
+def _folders(stack: ExitStack) -> list[Path]:
+    """Where outputs, students and synthesised images are kept; for this call alone, where nothing
+    is."""
+    parts = ("outputs", "distilling", "synthesis")
+    kept = [folder for folder in map(cache_folder, parts) if folder]
+    if len(kept) == len(parts):
+        return kept
+    place = Path(stack.enter_context(TemporaryDirectory()))
+    return [place / part for part in parts]
+
+
+def _made(
+    teachers: Sequence[Teacher],
+    recipe: Distillation,
+    federation: Federation,
+    begun: Begun,
+    device: torch.device,
+    cache: Path,
+    progress: Progress,
+) -> Synthetic:
+    """The images that are learnt from, where none were given."""
+    chosen, others = able(teachers)
+    for sentence in others:
+        click.echo(f"Note: {sentence}", err=True)
+    return make(chosen, recipe, federation.preprocessing, begun, device, cache, progress.stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +334,17 @@ def _arrived(
         click.echo(f"Left out: {entry.problem}", err=True)
     vectors, predictions = ([c for c in found if c.kind == kind] for kind in _TEACH)
     return _Arrived(vectors, predictions, refused)
+
+
+def _without_predictions(arrived: _Arrived) -> _Arrived:
+    """Who has said something of other images can say nothing of these; says so on stderr."""
+    for found in arrived.predictions:
+        click.echo(
+            f"Left out: the predictions of site '{found.site}' are of images that there are, and "
+            "not of synthesised ones.",
+            err=True,
+        )
+    return dataclasses.replace(arrived, predictions=())
 
 
 def _beside(
@@ -305,70 +394,6 @@ def _teachers(
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two teachers are called '{twice}': tell them apart with NAME=FOLDER.")
     return teachers
-
-
-def _begin(
-    federation: Federation,
-    hub: Hub,
-    arrived: _Arrived,
-    recipe: Distillation,
-    student: Path | None,
-) -> _Begun:
-    """The student with its first weights."""
-    if student:
-        return _given(student, federation)
-    if recipe.student:
-        return _built(recipe.student, federation)
-    merge = recipe.merge()
-    assert merge is not None  # or there is a student
-    if not arrived.vectors:
-        raise UsageError(
-            "there are no vectors to merge the student's first weights from: give --student, or a "
-            "recipe with a 'student'."
-        )
-    with TemporaryDirectory() as place:
-        merged = Path(place) / "start"
-        merging.merge(
-            federation,
-            hub.fetch(BASE_WEIGHTS),
-            arrived.vectors,
-            merge,
-            merged,
-        )
-        model = network.load(merged)
-    return _Begun(model, federation.model_config_json, federation.preprocessing, None)
-
-
-def _given(folder: Path, federation: Federation) -> _Begun:
-    config = require_config(folder)
-    if config.label_names != federation.classes:
-        own = ", ".join(config.label_names) or "of no name"
-        raise DataError(
-            f"the student {folder} has the classes {own}, the federation "
-            f"{', '.join(federation.classes)}: they must be the same, in this order."
-        )
-    model, seen = network.load(folder), preprocessing_of(config)
-    text = (folder / CONFIG).read_text(encoding="utf-8")
-    name = str(config.data.get("architecture", "unknown"))
-    alike = (name, config.data.get("model_args") or {}) == (
-        federation.architecture,
-        federation.model_args,
-    )
-    if alike and seen == federation.preprocessing:
-        return _Begun(model, federation.model_config_json, seen, None)
-    return _Begun(model, text, seen, name)
-
-
-def _built(student: Student, federation: Federation) -> _Begun:
-    model = backbone.build(
-        student.name,
-        federation.classes,
-        weights=student.weights,
-        model_args=student.model_args,
-    )
-    seen = backbone.preprocessing_of(model, student.preprocessing)
-    like = with_backbone(federation, student.name, student.model_args, model, seen)
-    return _Begun(model, like.model_config_json, seen, student.name)
 
 
 def _pixels(

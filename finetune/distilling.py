@@ -210,7 +210,13 @@ def _weights(
         return ensembling.stacked(told, known, labels)
     if rule == "confidence":
         return ensembling.certainty(heard, known)
-    if rule == "uniform":
+    return counted(teachers, rule)
+
+
+def counted(teachers: Sequence[Teacher], rule: Weighting) -> Tensor:
+    """How much each teacher counts by the images that it has seen, (N, 1, 1 or C) float64; alike by
+    a rule that does not go by them."""
+    if rule not in ("classes", "examples", "sqrt-examples"):
         return torch.ones(len(teachers), 1, 1, dtype=torch.float64)
     counts = torch.stack([teacher.counts for teacher in teachers])
     # A model that does not tell its images counts like the mean of those that do.
@@ -298,21 +304,35 @@ def digest_of(found: Lesson) -> str:
     return sha256_bytes(b"".join(part.contiguous().numpy().tobytes() for part in parts))
 
 
-def split(found: Lesson, share: float, seed: int) -> tuple[Lesson, Lesson]:
+def split(
+    found: Lesson, share: float, seed: int, kin: Sequence[object] | None = None
+) -> tuple[Lesson, Lesson]:
     """Images to learn from and images to hold back, drawn by the seed; at least one of each.
+
+    Parameters
+    ----------
+    kin
+        Images with the same one of these stay together; None where each is by itself.
 
     Raises
     ------
     DataError
         There are fewer than two.
     """
-    count = len(found.cases)
+    apart: dict[object, list[int]] = {}
+    for row, one in enumerate(kin or range(len(found.cases))):
+        apart.setdefault(one, []).append(row)
+    parts, count = list(apart.values()), len(apart)
     if count < 2:
         raise DataError("one image is not enough to learn from and to check by: give more.")
     held = min(max(1, round(share * count)), count - 1)
     generator = torch.Generator().manual_seed(draw_seed(seed, "transfer", 0))
     order = torch.randperm(count, generator=generator).tolist()
-    return found.take(sorted(order[held:])), found.take(sorted(order[:held]))
+    kept, back = (
+        sorted(row for place in places for row in parts[place])
+        for places in (order[held:], order[:held])
+    )
+    return found.take(kept), found.take(back)
 
 
 def distil(

@@ -67,12 +67,12 @@ def split_options(command: Any) -> Any:
     return command
 
 
-def unlabelled_options(command: Any) -> Any:
+def unlabelled_options(command: Any, *, required: bool = True) -> Any:
     """Add --data, --images, --where, --split and --skip-unreadable for images without labels."""
     options = (
         click.option(
             "--data",
-            required=True,
+            required=required,
             type=click.Path(path_type=Path),
             help="Images, whose labels are not read: a folder, or a table as for 'finetune'.",
         ),

@@ -222,9 +222,14 @@ def normalise(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 def centre(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
     """The network's view at evaluation: the centre crop, normalised; (b, 3, H, W) float32."""
+    return normalise(middle(batch, preprocessing), preprocessing)
+
+
+def middle(batch: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """The centre crop of a batch (b, 3, S, S): (b, 3, H, W)."""
     size, side = preprocessing.input_size[1], batch.shape[-1]
     start = round((side - size) / 2)
-    return normalise(batch[..., start : start + size, start : start + size], preprocessing)
+    return batch[..., start : start + size, start : start + size]
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ArrayItem:
-    """One image inside a MedMNIST .npz file (doi 10.1038/s41597-022-01721-8)."""
+    """One image inside a MedMNIST .npz file (doi 10.1038/s41597-022-01721-8), or in a tensor of a
+    safetensors file."""
 
     path: Path
     array: str

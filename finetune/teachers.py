@@ -21,10 +21,12 @@ from merge_kit.federation import Federation, is_multi_label, preprocessing_of
 from merge_kit.files import sha256_bytes, sha256_file
 from merge_kit.heads import group_shares
 from merge_kit.manifest import count_of
+from merge_kit.normstats import layers_of
+from merge_kit.parameters import roles_of
 from merge_kit.plain import Sound, sound
 from merge_kit.predictionsfile import Predictions
 from merge_kit.remembered import check_unchanged, look
-from merge_kit.tensorfile import TensorFile
+from merge_kit.tensorfile import TensorFile, Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Teacher:
     """Width of the features that its outputs end with; 0 where they are not asked for."""
     answers: Mapping[str, Tensor] = field(default_factory=dict, hash=False)
     """(C,) float32 for each image, by its content, where it has answered already."""
+    norms: bool = False
+    """Whether its network has batch norm, which keeps statistics of the images it has seen."""
 
 
 class _WithFeatures(nn.Module):
@@ -90,6 +94,8 @@ def site_teachers(
     if not contributions:
         return [], []
     width = network.width_of(network.load(base)) if features else 0
+    with TensorFile(base / "model.safetensors") as start:
+        norms = _has_norms(start)
     counted = [_counts(c, federation) for c in contributions]
     anywhere = torch.stack(counted).sum(dim=0) > 0
     teachers, silent = [], []
@@ -111,7 +117,7 @@ def site_teachers(
         # A site may have left several vectors side by side.
         several = sum(other.site == found.site for other in contributions) > 1
         name = f"{found.site} {found.id[:8]}" if several else found.site
-        teachers.append(Teacher(name, payload, loaded, rows, known, counts, width))
+        teachers.append(Teacher(name, payload, loaded, rows, known, counts, width, norms=norms))
     return teachers, silent
 
 
@@ -198,7 +204,7 @@ def other_teacher(
         )
     known = torch.tensor([place in rows for place in range(len(federation.classes))])
     with Checkpoint(folder) as file:
-        fingerprint = look(file, Sound, sound)[0].fingerprint
+        fingerprint, norms = look(file, Sound, sound)[0].fingerprint, _has_norms(file)
     width = network.width_of(network.load(folder)) if features else 0
     seen = preprocessing_of(config)
     told = f"{fingerprint}{' features' if features else ''}"
@@ -206,7 +212,7 @@ def other_teacher(
     load = partial(_other_model, folder, fingerprint, features)
     loaded = Network(name, folder, key, len(rows) + width, seen, load)
     counts = torch.full((len(federation.classes),), torch.nan, dtype=torch.float64)
-    return Teacher(name, fingerprint, loaded, rows, known, counts, width)
+    return Teacher(name, fingerprint, loaded, rows, known, counts, width, norms=norms)
 
 
 def _other_model(folder: Path, fingerprint: str, features: bool) -> nn.Module:
@@ -230,6 +236,10 @@ def _site_model(base: Path, found: Contribution, features: bool) -> nn.Module:
         }
     model.load_state_dict(state)
     return _WithFeatures(model) if features else model
+
+
+def _has_norms(file: Tensors) -> bool:
+    return bool(layers_of(roles_of(file.specs, ())))
 
 
 def _counts(found: Contribution, federation: Federation) -> Tensor:

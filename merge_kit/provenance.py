@@ -116,6 +116,14 @@ class StatedTeacher(Stated):
     weight: float
 
 
+class Synthesised(Document):
+    """Images that were made from the teachers, as the recipe says under 'synthesis'."""
+
+    probability: float = Field(ge=0, le=1)
+    """Mean probability, by the teachers that an image was made from, of the class that it is to
+    show."""
+
+
 class DistilRecord(Document):
     """What a distilled model learnt from, beside the contributions."""
 
@@ -125,6 +133,8 @@ class DistilRecord(Document):
     """The timm name of a student that is not of the federation's backbone."""
     images: OwnImages
     """Without labels."""
+    synthesised: Synthesised | None = None
+    """Where the images were made from the teachers themselves."""
     labelled: OwnImages | None = None
     """By which it was learnt how much each teacher counts."""
     others: tuple[OtherTeacher, ...] = ()

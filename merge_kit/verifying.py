@@ -195,10 +195,9 @@ def _taken(
 ) -> list[Check]:
     """Of a model that was trained: what is stated of it, but not that its weights follow."""
     assert record.distilled is not None
-    text = (
-        f"was distilled on {record.distilled.images.count} images that lie with the merger: its "
-        "weights are taken as they are"
-    )
+    count, made = record.distilled.images.count, record.distilled.synthesised
+    whence = "were synthesised from its teachers" if made else "lie with the merger"
+    text = f"was distilled on {count} images that {whence}: its weights are taken as they are"
     checks = [Check("rebuilt", "unknown", text)]
     told = record.model_dump(mode="json")
     if record.head:

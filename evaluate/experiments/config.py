@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from finetune.distillation import read_distillation
 from finetune.options import TrainingOptions, make_options
 from merge_kit.compressing import parse_compression
 from merge_kit.errors import UsageError
 from merge_kit.schema import Document, SiteName, parse
 from merge_kit.yamlfile import read_yaml
 
+SYNTHETIC = "synthetic"
+"""No images: a student learns from those that its recipe has synthesised."""
 Baseline = Literal["single", "pooled", "ensemble"]
 Strategy = Literal["fedavg", "fedavg-common", "fedprox", "fedsgd", "fedbn"]
 
@@ -53,7 +56,8 @@ class Merge(Document):
     """How the sites' vectors travel (`merge-kit publish --compress`); empty for whole ones."""
     transfer: str = ""
     """Whose images, without labels, a recipe of distillation learns from: a choice of rows of the
-    table, such as ``site=north`` (of the split train), or another table or folder of images."""
+    table, such as ``site=north`` (of the split train), another table or folder of images, or
+    ``synthetic`` for those that the recipe has synthesised from the teachers."""
     student: str = ""
     """Which of the `others` a recipe of distillation teaches; empty for the federation's."""
     restore: str = ""
@@ -168,14 +172,18 @@ def read_experiment(path: Path, root: Path) -> Experiment:
     for name, merge in found.merges.items():
         for text in (merge.options, merge.head):
             _split(text, f"{file.place.at('merges', name)}: '{name}'")
-        images = root / merge.transfer
-        if merge.transfer and "=" not in merge.transfer and not images.exists():
-            raise UsageError(
-                f"{file.place.at('merges', name)}: {images} does not exist: 'transfer' is a folder "
-                "or a table from --root, or rows such as site=north."
-            )
+        where = file.place.at("merges", name)
+        if merge.transfer == SYNTHETIC:
+            _check_synthesis(merge.options, where)
+        elif merge.transfer and "=" not in merge.transfer:
+            images = root / merge.transfer
+            if not images.exists():
+                raise UsageError(
+                    f"{where}: {images} does not exist: 'transfer' is a folder or a table from "
+                    "--root, rows such as site=north, or 'synthetic'."
+                )
         if merge.compress:
-            _check_compression(merge.compress, file.place.at("merges", name))
+            _check_compression(merge.compress, where)
     for name, other in found.others.items():
         _split(other.init, f"{file.place.at('others', name)}: 'init'")
     init = _split(found.backbone.init, f"{file.place.at('backbone', 'init')}: 'init'")
@@ -185,6 +193,26 @@ def read_experiment(path: Path, root: Path) -> Experiment:
             "leave --multi-label out, and run the commands of such a federation one by one."
         )
     return found
+
+
+def _check_synthesis(options: str, where: str) -> None:
+    """Refuse a student that is to learn from images that nobody has made.
+
+    Raises
+    ------
+    UsageError
+        No recipe of distillation is named, or nothing says how many images it has synthesised.
+    """
+    words = [part for word in _split(options, where) for part in word.split("=", 1)]
+    recipe = words[words.index("--recipe") + 1] if "--recipe" in words[:-1] else ""
+    if recipe:
+        told = read_distillation(Path(recipe)).synthesis
+        if "--synthesise" in words or (told and told.images):
+            return
+    raise UsageError(
+        f"{where}: 'transfer: {SYNTHETIC}' goes with a recipe that says how many images are "
+        "synthesised, such as '--recipe distill-synthetic', or with --synthesise in 'options'."
+    )
 
 
 def _check_compression(text: str, where: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluate.experiments.config import Backbone, Experiment, Merge
+from evaluate.experiments.config import SYNTHETIC, Backbone, Experiment, Merge
 from evaluate.experiments.orders import arrival_orders, stages
 from evaluate.experiments.tables import Union
 from finetune.cases import contents_digest, load_unlabelled
@@ -306,8 +306,8 @@ class Planner:
         return () if self._told.means is None else ("--means", self._told.means)
 
     def _transfer(self, whose: str) -> tuple[object, ...]:
-        """The images that a student learns from."""
-        if not whose:
+        """The images that a student learns from, where they are not synthesised."""
+        if whose in ("", SYNTHETIC):
             return ()
         if "=" in whose:
             return (*self._images(), "--where", whose, "--split", "train")
@@ -319,7 +319,7 @@ class Planner:
         words = shlex.split(merge.options)
         files = [Path(word) for word in words if "/" in word or word.endswith(".yaml")]
         found = [sha256_file(file) for file in files if file.is_file()]
-        if merge.transfer and "=" not in merge.transfer:
+        if merge.transfer not in ("", SYNTHETIC) and "=" not in merge.transfer:
             found.append(contents_digest(load_unlabelled(self._here / merge.transfer)))
         return " ".join(found)
 

@@ -16,6 +16,7 @@ HOSPITALS = {
     "north": {"round": 7, "lobed": 6, "granular": 0},
     "south": {"round": 5, "lobed": 0, "granular": 9},
 }
+TRAINING = ("--steps", 4, "--batch-size", 8, "--validations", 1, "--head-steps", 200)
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +53,13 @@ def calibrate(hub, hospitals, run_cli, tmp_path):
         return folder
 
     return go
+
+
+@pytest.fixture
+def trained(hub, hospitals, run_cli, tmp_path):
+    """A hub with the vectors of two sites, each of which lacks a class."""
+    for name, table in hospitals.items():
+        tuned = run_cli("finetune", tmp_path / name, "--data", table, *TRAINING)
+        assert tuned.exit_code == 0, tuned.output
+        assert run_cli("publish", tmp_path / name).exit_code == 0
+    return hub

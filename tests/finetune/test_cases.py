@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from finetune.cases import ArrayItem, Case, case_key, load_cases, read_case
+from finetune.cases import ArrayItem, Case, case_key, content_key, load_cases, read_case
 from merge_kit.errors import DataError, ImageError, LabelError
+from merge_kit.tensorfile import write_tensors
 
 CLASSES = ["nevus", "melanoma", "Other"]
 CELLS = ["neutrophil", "lymphocyte", "monocyte", "eosinophil", "basophil"]
@@ -507,3 +509,19 @@ def test_ten_thousand_rows_take_far_less_than_ten_seconds(site: Path) -> None:
     start = time.perf_counter()
     assert len(load(site)) == 10_000
     assert time.perf_counter() - start < 5
+
+
+def test_an_image_in_a_tensor_is_what_it_is_in_an_array(tmp_path: Path) -> None:
+    pixels = np.arange(5 * 48, dtype=np.uint8).reshape(5, 4, 4, 3)
+    np.savez(tmp_path / "a.npz", pixels=pixels)
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"pixels": torch.from_numpy(pixels)}, ("merge-kit", "{}"))
+    first, second = (
+        Case("x.png", ArrayItem(tmp_path / name, "pixels", 3), 0)
+        for name in ("a.npz", "a.safetensors")
+    )
+    assert content_key(first) == content_key(second)
+    assert np.array_equal(np.asarray(read_case(second)), pixels[3])
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ImageError, match="cannot be read as an image"):
+        read_case(second)

@@ -19,6 +19,7 @@ from merge_kit.remembered import VARIABLE
 from merge_kit.site import open_site
 from merge_kit.tensorfile import write_tensors
 from tests.conftest import CLASSES
+from tests.finetune.conftest import TRAINING
 from tests.finetune.pictures import draw, write_csv
 from tests.merge_kit.helpers import load
 
@@ -26,17 +27,6 @@ RECIPE = """
 method: distill
 training: {steps: 12, batch_size: 8, learning_rate: 1.0e-3, validations: 2}
 """
-TRAINING = ("--steps", 4, "--batch-size", 8, "--validations", 1, "--head-steps", 200)
-
-
-@pytest.fixture
-def trained(hub, hospitals, run_cli, tmp_path):
-    """A hub with the vectors of two sites, each of which lacks a class."""
-    for name, table in hospitals.items():
-        tuned = run_cli("finetune", tmp_path / name, "--data", table, *TRAINING)
-        assert tuned.exit_code == 0, tuned.output
-        assert run_cli("publish", tmp_path / name).exit_code == 0
-    return hub
 
 
 @pytest.fixture

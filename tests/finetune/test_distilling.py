@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from finetune import network
-from finetune.distillation import Distillation, make_distillation, read_distillation
+from finetune.distillation import (
+    Distillation,
+    Synthesis,
+    make_distillation,
+    read_distillation,
+)
 from finetune.distilling import DistilledObjective, Lesson, split, told_of
 from finetune.options import TrainingOptions
 from merge_kit.errors import DataError, RecipeError
@@ -105,11 +110,28 @@ def test_images_are_held_back_by_the_seed():
         split(found.take([0]), 0.5, 0)
 
 
+def test_images_that_belong_together_are_held_back_together():
+    found = lesson([[float(n), 0.0] for n in range(20)])
+    kin = [str(n // 4) for n in range(20)]
+    train, held = split(found, 0.3, 3, kin)
+    rows = [[int(n) for n in part.logits[:, 0].tolist()] for part in (train, held)]
+    assert sorted(rows[0] + rows[1]) == list(range(20))
+    assert [len(part) for part in rows] == [12, 8]
+    assert not {n // 4 for n in rows[0]} & {n // 4 for n in rows[1]}
+    alone = split(found, 0.3, 3, list(range(20)))
+    assert torch.equal(alone[1].logits, split(found, 0.3, 3)[1].logits)
+    with says(DataError, "one image is not enough to learn from and to check by: give more."):
+        split(found, 0.5, 0, ["a"] * 20)
+
+
 def test_shipped_recipes_of_distillation_are_read():
     for name in ("distill", "distill-small"):
         found = read_distillation(shipped_recipes()[name])
         assert found.options().steps >= 200
     assert (found.start, found.student.name) == (None, "mobilenetv3_small_050")
+    synthetic = read_distillation(shipped_recipes()["distill-synthetic"])
+    assert synthetic.synthesis == Synthesis(images=100)
+    assert synthetic.options() == Distillation().options()
 
 
 def test_defaults_of_the_student_are_not_a_sites():
@@ -121,6 +143,23 @@ def test_defaults_of_the_student_are_not_a_sites():
 
 
 BAD = {
+    "few images": (
+        {"synthesis": {"images": 1}},
+        "test: 'synthesis.images': input should be greater than or equal to 2 (got 1).",
+    ),
+    "synthesis": (
+        {"synthesis": {"stepps": 3}},
+        "test: unknown key 'synthesis.stepps'; did you mean 'steps'?",
+    ),
+    "stages": (
+        {"synthesis": {"stages": 5, "steps": 4}},
+        "test: 'synthesis': 5 stages take as many steps at least.",
+    ),
+    "competition": (
+        {"student": {"name": "x"}, "synthesis": {"images": 9, "competition": 1.0}},
+        "test: 'the document': 'competition' is with a student that knows the classes already, "
+        "which one of another backbone does not: leave it at 0.",
+    ),
     "key": ({"temprature": 2}, "test: unknown key 'temprature'; did you mean 'temperature'?"),
     "training": (
         {"training": {"stepps": 3}},

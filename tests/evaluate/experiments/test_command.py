@@ -236,6 +236,31 @@ strategies: []
         assert values[0] == values[1]
 
 
+def test_a_student_that_learns_without_images_is_a_row(cells, tmp_path):
+    """By its recipe, and by a number beside a recipe that gives none."""
+    (cells / "free.yaml").write_text(
+        "method: distill\nsynthesis: {images: 6, steps: 2, stages: 1}\n"
+        "training: {steps: 2, validations: 1}\n"
+    )
+    (cells / "bare.yaml").write_text(
+        "method: distill\nsynthesis: {steps: 1, stages: 1}\ntraining: {steps: 1, validations: 1}\n"
+    )
+    rows = (
+        f"  free: {{options: --recipe {cells / 'free.yaml'}, transfer: synthetic}}\n"
+        f"  more: {{options: --recipe={cells / 'bare.yaml'} --synthesise 4, transfer: synthetic}}\n"
+    )
+    head = TEXT[: TEXT.index("  mean: {")]
+    path = cells / "free-cells.yaml"
+    path.write_text(f"{head}{rows}strategies: []\nbaselines: []\n")
+    assert run("experiment", path, "--out", tmp_path, "--jobs", 1) == 0
+    found = table(tmp_path)
+    assert {"free", "more"} <= set(found)
+    (folder,) = (whole(tmp_path) / "models").glob("more-*")
+    record = json.loads((folder / "provenance.json").read_text())
+    assert record["distilled"]["images"]["count"] == 4
+    assert record["distilled"]["synthesised"]
+
+
 def test_images_that_were_copied_elsewhere_are_known_again(cells, done, tmp_path, capfd):
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -301,6 +326,15 @@ def test_a_command_that_fails_is_named_and_the_rest_can_go_on(cells, tmp_path, c
         ("mean: {}", "mean: {student: vit}", "'student: vit' is none of the 'others'"),
         ("steps: 2,", "steps: 2, mutual: vit,", "'mutual: vit' is none of the 'others'"),
         ("fedbn]", "fedbn, fedbn]", "'strategies': an entry is named twice"),
+        *[
+            (
+                "mean: {}",
+                f"mean: {{{options}transfer: synthetic}}",
+                "'transfer: synthetic' goes with a recipe that says how many images are",
+            )
+            for options in ("", "options: --recipe distill, ", "options: --synthesise 9, ")
+        ],
+        ("mean: {}", "mean: {transfer: absent}", "rows such as site=north, or 'synthetic'."),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(cells, tmp_path, capfd, old, new, sentence):

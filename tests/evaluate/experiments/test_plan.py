@@ -159,6 +159,23 @@ def test_a_student_learns_from_rows_or_from_other_images(plan, tmp_path):
     assert len(keys - changed) == 1
 
 
+def test_a_student_may_learn_without_images(plan, tmp_path):
+    """Its command names none, and a site that is left out gives none away."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: distill\nsynthesis: {images: 9}\n")
+    free = {"options": f"--recipe {recipe}", "transfer": "synthetic", "calibrate": True}
+    told = {**TOLD["merges"], "free": free}
+    fold = plan(merges=told, unseen=["free"])
+    (job,) = (job for job in commands(fold, "merge") if "--recipe" in job.argv)
+    assert job.argv[:4] == ("merge", str(fold.root / "hub"), "--recipe", str(recipe))
+    assert "--data" not in job.argv
+    (without,) = commands(plan("a", merges=told, unseen=["free"]), "merge")
+    assert without.argv[2:4] == job.argv[2:4]
+    recipe.write_text("method: distill\nsynthesis: {images: 10}\n")
+    keys = {one.key for one in plan(merges=told, unseen=["free"]).jobs}
+    assert job.key not in keys
+
+
 def test_each_way_to_travel_has_its_hub_once(plan):
     small = {"options": "--method sum", "calibrate": True, "compress": "int8"}
     fold = plan(merges={**TOLD["merges"], "small": small, "mean-small": {"compress": "int8"}})
