@@ -59,6 +59,7 @@ COMMANDS = {
         "finetune.personalise_command:personalise_command",
         "Make a merged model a site's own, by its own images.",
     ),
+    "push": ("merge_kit.commands.push:push", "Publish a merged model on the Hugging Face Hub."),
     "verify": ("merge_kit.commands.verify:verify", "Make a merged model again and compare."),
     "unmask": ("merge_kit.commands.unmask:unmask", "Give back a model close to a site's own."),
     "select": ("evaluate.select_command:select", "Choose a merge on validation images."),
