@@ -1,25 +1,73 @@
-"""Creating a federation: the folder that `init` writes."""
+"""Creating a federation: the folder that `init` writes, and sends where the hub is no folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge_kit import backbone, signing
-from merge_kit.errors import FederationError, UsageError
+from merge_kit.errors import BaseMismatchError, FederationError, UsageError
 from merge_kit.federation import (
     BASE_CONFIG,
     BASE_WEIGHTS,
     FEDERATION_FILE,
     Federation,
     Policy,
+    check_base,
     parse_federation,
+    read_federation,
 )
 from merge_kit.files import new_folder, sha256_file, write_atomic
+from merge_kit.hub import Hub, create_hub
 from merge_kit.labelspace import LabelSpace
 from merge_kit.tensorfile import fingerprint_file, write_tensors
 from merge_kit.trust import signed
+
+
+@contextmanager
+def place_of(hub: str) -> Iterator[Path]:
+    """A folder for `create`: the one that a user named; or one that is sent to the hub that the
+    user named, when the block ends without an error.
+
+    Raises
+    ------
+    MergeKitError
+        The hub cannot be reached, or holds a federation, or another base, already.
+    """
+    scheme, separator, rest = hub.partition("://")
+    if not separator or scheme == "file":
+        yield Path(rest if separator else hub)
+        return
+    opened = create_hub(hub)
+    if opened.has(FEDERATION_FILE):
+        raise UsageError(
+            f"{opened.uri} holds a federation already: choose another place, or join this one."
+        )
+    with TemporaryDirectory(prefix="merge-kit-") as scratch:
+        folder = Path(scratch) / "hub"
+        yield folder
+        _send(folder, opened)
+
+
+def _send(folder: Path, hub: Hub) -> None:
+    """The contract goes last: whoever is killed has created nothing, and starts again."""
+    files = {Path(name).name: folder / name for name in (BASE_WEIGHTS, BASE_CONFIG)}
+    if not hub.publish(Path(BASE_WEIGHTS).parent.as_posix(), files):
+        there, federation = hub.fetch(BASE_WEIGHTS), read_federation(folder)
+        try:
+            check_base(federation, there, f"{hub.uri}/{BASE_WEIGHTS}")
+            same = hub.read(BASE_CONFIG) == (folder / BASE_CONFIG).read_bytes()
+        except BaseMismatchError:
+            same = False
+        if not same:
+            raise FederationError(
+                f"{hub.uri} holds another base already, of a federation that was never finished: "
+                "remove it, or choose another place."
+            )
+    hub.replace(FEDERATION_FILE, (folder / FEDERATION_FILE).read_bytes(), None)
 
 
 def create(

@@ -19,6 +19,7 @@ OWN_PACKAGES = ("merge_kit", "finetune", "evaluate")
 LIBRARIES = ("torch", "torchvision", "timm", "safetensors", "huggingface_hub", "scikit-learn")
 EXTRAS = {
     "dicom": ("pydicom", "pylibjpeg"),
+    "s3": ("obstore",),
 }
 _LOW_MEMORY_GIB = 4
 _LOW_DISK_GIB = 5

@@ -160,14 +160,17 @@ def change(hub: Hub, before: bytes, federation: Federation, key_file: Path | Non
     return final
 
 
-def default_key(folder: Path) -> Path:
-    """Where `init` puts the coordinator's key: beside a federation's folder, never in it."""
-    folder = Path(os.path.abspath(folder))
+def default_key(hub: str | Path, name: str = "") -> Path:
+    """Where `init` puts the coordinator's key: beside a federation's folder, never in it; of a hub
+    that is no folder, by the federation's name where the command is run."""
+    if "://" in str(hub) and not str(hub).startswith("file://"):
+        return Path(f"{name}{KEY_SUFFIX}")
+    folder = Path(os.path.abspath(str(hub).removeprefix("file://")))
     return folder.with_name(f"{folder.name}{KEY_SUFFIX}")
 
 
 def _key_of(uri: str, federation: Federation) -> Path:
-    path = Path(f"{federation.name}{KEY_SUFFIX}") if "://" in uri else default_key(Path(uri))
+    path = default_key(uri, federation.name)
     if not path.is_file():
         raise FederationError(
             f"{path} is not there, with which the coordinator of '{federation.name}' signs: give "

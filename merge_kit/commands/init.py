@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
 from merge_kit.commands.options import listed, next_step, pairs, shown, typed_pairs
-from merge_kit.creation import create
+from merge_kit.creation import create, place_of
 from merge_kit.errors import UsageError
 from merge_kit.federation import Policy
 from merge_kit.schema import parse
@@ -15,8 +16,8 @@ from merge_kit.trust import default_key
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--name", help="Name of the federation [the folder's name].")
+@click.argument("hub")
+@click.option("--name", help="Name of the federation [the last part of HUB].")
 @click.option("--backbone", required=True, help="Any timm image classifier.")
 @click.option("--classes", required=True, help="Class names in their order, with commas.")
 @click.option(
@@ -72,11 +73,11 @@ from merge_kit.trust import default_key
     "--key",
     type=click.Path(path_type=Path),
     help="The coordinator's private key, made if it is not there "
-    "[<folder>-coordinator.pem, beside FOLDER].",
+    "[<folder>-coordinator.pem beside a folder, else <name>-coordinator.pem].",
 )
 @click.option("--allow-pickle", is_flag=True, help="Convert a pickled checkpoint (tensors only).")
 def init(
-    folder: Path,
+    hub: str,
     name: str | None,
     backbone: str,
     classes: str,
@@ -98,7 +99,8 @@ def init(
     key: Path | None,
     allow_pickle: bool,
 ) -> None:
-    """Create a federation in FOLDER: the contract and the base that all sites share.
+    """Create a federation on HUB, a new folder or the address of a hub elsewhere: the contract and
+    the base that all sites share.
 
     \b
     merge-kit init hub --backbone vit_tiny_patch16_224 --classes benign,malignant
@@ -113,30 +115,33 @@ def init(
         "minimum_examples": minimum_examples,
         "maximum_epsilon": maximum_epsilon,
     }
-    federation = create(
-        folder,
-        name=name or folder.absolute().name.lower().replace("_", "-"),
-        architecture=backbone,
-        classes=names,
-        weights=weights,
-        model_args=model_args,
-        preprocessing={
-            "input_size": (3, input_size, input_size) if input_size else None,
-            "mean": mean or None,
-            "std": std or None,
-            "interpolation": interpolation,
-            "crop_pct": crop_pct,
-            "sixteen_bit": sixteen_bit,
-        },
-        policy=parse(Policy, policy, "policy", UsageError),
-        groups={name: listed(text) for name, text in pairs(group, "--group").items()},
-        multi_label=multi_label,
-        seed=seed,
-        allow_pickle=allow_pickle,
-        key_file=key or default_key(folder),
-    )
+    name = name or os.path.abspath(hub).rpartition("/")[2].lower().replace("_", "-")
+    key = key or default_key(hub, name)
+    with place_of(hub) as folder:
+        federation = create(
+            folder,
+            name=name,
+            architecture=backbone,
+            classes=names,
+            weights=weights,
+            model_args=model_args,
+            preprocessing={
+                "input_size": (3, input_size, input_size) if input_size else None,
+                "mean": mean or None,
+                "std": std or None,
+                "interpolation": interpolation,
+                "crop_pct": crop_pct,
+                "sixteen_bit": sixteen_bit,
+            },
+            policy=parse(Policy, policy, "policy", UsageError),
+            groups={name: listed(text) for name, text in pairs(group, "--group").items()},
+            multi_label=multi_label,
+            seed=seed,
+            allow_pickle=allow_pickle,
+            key_file=key,
+        )
     size = federation.preprocessing.input_size[1]
-    click.echo(f"Federation '{federation.name}' in {folder}")
+    click.echo(f"Federation '{federation.name}' in {hub}")
     click.echo(
         f"  backbone  {federation.architecture}, {size} px, from {federation.weights_source}"
     )
@@ -146,10 +151,7 @@ def init(
         click.echo(f"  group     {name}: {', '.join(members)}")
     click.echo(f"  base      {federation.base_fingerprint}")
     click.echo(f"  contract  {federation.contract_hash}")
-    click.echo(
-        f"  key       {key or default_key(folder)}: keep it safe, it alone admits and revokes sites"
-    )
+    click.echo(f"  key       {key}: keep it safe, it alone admits and revokes sites")
     next_step(
-        "let the sites reach this folder; each runs\n"
-        f"  merge-kit join {shown(folder)} --site <name>"
+        f"let the sites reach this hub; each runs\n  merge-kit join {shown(hub)} --site <name>"
     )

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge_kit.errors import HubError, UsageError
+from merge_kit.errors import HubError, MissingExtraError, UsageError
 from merge_kit.hub.base import Hub
 from merge_kit.hub.folder import FolderHub
 
 __all__ = ["FolderHub", "Hub", "by_pull_request", "create_hub", "open_hub", "pull_request_of"]
 
+_OBJECT_STORES = ("s3", "gs", "az")
+
 
 def open_hub(uri: str) -> Hub:
     """Open the hub that a user named.
 
-    A folder, as a path or a file:// URI; or ``hf://owner/name``, a repository on the Hugging Face
-    Hub.
+    A folder, as a path or a file:// URI; ``hf://owner/name``, a repository on the Hugging Face Hub;
+    ``s3://bucket/prefix`` (or ``gs://``, ``az://``), a place in an object store.
 
     Raises
     ------
     HubError
         The folder does not exist, or the scheme is not supported.
+    MissingExtraError
+        What the storage needs is not installed.
     """
     scheme, separator, rest = uri.partition("://")
     if scheme == "hf" and separator:
         from merge_kit.hub.huggingface import open_repository
 
         return open_repository(uri)
+    if separator and scheme in _OBJECT_STORES:
+        return _object_hub(uri)
     if separator and scheme != "file":
         raise HubError(f"'{uri}': hubs of the kind '{scheme}' are not supported; use a folder.")
     path = Path(rest if separator else uri)
@@ -66,3 +72,13 @@ def pull_request_of(hub: Hub, folder: str) -> str | None:
     """The address of the pull request with which an entry waits; None where it does not."""
     proposed: dict[str, str] = getattr(hub, "proposed", {})
     return proposed.get(folder)
+
+
+def _object_hub(uri: str) -> Hub:
+    try:
+        from merge_kit.hub.objects import ObjectHub
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "obstore":
+            raise
+        raise MissingExtraError("s3", "a hub in an object store") from error
+    return ObjectHub(uri)
