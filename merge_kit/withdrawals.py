@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import StringConstraints
+from pydantic import StringConstraints, ValidationError
 
 from merge_kit import auditlog, signing
 from merge_kit.errors import ContributionError, MergeKitError, SignatureError, UnreachableError
-from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.files import canonical_json, sha256_bytes, write_atomic
 from merge_kit.hub import Hub
 from merge_kit.schema import Digest, Document, SiteName, Timestamp, now, parse
 from merge_kit.site import Site
@@ -82,14 +82,29 @@ def _read(hub: Hub, contract: str, site: str, name: str) -> Tombstone:
     return Tombstone(found, signature.key, None)
 
 
-def withdraw(hub: Hub, site: Site, contribution: str) -> bool:
-    """Sign a tombstone and put it on the hub; False when there is one already."""
-    note = Withdrawal(
+def _note(site: Site, contribution: str) -> Withdrawal:
+    """What is said, as it was said first: where a hub takes the files of an entry one by one, an
+    attempt that was broken off must go on with the very same bytes."""
+    path = site.root / ROOT / f"{contribution}.json"
+    fresh = Withdrawal(
         federation=site.config.federation,
         site=site.name,
         contribution=contribution,
         created_at=now(),
     )
+    try:
+        kept = Withdrawal.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        kept = None
+    if kept and kept.model_copy(update={"created_at": fresh.created_at}) == fresh:
+        return kept
+    write_atomic(path, fresh.to_bytes())
+    return fresh
+
+
+def withdraw(hub: Hub, site: Site, contribution: str) -> bool:
+    """Sign a tombstone and put it on the hub; False when there is one already."""
+    note = _note(site, contribution)
     data = note.to_bytes()
     signed = signing.sign(site.key_file, signing.WITHDRAWAL_CONTEXT, data)
     files: dict[str, Path | bytes] = {

@@ -14,6 +14,7 @@ from uuid import uuid4
 import boto3
 import pytest
 
+from merge_kit.hub import objects
 from merge_kit.hub.objects import ObjectHub
 from merge_kit.hub.objectstores import Patience
 from merge_kit.remembered import VARIABLE
@@ -21,6 +22,9 @@ from tests.merge_kit.hub.objects.proxy import Proxy
 
 ROOT = Path(__file__).resolve().parents[4]
 QUICK = Patience(timeout=3, connect=1, retries=2, pause=0.02)
+SMALLEST_PART = 5 * 2**20
+"""Bytes below which a store takes no part but the last."""
+LARGE = bytes(range(256)) * (SMALLEST_PART // 256) + b"and a rest"
 SECRET = "the-secret-of-a-test"
 OpenHub = Callable[..., ObjectHub]
 
@@ -137,3 +141,12 @@ def keys(other: Any, bucket: str) -> Callable[[], list[str]]:
         return sorted(name.replace(prefix, "") for name in names)
 
     return found
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A payload that goes in parts, as small as they may be."""
+    monkeypatch.setattr(objects, "PIECE", SMALLEST_PART)
+    path = tmp_path / "large"
+    path.write_bytes(LARGE)
+    return path

@@ -80,6 +80,11 @@ class Proxy:
         """What clients are given as their endpoint."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def host(self) -> str:
+        """How errors name it."""
+        return f"127.0.0.1:{self.port}"
+
     @contextmanager
     def faulty(
         self, pattern: str, fault: Fault, *, times: int = 10**9, skip: int = 0
@@ -236,6 +241,18 @@ def slow(seconds: float) -> Fault:
     def fault(handler: Handler, request: Request) -> bool:
         time.sleep(seconds)
         return False
+
+    return fault
+
+
+def late(seconds: float) -> Fault:
+    """The server does what was asked, and says so too late."""
+
+    def fault(handler: Handler, request: Request) -> bool:
+        answer = handler.server.proxy.ask(request)
+        time.sleep(seconds)
+        handler.answer(answer)
+        return True
 
     return fault
 

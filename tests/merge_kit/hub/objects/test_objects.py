@@ -16,11 +16,10 @@ from merge_kit.hub import objects, open_hub
 from merge_kit.hub.objects import PIECE
 from tests.merge_kit.helpers import says
 from tests.merge_kit.hub.contract import ENTRY, FILE, RemoteContract, digest_of, publish
-from tests.merge_kit.hub.objects.conftest import SECRET
+from tests.merge_kit.hub.objects.conftest import LARGE, SECRET
 
 MANIFEST, PAYLOAD = f"{ENTRY}/manifest.json", f"{ENTRY}/payload.safetensors"
 WHOLE = [MANIFEST, f"{ENTRY}/manifest.sig", PAYLOAD]
-LARGE = bytes(range(256)) * (PIECE // 256) + b"and a rest"
 
 
 class TestObjects(RemoteContract):
@@ -33,14 +32,6 @@ class TestUnderNoFolder(RemoteContract):
     @pytest.fixture
     def uri(self, bucket):
         return f"s3://{bucket}"
-
-
-@pytest.fixture
-def large(tmp_path):
-    """A payload that goes in parts."""
-    path = tmp_path / "large"
-    path.write_bytes(LARGE)
-    return path
 
 
 def test_what_an_entry_is_committed_by_is_what_those_who_read_it_ask_for():
@@ -247,7 +238,7 @@ def test_other_bytes_under_the_same_name_are_never_overwritten(hub, large, other
         f"{hub.uri}/{PAYLOAD} is there already with other bytes: ask the coordinator to remove "
         "this folder, then publish again.",
     ):
-        publish(hub, large if len(body) > PIECE else b"payload")
+        publish(hub, large if len(body) > 9 else b"payload")
     assert not hub.has(MANIFEST)
     assert other.get_object(Bucket=bucket, Key=f"some/folder/{PAYLOAD}")["Body"].read() == body
 
