@@ -109,12 +109,6 @@ class Distillation(Document):
                     "'start' merges weights of the federation's backbone, which a "
                     "'student' of its own does not have: leave one of them out"
                 )
-            synthesis = data.get("synthesis")
-            if isinstance(synthesis, dict) and synthesis.get("competition"):
-                raise ValueError(
-                    "'competition' is with a student that knows the classes already, which one of "
-                    "another backbone does not: leave it at 0"
-                )
             return {**data, "start": None}
         if isinstance(data, dict) and "start" in data and data["start"] is None:
             raise ValueError("'start' is null, and there is no 'student': give one of them")

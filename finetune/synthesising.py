@@ -179,7 +179,8 @@ def make(
     Raises
     ------
     UsageError
-        The student does not see images as the federation says, and is to be looked at.
+        The student is to be looked at, and has no classifier or does not see images as the
+        federation says.
     TrainingError
         As `synthesise`.
     """
@@ -290,6 +291,11 @@ def _watching(
     """The student that images are to be new to, if they are to be."""
     if not settings.competition:
         return None
+    if not begun.knows:
+        raise UsageError(
+            "'competition' is with a student that knows the classes already, and the classifier of "
+            "this one is of zeros: leave it at 0."
+        )
     if begun.preprocessing.hash != preprocessing.hash:
         raise UsageError(
             "'competition' compares a student with the teachers on the same images, and this one "

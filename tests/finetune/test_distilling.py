@@ -155,11 +155,6 @@ BAD = {
         {"synthesis": {"stages": 5, "steps": 4}},
         "test: 'synthesis': 5 stages take as many steps at least.",
     ),
-    "competition": (
-        {"student": {"name": "x"}, "synthesis": {"images": 9, "competition": 1.0}},
-        "test: 'the document': 'competition' is with a student that knows the classes already, "
-        "which one of another backbone does not: leave it at 0.",
-    ),
     "key": ({"temprature": 2}, "test: unknown key 'temprature'; did you mean 'temperature'?"),
     "training": (
         {"training": {"stepps": 3}},

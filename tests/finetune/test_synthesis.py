@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -39,6 +39,7 @@ from tests.merge_kit.helpers import says
 CPU = torch.device("cpu")
 EVERY = torch.ones(3, dtype=torch.bool)
 ALIKE = torch.ones(1, 1, 1)
+relaxed = settings(deadline=None, max_examples=40)
 shapes = st.tuples(st.integers(2, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 seeds = st.integers(0, 2**16)
 
@@ -47,6 +48,7 @@ def drawn(shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@relaxed
 @given(shapes, seeds)
 def test_the_distance_is_zero_for_the_statistics_themselves_and_for_no_others(shape, seed):
     values = drawn(shape, seed) * 3 + 1
@@ -62,6 +64,7 @@ def test_the_distance_is_zero_for_the_statistics_themselves_and_for_no_others(sh
     assert found > 0
 
 
+@relaxed
 @given(shapes, seeds)
 def test_total_variation_is_that_of_a_plain_loop(shape, seed):
     images = drawn(shape, seed)
@@ -82,6 +85,7 @@ def test_total_variation_is_that_of_a_plain_loop(shape, seed):
     assert float(total_variation(images[:, :, :1, :1].expand(shape))) == pytest.approx(0)
 
 
+@relaxed
 @given(shapes, seeds)
 def test_the_mean_length_is_that_of_a_plain_loop(shape, seed):
     images = drawn(shape, seed)
@@ -89,6 +93,7 @@ def test_the_mean_length_is_that_of_a_plain_loop(shape, seed):
     assert float(mean_length(images)) == pytest.approx(sum(lengths) / len(lengths))
 
 
+@relaxed
 @given(st.integers(1, 4), st.integers(2, 5), seeds)
 def test_agreement_is_whole_for_whoever_says_the_same(count, classes, seed):
     first, second = (drawn((count, classes), seed + place) * 20 for place in (0, 1))
@@ -181,12 +186,12 @@ def test_the_loss_is_the_sum_of_its_parts(model):
 def test_the_gradient_of_the_whole_loss(model):
     """Along a direction, against a difference of two losses in double precision."""
     told = brief(model.double(), targets=(0, 2))
-    settings = Synthesis(statistics=1.0, variation=0.1, length=0.1)
+    choices = Synthesis(statistics=1.0, variation=0.1, length=0.1)
     images, step = drawn((2, 3, 32, 32), 6).requires_grad_(), 1e-6
-    (gradient,) = torch.autograd.grad(_loss(told, images, settings), images)
+    (gradient,) = torch.autograd.grad(_loss(told, images, choices), images)
     way = drawn((2, 3, 32, 32), 7)
     with torch.no_grad():
-        ahead, behind = (_loss(told, images + sign * step * way, settings) for sign in (1, -1))
+        ahead, behind = (_loss(told, images + sign * step * way, choices) for sign in (1, -1))
     assert float((gradient * way).sum()) == pytest.approx(
         float(ahead - behind) / (2 * step), rel=1e-4
     )
@@ -264,8 +269,8 @@ def test_images_may_be_new_to_a_student(model):
     torch.nn.init.normal_(network.head_of(other).weight, std=1.0)
     found = []
     for weight in (0.0, 20.0):
-        settings = SHORT.model_copy(update={"competition": weight, "statistics": 0.0})
-        made = synthesise(brief(model, student=other), settings, 0, CPU)
+        choices = SHORT.model_copy(update={"competition": weight, "statistics": 0.0})
+        made = synthesise(brief(model, student=other), choices, 0, CPU)
         seen = centre(made.pixels[0].permute(0, 3, 1, 2), SMALL)
         found.append(float(agreement(model(seen), other(seen))))
     assert found[1] < found[0] - 0.01

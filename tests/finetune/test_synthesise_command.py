@@ -231,9 +231,11 @@ def test_a_student_of_another_backbone(distill, trained, run_cli):
     assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 3
     result = run_cli("verify", folder, "--hub", trained.root)
     assert result.exit_code == 0, result.output
-    refused = distill(recipe=OTHER.replace("stages: 2", "competition: 1"), out="2",
-                      code=1)  # fmt: skip
-    assert "'competition' is with a student that knows the classes already" in last(refused)
+    refused = distill(recipe=OTHER.replace("stages: 2", "competition: 1"), out="2", code=2)
+    assert last(refused) == (
+        "Error: 'competition' is with a student that knows the classes already, and the classifier "
+        "of this one is of zeros: leave it at 0."
+    )
 
 
 def test_a_teacher_without_batch_norm_teaches_all_the_same(distill, tmp_path, run_cli):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -32,6 +32,7 @@ from tests.merge_kit.helpers import says
 
 CPU = torch.device("cpu")
 NOTHING = math.nan
+relaxed = settings(deadline=None, max_examples=40)
 
 
 def teacher(name, known, counts, *, norms=True, loaded=None):
@@ -45,6 +46,7 @@ counts = st.lists(
 ).filter(lambda rows: any(count != 0 for row in rows for count in row))  # fmt: skip
 
 
+@relaxed
 @given(counts, st.integers(4, 60), st.integers(1, 20), st.sampled_from(["each", "together"]))
 def test_nobody_is_asked_for_what_it_has_not_seen(rows, images, size, invert):
     there = [
@@ -52,8 +54,8 @@ def test_nobody_is_asked_for_what_it_has_not_seen(rows, images, size, invert):
     ]
     if not any(asked_of(one).any() for one in there):
         return
-    settings = Synthesis(images=images, batch_size=size, invert=invert)
-    lots = plan(there, settings)
+    choices = Synthesis(images=images, batch_size=size, invert=invert)
+    lots = plan(there, choices)
     asked = [(lot.teachers, target) for lot in lots for target in lot.targets]
     assert len(asked) == images
     for lot in lots:
@@ -112,6 +114,7 @@ def test_teachers_without_batch_norm_say_what_they_make_of_the_images():
 rows = st.lists(st.floats(-20, 20), min_size=2, max_size=5)
 
 
+@relaxed
 @given(rows, st.floats(0, 1), st.floats(0.5, 20))
 def test_a_mixture_has_the_mixed_probabilities(row, share, temperature):
     first = torch.tensor([row], dtype=torch.float64)
@@ -127,6 +130,7 @@ def test_a_class_that_nobody_knows_stays_unknown_in_a_mixture():
     assert mixed(first, second, 0.5, 2.0)[0, 1] == -math.inf
 
 
+@relaxed
 @given(rows, st.floats(0, 1))
 def test_its_divergence_differs_from_the_two_by_nothing_of_the_students(row, share):
     """What FedISCA lowers and what a student here lowers have the same gradient."""
@@ -263,10 +267,10 @@ def test_of_finished_images_teachers_say_what_they_say_of_any(made, teachers, tm
 
 def test_of_earlier_stages_noise_adapted_teachers_speak_too(made, teachers, tmp_path):
     """Worked out apart: each teacher as it is, and with the statistics of the stage's images."""
-    settings = recipe(stages=4, steps=4)
+    choices = recipe(stages=4, steps=4)
     found = made(stages=4, steps=4)
-    told = taught(teachers, found, settings, CPU, tmp_path / "outputs")
-    plain = lesson(teachers, found.cases, found.keys, settings, CPU, tmp_path / "plain")
+    told = taught(teachers, found, choices, CPU, tmp_path / "outputs")
+    plain = lesson(teachers, found.cases, found.keys, choices, CPU, tmp_path / "plain")
     last = found.rows(4)
     torch.testing.assert_close(told.logits[last], plain.logits[last], rtol=0, atol=0)
     rows = found.rows(1)
@@ -279,8 +283,8 @@ def test_of_earlier_stages_noise_adapted_teachers_speak_too(made, teachers, tmp_
         _measure(model, seen)
         outputs = model(seen).detach()
         adapted.append(replace(one, network=_saying(one.network, outputs)))
-    noisy = lesson(adapted, cases, [found.keys[row] for row in rows], settings, CPU, None)
-    expected = mixed(plain.logits[rows], noisy.logits, 0.25, settings.temperature)
+    noisy = lesson(adapted, cases, [found.keys[row] for row in rows], choices, CPU, None)
+    expected = mixed(plain.logits[rows], noisy.logits, 0.25, choices.temperature)
     torch.testing.assert_close(told.logits[rows], expected, rtol=1e-3, atol=1e-4)
     assert float((expected - plain.logits[rows]).abs().nan_to_num().max()) > 0.01
 
