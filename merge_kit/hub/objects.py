@@ -145,10 +145,11 @@ class ObjectHub(RemoteHub):
     def remove(self, name: str) -> bool:
         """Remove a file; False where the bucket keeps old versions."""
         check_name(name)
-        meta = self._head(name)
+        if (meta := self._head(name)) is None:
+            return True
         with self._asking(name, "removed"):
             self._store.delete(name)
-        return meta is None or meta["version"] in (None, "null")
+        return meta["version"] in (None, "null")
 
     def _look(self, name: str) -> tuple[int, str] | None:
         meta = self._head(name)
