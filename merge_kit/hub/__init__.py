@@ -17,12 +17,12 @@ def open_hub(uri: str) -> Hub:
     """Open the hub that a user named.
 
     A folder, as a path or a file:// URI; ``hf://owner/name``, a repository on the Hugging Face Hub;
-    ``s3://bucket/prefix`` (or ``gs://``, ``az://``), a place in an object store.
+    ``s3://bucket/prefix`` (or ``gs://``, ``az://``), a place in an object store; or ``sftp://user@host/path``.
 
     Raises
     ------
     HubError
-        The folder does not exist, or the scheme is not supported.
+        The folder does not exist, the URI is malformed, or the scheme is not supported.
     MissingExtraError
         What the storage needs is not installed.
     """
@@ -33,6 +33,8 @@ def open_hub(uri: str) -> Hub:
         return open_repository(uri)
     if separator and scheme in _OBJECT_STORES:
         return _object_hub(uri)
+    if separator and scheme == "sftp":
+        return _sftp_hub(uri)
     if separator and scheme != "file":
         raise HubError(f"'{uri}': hubs of the kind '{scheme}' are not supported; use a folder.")
     path = Path(rest if separator else uri)
@@ -82,3 +84,13 @@ def _object_hub(uri: str) -> Hub:
             raise
         raise MissingExtraError("s3", "a hub in an object store") from error
     return ObjectHub(uri)
+
+
+def _sftp_hub(uri: str) -> Hub:
+    try:
+        import asyncssh  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("sftp", "a hub on an SFTP server") from error
+    from merge_kit.hub.sftp import SftpHub
+
+    return SftpHub(uri)

@@ -1,0 +1,202 @@
+"""A real SSH server of the tests' own, and a line to it that cuts and delays."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/sbin")
+USER = getpass.getuser()
+CONFIG = """
+ListenAddress 127.0.0.1
+PidFile none
+UsePAM no
+StrictModes no
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+PermitRootLogin yes
+MaxStartups 100
+"""
+
+
+def need_sshd() -> str:
+    """The server's program."""
+    if SSHD and shutil.which("ssh-keygen"):
+        return SSHD
+    reason = "OpenSSH's server is not installed"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def make_key(path: Path, kind: str = "ed25519", passphrase: str = "") -> str:
+    """A new key; gives its public half."""
+    command = ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", "", "-f", str(path)]
+    subprocess.run(command, check=True, timeout=60)
+    return path.with_name(f"{path.name}.pub").read_text().strip()
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Sshd:
+    """An OpenSSH server for the user who runs the tests, and a home folder that knows it."""
+
+    def __init__(self, folder: Path, sftp: str = "internal-sftp", lines: str = "") -> None:
+        self.folder = folder
+        self.home = folder / "home"
+        ssh = self.home / ".ssh"
+        ssh.mkdir(parents=True)
+        self.host_key = make_key(folder / "host_key")
+        (folder / "authorized_keys").write_text(make_key(ssh / "id_ed25519") + "\n")
+        self.knows(f"127.0.0.1 {self.host_key}\n")
+        files = f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/authorized_keys\n"
+        subsystem = f"Subsystem sftp {sftp}\n" if sftp else ""
+        (folder / "sshd_config").write_text(lines + files + CONFIG + subsystem)
+        self.port = 0
+        self.start()
+
+    def knows(self, text: str) -> None:
+        """What the home folder knows of hosts."""
+        (self.home / ".ssh" / "known_hosts").write_text(text)
+
+    def uri(self, path: object = "", port: int | None = None) -> str:
+        """The address of a folder."""
+        return f"sftp://{USER}@127.0.0.1:{port or self.port}{path}"
+
+    def start(self) -> None:
+        """Start it, at the same port again where it has had one."""
+        if os.geteuid() == 0:  # where it keeps children without rights; packages make it at boot
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+        for _ in range(5):
+            port = self.port or free_port()
+            command = [need_sshd(), "-D", "-p", str(port), "-f", str(self.folder / "sshd_config")]
+            self.process = subprocess.Popen(
+                [*command, "-E", str(self.folder / "log")],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            if self._answers(port):
+                self.port = port
+                return
+        raise AssertionError((self.folder / "log").read_text())
+
+    def _answers(self, port: int) -> bool:
+        for _ in range(200):
+            if self.process.poll() is not None:
+                return False
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as line:
+                return line.recv(4) == b"SSH-"
+            time.sleep(0.05)
+        return False
+
+    def kill(self, *, listener: bool = True) -> None:
+        """kill -9, first of the server, then of its children, of which each serves a client."""
+        if listener:
+            self.process.kill()
+        for child in reversed(self.children()):
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        if listener:
+            self.process.wait(20)
+
+    def children(self) -> list[int]:
+        """Its processes but the first."""
+        listed = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True, timeout=20
+        )
+        pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
+        found, left = [], [self.process.pid]
+        while left:
+            parent = left.pop()
+            below = [pid for pid, above in pairs if above == parent]
+            found += below
+            left += below
+        return found
+
+
+class Line:
+    """A TCP line to the server, through this process, that can be cut and held up."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self.calls = 0
+        """Connections so far."""
+        self.delay = 0.0
+        """Seconds by which all bytes are late, in each direction."""
+        self.cuts: list[tuple[str, int]] = []
+        """For the next connections: in which direction, and after how many bytes they break."""
+        self.held = threading.Event()
+        """While it is set, nothing passes, and nobody is told."""
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            self.calls += 1
+            cut = self.cuts.pop(0) if self.cuts else ("", 0)
+            try:
+                far = socket.create_connection(("127.0.0.1", self._port), 5)
+            except OSError:
+                near.close()
+                continue
+            self._open += [near, far]
+            for source, sink, way in ((near, far, "up"), (far, near, "down")):
+                after = cut[1] if way == cut[0] else None
+                threading.Thread(target=self._pump, args=(source, sink, after), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, after: int | None) -> None:
+        passed = 0
+        with suppress(OSError):
+            while data := source.recv(16384):
+                time.sleep(self.delay)
+                while self.held.is_set():
+                    time.sleep(0.01)
+                if after is not None and passed + len(data) > after:
+                    sink.sendall(data[: after - passed])
+                    break
+                sink.sendall(data)
+                passed += len(data)
+        _hang_up(source)
+        _hang_up(sink)
+
+    def close(self) -> None:
+        """Cut all."""
+        self._listener.close()
+        for line in self._open:
+            _hang_up(line)
+            line.close()
+
+
+def _hang_up(line: socket.socket) -> None:
+    with suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def running(folder: Path, sftp: str = "internal-sftp", lines: str = "") -> Iterator[Sshd]:
+    """A server of its own."""
+    need_sshd()
+    server = Sshd(folder, sftp, lines)
+    yield server
+    server.kill()
