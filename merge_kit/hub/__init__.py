@@ -17,7 +17,8 @@ def open_hub(uri: str) -> Hub:
     """Open the hub that a user named.
 
     A folder, as a path or a file:// URI; ``hf://owner/name``, a repository on the Hugging Face Hub;
-    ``s3://bucket/prefix`` (or ``gs://``, ``az://``), a place in an object store; or ``sftp://user@host/path``.
+    ``s3://bucket/prefix`` (or ``gs://``, ``az://``), a place in an object store; or
+    ``sftp://user@host/path``.
 
     Raises
     ------
