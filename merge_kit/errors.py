@@ -15,6 +15,8 @@ MergeKitError
 │   └── SignatureError    a signature that is missing, wrong or of a stranger
 ├── ProvenanceError       what a merged model says of itself cannot be read
 ├── RecipeError           a merge recipe or a method's options
+├── PolicyError           a policy does not let something leave the site
+├── AuditError            a site's audit log is not what was written
 ├── HubError              the storage where contributions lie
 │   └── UnreachableError  it cannot be asked at this moment, or not by us
 ├── TrainingError         a fine-tuning run that cannot go on

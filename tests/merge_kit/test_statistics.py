@@ -241,9 +241,10 @@ def test_a_file_of_more_features_is_refused_before_they_are_squared(hub, measure
     stated = parcel.manifest.payload.model_copy(
         update={"sha256": sha256_file(path), "size": path.stat().st_size}
     )
+    found = next(e for e in list_entries(hub, federation) if e.contribution).contribution
+    found.payload.write_bytes(path.read_bytes())
     forged = replace(
-        next(e for e in list_entries(hub, federation) if e.contribution).contribution,
-        payload=path,
+        found,
         manifest=parcel.manifest.model_copy(update={"payload": stated}),
     )
     entry = Entry(forged.site, forged.id, forged, None, "moments")
