@@ -57,11 +57,22 @@ def test_a_profile_is_chosen_by_its_name(files, monkeypatch, variable):
 def test_variables_come_first(files, monkeypatch):
     files(f"[default]\nregion = x\nendpoint_url = https://elsewhere\n{KEYS}", f"[default]\n{KEYS}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")  # the library reads the keys itself
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://there")
     assert aws.settings() == {"endpoint": "https://there"}
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://here")
     assert aws.settings() == {"endpoint": "https://here"}
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_half_of_the_keys_is_named(files, monkeypatch, name):
+    monkeypatch.setenv(name, "half")
+    with says(
+        HubError,
+        "of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY only one is set: set both, or neither.",
+    ):
+        aws.settings()
 
 
 def test_a_profile_that_is_not_there_is_named(files, monkeypatch, tmp_path):
