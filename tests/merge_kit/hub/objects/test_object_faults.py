@@ -204,6 +204,25 @@ def test_a_disk_that_is_full_here_is_named(hub, large, small_disk, again):
     assert listing(small_disk / "cache" / "arriving") == []
 
 
+# Publishers that are faster
+
+
+@pytest.mark.parametrize(
+    ("size", "moment"), [("small", "PUT .*/[.]manifest"), ("large", f"POST .*{PAYLOAD}[?]uploads")]
+)
+def test_who_is_overtaken_finds_the_entry_there(line, hub, again, large, keys, size, moment):
+    """The faster one has removed whatever was hidden: the slower one's trial, or its upload."""
+    payload = large if size == "large" else b"payload"
+
+    def overtake(handler, request):
+        assert publish(again(), payload) is True
+        return False
+
+    with line.faulty(moment, overtake, times=1, skip=1 if size == "small" else 0):
+        assert publish(hub, payload) is False
+    assert keys() == WHOLE
+
+
 # Lines that are slow
 
 
