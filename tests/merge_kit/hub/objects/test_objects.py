@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import subprocess
 import sys
@@ -153,7 +154,7 @@ def test_a_small_file_is_read_by_one_request(hub, line):
 
 
 @pytest.fixture
-def crowded(other, bucket):
+def crowded(server, bucket):
     """300 contributions of 100 sites, and half of one."""
     names = [f"contributions/site-{n % 100}/{n:064x}" for n in range(300)]
     files = [
@@ -162,7 +163,10 @@ def crowded(other, bucket):
         for file in ("payload.safetensors", "manifest.sig", "manifest.json")
     ]
     for file in [*files, "contributions/late/1/payload.safetensors"]:
-        other.put_object(Bucket=bucket, Key=f"some/folder/{file}", Body=b"x")
+        connection = http.client.HTTPConnection("127.0.0.1", server)
+        connection.request("PUT", f"/{bucket}/some/folder/{file}", b"x")
+        assert connection.getresponse().status == 200
+        connection.close()
     return names
 
 
