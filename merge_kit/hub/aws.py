@@ -39,8 +39,12 @@ def settings() -> dict[str, str]:
     ------
     HubError
         The profile that AWS_PROFILE names is not there, holds no keys of its own, or its file
-        cannot be read.
+        cannot be read; or half of the keys is set.
     """
+    if bool(os.environ.get("AWS_ACCESS_KEY_ID")) != bool(os.environ.get("AWS_SECRET_ACCESS_KEY")):
+        raise HubError(
+            "of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY only one is set: set both, or neither."
+        )
     found: dict[str, str] = {}
     for name in ENDPOINTS:
         if value := os.environ.get(name):

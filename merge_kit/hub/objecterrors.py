@@ -75,7 +75,7 @@ def explained(error: Exception, uri: str, name: str, done: str, seconds: float) 
         )
     if isinstance(error, FileNotFoundError) and code not in _MISSING:
         return HubError(f"{uri} has no file {name}: is it the right hub, and complete?")
-    if isinstance(error, NotSupportedError) or status == "501":
+    if isinstance(error, NotSupportedError) or (status == "501" and done == "written"):
         return unconditional(uri)
     if isinstance(error, (PreconditionError, AlreadyExistsError)) and code not in _MISSING:
         return HubError(f"{where} was changed meanwhile: run the same command again.")

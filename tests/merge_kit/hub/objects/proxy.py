@@ -5,12 +5,14 @@ from __future__ import annotations
 import http.client
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "server", "date"}
@@ -52,6 +54,8 @@ class Proxy:
     """Passes requests on to `upstream`; see `faulty`."""
 
     upstream: int
+    certificate: Path | None = None
+    """A file with a certificate and its key: it then speaks TLS."""
     seen: list[str] = field(default_factory=list)
     """Each request as ``METHOD target``, in the order of arrival."""
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -61,6 +65,10 @@ class Proxy:
     def __enter__(self) -> Proxy:
         self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.proxy = self
+        if self.certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.start()
         return self
@@ -78,7 +86,7 @@ class Proxy:
     @property
     def url(self) -> str:
         """What clients are given as their endpoint."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.certificate else ''}://127.0.0.1:{self.port}"
 
     @property
     def host(self) -> str:

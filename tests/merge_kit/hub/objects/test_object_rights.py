@@ -5,8 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import traceback
+from datetime import datetime, timedelta, timezone
+from ipaddress import ip_address
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from merge_kit.errors import HubError
 from merge_kit.hub.objects import PIECE, ObjectHub
@@ -192,6 +197,48 @@ def test_a_line_without_encryption_must_be_wanted(line, open_apart, monkeypatch)
     ):
         open_apart().has(FILE)
     assert line.seen == []
+
+
+@pytest.fixture
+def certificates(tmp_path):
+    """A file with the certificate of an organisation, and one with a server's and its key."""
+    now, day = datetime.now(timezone.utc), timedelta(days=1)
+    own, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    server = ec.generate_private_key(ec.SECP256R1())
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    extensions = ((own, x509.BasicConstraints(True, None)), (server, address))
+    made = [
+        x509.CertificateBuilder(name, name, key.public_key(), number, now - day, now + day)
+        .add_extension(extension, critical=True)
+        .sign(own, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+        for number, (key, extension) in enumerate(extensions, 1)
+    ]
+    secret = server.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    (tmp_path / "organisation.pem").write_bytes(made[0])
+    (tmp_path / "server.pem").write_bytes(made[1] + secret)
+    return tmp_path / "organisation.pem", tmp_path / "server.pem"
+
+
+def test_a_certificate_of_ones_own_organisation(
+    line, server, open_apart, certificates, monkeypatch
+):
+    organisation, own = certificates
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with Proxy(server, own) as encrypted:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", encrypted.url)
+        with says(
+            HubError,
+            f"{encrypted.host} shows a certificate that this machine does not trust: check the "
+            "address, or have SSL_CERT_FILE name the file with your organisation's certificate.",
+        ):
+            open_apart().has(FILE)
+        monkeypatch.setenv("SSL_CERT_FILE", str(organisation))
+        assert publish(open_apart())
 
 
 def test_a_bucket_in_another_region_is_named(line, hub):
