@@ -12,7 +12,10 @@ __all__ = ["FolderHub", "Hub", "open_hub"]
 
 
 def open_hub(uri: str) -> Hub:
-    """Open the hub that a user named: a folder, as a path or a file:// URI.
+    """Open the hub that a user named.
+
+    A folder, as a path or a file:// URI; or ``hf://owner/name``, a repository on the Hugging Face
+    Hub.
 
     Raises
     ------
@@ -20,6 +23,10 @@ def open_hub(uri: str) -> Hub:
         The folder does not exist, or the scheme is not supported.
     """
     scheme, separator, rest = uri.partition("://")
+    if scheme == "hf" and separator:
+        from merge_kit.hub.huggingface import open_repository
+
+        return open_repository(uri)
     if separator and scheme != "file":
         raise HubError(f"'{uri}': hubs of the kind '{scheme}' are not supported; use a folder.")
     path = Path(rest if separator else uri)

@@ -1,0 +1,298 @@
+"""One repository on the Hugging Face Hub, or on a server that speaks its protocol.
+
+Files go up as plain LFS uploads, which every server takes: Xet is not asked for, so that none of
+the variables that the client library reads at import matter. Its settings for certificates and
+proxies hold, and it retries uploads by itself.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from hashlib import sha1
+from pathlib import Path
+from typing import BinaryIO, TypeAlias, TypeVar
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    RepoFile,
+    get_session,
+    hf_hub_url,
+    hf_raise_for_status,
+)
+from huggingface_hub.errors import EntryNotFoundError
+
+from merge_kit.errors import HubError, MergeKitError
+from merge_kit.files import sha256_bytes, sha256_file, storage_errors
+from merge_kit.hub.answers import OVERTAKEN, discreet, explained, is_transient, status_of
+from merge_kit.hub.endpoint import Endpoint, prepare_session
+
+PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between tries of what a fault of the moment has stopped."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 8.0
+"""Bounds of the seconds, drawn at random, after which one whom others overtook tries again."""
+PATIENCE = 900.0
+"""Seconds after which one whom others always overtake gives up."""
+_NAME = re.compile(r"\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
+
+T = TypeVar("T")
+Operation: TypeAlias = CommitOperationAdd | CommitOperationDelete
+Plan: TypeAlias = Callable[[str], Sequence[Operation] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file at a commit; `digest` is ``sha256:<hex>`` or, of a small one, ``git:<hex>``."""
+
+    size: int
+    digest: str
+
+    def is_of(self, content: Path | bytes) -> bool:
+        """Whether a file here has the same bytes."""
+        if self.digest.startswith("git:"):
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            blob = sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+            return self.digest == f"git:{blob.hexdigest()}"
+        found = sha256_bytes(content) if isinstance(content, bytes) else sha256_file(content)
+        return self.digest == found
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a change."""
+
+    revision: str
+    """A commit, or a pull request's reference, with it."""
+    ours: bool
+    """Whether it was, or may have been, a commit of ours that did it."""
+    pull_request: str | None = None
+    """Where it waits to be let in."""
+
+
+class Repository:
+    """A model repository; its commits are named by their 40 hex digits."""
+
+    def __init__(self, name: str, endpoint: Endpoint) -> None:
+        self.name, self.endpoint = name, endpoint
+        if not _NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
+            raise HubError(
+                f"'{name}' is no name of a repository: write it as owner/name, in letters, digits, "
+                "'-', '_' and '.'."
+            )
+        self._api = HfApi(
+            endpoint=endpoint.url,
+            token=endpoint.authorization,
+            library_name="merge-kit",
+            library_version=importlib.metadata.version("merge-kit"),
+        )
+
+    def head(self) -> str:
+        """The latest commit."""
+        info = self._ask(lambda: self._api.model_info(self.name, expand=["sha"]))
+        return str(info.sha)
+
+    def files(
+        self, commit: str, folder: str | None = None, *, deep: bool = True
+    ) -> dict[str, Found]:
+        """The files at a commit, or of one folder there, by their paths; none where it is not.
+
+        With `deep` those of the folders below too.
+        """
+
+        def ask() -> dict[str, Found]:
+            rows = self._api.list_repo_tree(self.name, folder, recursive=deep, revision=commit)
+            return {
+                row.path: Found(
+                    row.size, f"sha256:{row.lfs.sha256}" if row.lfs else f"git:{row.blob_id}"
+                )
+                for row in rows
+                if isinstance(row, RepoFile)
+            }
+
+        try:
+            return self._ask(ask)
+        except _Absent:
+            return {}
+
+    def download(self, path: str, commit: str, found: Found, target: Path) -> None:
+        """Write a file's bytes to a new local file, going on where a connection broke off.
+
+        Raises
+        ------
+        HubError
+            They do not arrive, or are not those that the server lists.
+        """
+        url = hf_hub_url(self.name, path, revision=commit, endpoint=self.endpoint.url)
+        with storage_errors(target), target.open("wb") as file:
+            self._ask(lambda: self._stream(url, found.size, file), progress=file.tell)
+        if target.stat().st_size != found.size or not found.is_of(target):
+            raise HubError(
+                f"hf://{self.name}/{path} arrived damaged: its bytes are not those that "
+                f"{self.endpoint.shown} lists; try again."
+            )
+
+    def _stream(self, url: str, size: int, file: BinaryIO) -> None:
+        begun = file.tell()
+        if begun and begun >= size:
+            return
+        headers = {"Accept-Encoding": "identity"}  # a part of a compressed stream is of no use
+        if self.endpoint.token:
+            headers["Authorization"] = f"Bearer {self.endpoint.token}"
+        if begun:
+            headers["Range"] = f"bytes={begun}-"
+        with get_session().stream("GET", url, headers=headers) as response:
+            hf_raise_for_status(response)
+            if begun and response.status_code != 206:
+                file.seek(0)
+                file.truncate()
+            for chunk in response.iter_bytes(1 << 20):
+                with storage_errors(Path(file.name)):
+                    file.write(chunk)
+                if file.tell() > size:
+                    return
+
+    @contextmanager
+    def additions(
+        self, files: Mapping[str, Path | bytes], *, for_pull_request: bool = False
+    ) -> Iterator[list[Operation]]:
+        """Upload what is large, and give the operations of a commit with all of the files."""
+        self.check_writable()
+        with ExitStack() as stack:
+            opened = {path: stack.enter_context(_opened(it)) for path, it in files.items()}
+            # Always as open files: the library would send paths and bytes by Xet.
+            operations = [CommitOperationAdd(path, file) for path, file in opened.items()]
+            self._ask(
+                lambda: self._api.preupload_lfs_files(
+                    self.name, operations, create_pr=for_pull_request, free_memory=False
+                ),
+                writing=True,
+                again=False,
+            )
+            yield list(operations)
+
+    def change(self, message: str, plan: Plan, *, pull_request: bool = False) -> Done:
+        """One commit on top of the head, however often others are faster.
+
+        `plan` looks at a commit and gives the operations to put on top of it, or None when nothing
+        is left to be done. It is asked again whenever the head has moved, or an answer was lost.
+        """
+        self.check_writable()
+        lost, end, bound = 0, time.monotonic() + PATIENCE, FIRST_PAUSE
+        while True:
+            head = self.head()
+            operations = plan(head)
+            if operations is None:
+                return Done(head, ours=lost > 0)
+            try:
+                prepare_session(self.endpoint)
+                made = self._api.create_commit(
+                    self.name,
+                    operations,
+                    commit_message=message,
+                    parent_commit=head,
+                    create_pr=pull_request,
+                )
+            except Exception as error:
+                if is_transient(error) and lost < len(PAUSES):
+                    lost += 1  # it may have gone through all the same
+                elif status_of(error) not in OVERTAKEN:
+                    raise explained(error, self.endpoint, self.name, writing=True) from discreet(
+                        error
+                    )
+            else:
+                if made.oid != head:  # else the library found nothing new, in the head of then
+                    return Done(made.pr_revision or made.oid, True, made.pr_url)
+            if time.monotonic() > end:
+                raise HubError(
+                    f"others are always faster with hf://{self.name}: run the same command again "
+                    "when fewer publish."
+                )
+            time.sleep(random.uniform(0, bound))
+            bound = min(2 * bound, LONGEST_PAUSE)
+
+    def check_writable(self) -> None:
+        """Refuse to write without a token: the library would look for one of its own.
+
+        Raises
+        ------
+        HubError
+            There is none for this server.
+        """
+        if self.endpoint.token is None:
+            raise HubError(
+                f"writing to hf://{self.name} on {self.endpoint.shown} needs a token: set HF_TOKEN "
+                "to one of this server that may write."
+            )
+
+    def create(self, *, private: bool = True) -> None:
+        """Make the repository, where it is not there."""
+        self.check_writable()
+        self._ask(
+            lambda: self._api.create_repo(self.name, private=private, exist_ok=True), writing=True
+        )
+
+    def pull_requests(self) -> list[tuple[str, str, str]]:
+        """Title, revision and address of each that is open."""
+        found = self._ask(
+            lambda: list(
+                self._api.get_repo_discussions(
+                    self.name, discussion_type="pull_request", discussion_status="open"
+                )
+            )
+        )
+        return [(one.title, str(one.git_reference), one.url) for one in found]
+
+    def _ask(
+        self,
+        what: Callable[[], T],
+        *,
+        writing: bool = False,
+        again: bool = True,
+        progress: Callable[[], int] = lambda: 0,
+    ) -> T:
+        """Ask the server, several times where a fault of the moment comes between.
+
+        `progress` tells whether a try got further than the one before: then it does not count.
+        """
+        pauses, reached = list(PAUSES) if again else [], progress()
+        while True:
+            try:
+                prepare_session(self.endpoint)
+                return what()
+            except MergeKitError:
+                raise
+            except EntryNotFoundError as error:
+                raise _Absent from error
+            except Exception as error:  # whatever the library lets through is the server's doing
+                if progress() > reached:
+                    pauses, reached = list(PAUSES), progress()
+                if not (pauses and is_transient(error)):
+                    raise explained(error, self.endpoint, self.name, writing=writing) from discreet(
+                        error
+                    )
+            time.sleep(pauses.pop(0) * random.uniform(0.5, 1.5))
+
+
+class _Absent(HubError):
+    """A file or folder is not there."""
+
+
+@contextmanager
+def _opened(content: Path | bytes) -> Iterator[BinaryIO]:
+    if isinstance(content, bytes):
+        yield io.BytesIO(content)
+        return
+    try:
+        file = content.open("rb")
+    except OSError as error:
+        raise HubError(f"{content} cannot be read: {error.strerror}.") from error
+    with file:
+        yield file
