@@ -61,6 +61,7 @@ COMMANDS = {
         "finetune.personalise_command:personalise_command",
         "Make a merged model a site's own, by its own images.",
     ),
+    "push": ("merge_kit.commands.push:push", "Publish a merged model on the Hugging Face Hub."),
     "verify": ("merge_kit.commands.verify:verify", "Make a merged model again and compare."),
     "remerge": (
         "merge_kit.commands.remerge:remerge_command",

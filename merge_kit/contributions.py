@@ -10,7 +10,13 @@ from pathlib import Path
 
 from merge_kit import signing, statistics, vector
 from merge_kit.blocks import in_order, one_thread_each
-from merge_kit.errors import ContributionError, MergeKitError, SignatureError, TensorFileError
+from merge_kit.errors import (
+    ContributionError,
+    MergeKitError,
+    SignatureError,
+    TensorFileError,
+    UnreachableError,
+)
 from merge_kit.federation import Federation
 from merge_kit.files import canonical_json, sha256_file
 from merge_kit.hub import FolderHub, Hub
@@ -146,6 +152,8 @@ def entry_at(
             )
         if tombstone:
             _check_tombstone(tombstone, found, federation)
+    except UnreachableError:
+        raise
     except MergeKitError as error:
         return Entry(site, name, None, str(error))
     except OSError as error:
@@ -182,6 +190,8 @@ def check_payloads(
             return entry
         try:
             checked = check_payload(found, federation, expected, roles)
+        except UnreachableError:
+            raise
         except MergeKitError as error:
             return Entry(entry.site, entry.id, None, str(error), entry.kind)
         return replace(entry, contribution=replace(found, checked=checked))

@@ -16,6 +16,7 @@ MergeKitError
 ├── ProvenanceError       what a merged model says of itself cannot be read
 ├── RecipeError           a merge recipe or a method's options
 ├── HubError              the storage where contributions lie
+│   └── UnreachableError  it cannot be asked at this moment, or not by us
 ├── TrainingError         a fine-tuning run that cannot go on
 └── ExperimentError       a command of an experiment failed
 
@@ -104,6 +105,13 @@ class AuditError(MergeKitError):
 
 class HubError(MergeKitError):
     """The storage where contributions lie cannot do what was asked."""
+
+
+class UnreachableError(HubError):
+    """The storage cannot be asked at this moment, or not by us: nothing is known of what is there.
+
+    Where it is asked for many entries the work ends, and no entry is taken for unsound.
+    """
 
 
 class TrainingError(MergeKitError):

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import StringConstraints
 
 from merge_kit import auditlog, signing
-from merge_kit.errors import ContributionError, MergeKitError, SignatureError
+from merge_kit.errors import ContributionError, MergeKitError, SignatureError, UnreachableError
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.hub import Hub
 from merge_kit.schema import Digest, Document, SiteName, Timestamp, now, parse
@@ -75,6 +75,8 @@ def _read(hub: Hub, contract: str, site: str, name: str) -> Tombstone:
                 f"{where} withdraws {found.site}/{found.contribution[:12]} of another place or "
                 "federation: it was moved or changed."
             )
+    except UnreachableError:
+        raise
     except MergeKitError as error:
         return Tombstone(None, None, str(error))
     return Tombstone(found, signature.key, None)

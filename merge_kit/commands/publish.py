@@ -13,7 +13,7 @@ from merge_kit.commands.options import next_step, shown
 from merge_kit.compressing import parse_compression
 from merge_kit.contributions import folder_of
 from merge_kit.errors import UsageError
-from merge_kit.hub import Hub, open_hub
+from merge_kit.hub import Hub, by_pull_request, open_hub, pull_request_of
 from merge_kit.runs import latest_run
 from merge_kit.site import Site, open_site
 
@@ -35,6 +35,11 @@ hub_option = click.option(
     metavar="HOW",
     help="Send a smaller vector: svd:0.95 (energy), topk:0.1 (share), bf16, int8; joined by '+'.",
 )
+@click.option(
+    "--create-pr",
+    is_flag=True,
+    help="On the Hugging Face Hub: propose it as a pull request, which needs no right to write.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would leave the site, and stop.")
 def publish(
     folder: Path,
@@ -43,6 +48,7 @@ def publish(
     alongside: bool,
     no_statistics: bool,
     compress: str,
+    create_pr: bool,
     dry_run: bool,
 ) -> None:
     """Publish the vector of a finished run of the site in FOLDER, and its statistics if it has any.
@@ -55,12 +61,16 @@ def publish(
     if chosen is None:
         raise UsageError(f"{folder} has no finished run: run 'merge-kit finetune {folder}' first.")
     opened = open_hub(hub or site.config.hub)
+    if create_pr:
+        opened = by_pull_request(opened)
     parcels = publishing.prepare_all(
         site, chosen, opened, alongside=alongside, statistics=not no_statistics, how=how
     )
     held = publishing.statistics_of(chosen) if no_statistics else []
     send(site, chosen, opened, parcels, held=held, dry_run=dry_run)
-    if not dry_run:
+    if create_pr and not dry_run:
+        next_step("ask the coordinator to look at it and to merge it; until then nobody sees it.")
+    elif not dry_run:
         next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")
 
 
@@ -90,11 +100,13 @@ def send(
         if parcel.replaces:
             click.echo(f"It replaces the site's contribution {parcel.replaces.id[:12]}.")
     for parcel in parcels:
-        target = f"{hub.uri}/{folder_of(parcel.manifest)}"
+        folder = folder_of(parcel.manifest)
+        target = f"{hub.uri}/{folder}"
         if dry_run:
             click.echo(f"Dry run: nothing was sent to {target}.")
         elif publishing.publish(site, run, hub, parcel):
-            click.echo(f"Published: {target}")
+            request = pull_request_of(hub, folder)
+            click.echo(f"Proposed: {target} by {request}" if request else f"Published: {target}")
         else:
             click.echo(f"Already published: {target}")
 

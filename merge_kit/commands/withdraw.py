@@ -10,9 +10,9 @@ import click
 from merge_kit.commands.options import next_step, shown
 from merge_kit.contributions import PAYLOAD, Contribution, folder_of, list_entries
 from merge_kit.errors import UsageError
-from merge_kit.hub import Hub, open_hub
+from merge_kit.hub import Hub, by_pull_request, open_hub, pull_request_of
 from merge_kit.site import Site, check_pinned, federation_on, open_site
-from merge_kit.withdrawals import withdraw
+from merge_kit.withdrawals import ROOT, withdraw
 
 
 @click.command(name="withdraw")
@@ -20,7 +20,14 @@ from merge_kit.withdrawals import withdraw
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @click.option("--all", "everything", is_flag=True, help="Whatever the site has published.")
 @click.option("--hub", help="Another place than the hub that was joined.")
-def withdraw_command(folder: Path, ids: tuple[str, ...], everything: bool, hub: str | None) -> None:
+@click.option(
+    "--create-pr",
+    is_flag=True,
+    help="On the Hugging Face Hub: propose it as a pull request, which needs no right to write.",
+)
+def withdraw_command(
+    folder: Path, ids: tuple[str, ...], everything: bool, hub: str | None, create_pr: bool
+) -> None:
     """Take back what the site in FOLDER has published.
 
     From then on nobody who looks at the hub merges it, and the tensors are removed from it where
@@ -31,10 +38,16 @@ def withdraw_command(folder: Path, ids: tuple[str, ...], everything: bool, hub: 
         raise UsageError("give the ids to withdraw, as 'merge-kit status' shows them, or --all.")
     site = open_site(folder)
     opened = open_hub(hub or site.config.hub)
+    if create_pr:
+        opened = by_pull_request(opened)
     chosen = _chosen(site, opened, ids)
     for found in chosen:
         told = f"{found.kind} {found.id[:12]}"
         fresh = withdraw(opened, site, found.id)
+        if request := pull_request_of(opened, f"{ROOT}/{site.name}/{found.id}"):
+            click.echo(f"Proposed: to withdraw {told} by {request}")
+            click.echo("  it counts until the coordinator has merged that: ask for it at once")
+            continue
         click.echo(f"Withdrawn: {told}" if fresh else f"Withdrawn before: {told}")
         place = f"{folder_of(found.manifest)}/{PAYLOAD}"
         if not opened.has(place):

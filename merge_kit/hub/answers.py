@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 
 from huggingface_hub import __version__
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 
-from merge_kit.errors import HubError
+from merge_kit.errors import UnreachableError
 from merge_kit.hub import endpoint as servers
 from merge_kit.hub.endpoint import Endpoint, without_secrets
 
 AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 """Answers after which the same request may succeed."""
+LONGEST_WAIT = 300.0
 OVERTAKEN = frozenset({409, 412})
 """Answers to a commit whose parent is not the head any more."""
 
@@ -34,12 +36,26 @@ def is_transient(error: BaseException) -> bool:
         return status in AGAIN
     if isinstance(error, OfflineModeIsEnabled) or _reason(error, socket.gaierror):
         return False
+    if "client has been closed" in str(error):  # by another thread, which lost its connection
+        return True
     return "certificate" not in str(error) and "TransportError" in _kinds(error)
 
 
-def explained(error: Exception, where: Endpoint, name: str, *, writing: bool) -> HubError:
+def asked_pause(error: BaseException) -> float:
+    """Seconds that the server asks to wait, at most `LONGEST_WAIT`; 0 where it does not ask."""
+    response = next((r for one in _chain(error) if (r := getattr(one, "response", None))), None)
+    if response is None or status_of(error) not in AGAIN:
+        return 0.0
+    asked = response.headers.get("retry-after", "")
+    if not asked.isdigit():
+        found = re.search(r"\br=0;\s*t=(\d+)", response.headers.get("ratelimit", ""))
+        asked = found[1] if found else "0"
+    return min(float(asked), LONGEST_WAIT)
+
+
+def explained(error: Exception, where: Endpoint, name: str, *, writing: bool) -> UnreachableError:
     """The sentence for whoever is at the keyboard; `name` is the repository's."""
-    return HubError(_sentence(error, where, name, writing))
+    return UnreachableError(_sentence(error, where, name, writing))
 
 
 def discreet(error: Exception) -> RuntimeError:

@@ -34,8 +34,13 @@ class Endpoint:
 
     @property
     def shown(self) -> str:
+        """Its name for a sentence, without anything secret."""
+        return self.address.removeprefix("https://").removeprefix("http://")
+
+    @property
+    def address(self) -> str:
         """Its address without anything secret."""
-        return without_secrets(self.url).removeprefix("https://").removeprefix("http://")
+        return without_secrets(self.url)
 
     @property
     def authorization(self) -> str | bool:

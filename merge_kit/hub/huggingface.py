@@ -46,6 +46,10 @@ class HuggingFaceHub(RemoteHub):
         write lets it in."""
         return HuggingFaceHub(self.repository, pull_requests=True)
 
+    def create(self) -> None:
+        """Make the repository where it is not there: private, as only its owner can see it."""
+        self.repository.create()
+
     def list(self, folder: str) -> Iterator[str]:
         """Names of the entries of a folder, sorted."""
         anew = len(check_name(folder)) == 1

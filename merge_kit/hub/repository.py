@@ -30,9 +30,16 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import EntryNotFoundError
 
-from merge_kit.errors import HubError, MergeKitError
+from merge_kit.errors import HubError, MergeKitError, UnreachableError
 from merge_kit.files import sha256_bytes, sha256_file, storage_errors
-from merge_kit.hub.answers import OVERTAKEN, discreet, explained, is_transient, status_of
+from merge_kit.hub.answers import (
+    OVERTAKEN,
+    asked_pause,
+    discreet,
+    explained,
+    is_transient,
+    status_of,
+)
 from merge_kit.hub.endpoint import Endpoint, prepare_session
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
@@ -131,8 +138,13 @@ class Repository:
             They do not arrive, or are not those that the server lists.
         """
         url = hf_hub_url(self.name, path, revision=commit, endpoint=self.endpoint.url)
-        with storage_errors(target), target.open("wb") as file:
-            self._ask(lambda: self._stream(url, found.size, file), progress=file.tell)
+        try:
+            with storage_errors(target), target.open("wb") as file:
+                self._ask(lambda: self._stream(url, found.size, file), progress=file.tell)
+        except HubError:
+            raise
+        except MergeKitError as error:  # a full disk here says nothing of what is there
+            raise UnreachableError(str(error)) from error
         if target.stat().st_size != found.size or not found.is_of(target):
             raise HubError(
                 f"hf://{self.name}/{path} arrived damaged: its bytes are not those that "
@@ -191,6 +203,7 @@ class Repository:
             operations = plan(head)
             if operations is None:
                 return Done(head, ours=lost > 0)
+            wait = 0.0
             try:
                 prepare_session(self.endpoint)
                 made = self._api.create_commit(
@@ -203,6 +216,7 @@ class Repository:
             except Exception as error:
                 if is_transient(error) and lost < len(PAUSES):
                     lost += 1  # it may have gone through all the same
+                    wait = asked_pause(error)
                 elif status_of(error) not in OVERTAKEN:
                     raise explained(error, self.endpoint, self.name, writing=True) from discreet(
                         error
@@ -215,7 +229,7 @@ class Repository:
                     f"others are always faster with hf://{self.name}: run the same command again "
                     "when fewer publish."
                 )
-            time.sleep(random.uniform(0, bound))
+            time.sleep(wait + random.uniform(0, bound))
             bound = min(2 * bound, LONGEST_PAUSE)
 
     def check_writable(self) -> None:
@@ -233,11 +247,23 @@ class Repository:
             )
 
     def create(self, *, private: bool = True) -> None:
-        """Make the repository, where it is not there."""
+        """Make the repository, where it is not there.
+
+        Raises
+        ------
+        HubError
+            It is there and everybody may read it, but it should be `private`.
+        """
         self.check_writable()
         self._ask(
             lambda: self._api.create_repo(self.name, private=private, exist_ok=True), writing=True
         )
+        info = self._ask(lambda: self._api.model_info(self.name, expand=["private"]))
+        if private and info.private is False:
+            raise HubError(
+                f"hf://{self.name} is there already, and everybody may read it: make it private in "
+                "its settings first, or choose another name."
+            )
 
     def pull_requests(self) -> list[tuple[str, str, str]]:
         """Title, revision and address of each that is open."""
@@ -278,7 +304,8 @@ class Repository:
                     raise explained(error, self.endpoint, self.name, writing=writing) from discreet(
                         error
                     )
-            time.sleep(pauses.pop(0) * random.uniform(0.5, 1.5))
+                wait = asked_pause(error)
+            time.sleep(wait + pauses.pop(0) * random.uniform(0.5, 1.5))
 
 
 class _Absent(HubError):
