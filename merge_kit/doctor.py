@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -178,8 +179,11 @@ def _network() -> Finding:
         return Finding(
             Level.NOTE,
             "hugging face",
-            "HF_HUB_OFFLINE is set: 'init' cannot download pretrained weights",
+            "HF_HUB_OFFLINE is set: 'init' cannot download weights, and hubs hf:// are not asked",
             "give a local file with --weights, or unset it",
         )
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    return Finding(Level.GOOD, "hugging face", f"{endpoint} (asked only by 'init')")
+    endpoint = re.sub(r"://[^/@]+@", "://", endpoint)  # a password is nobody's business
+    return Finding(
+        Level.GOOD, "hugging face", f"{endpoint} (asked by 'init', 'push' and hubs hf://)"
+    )

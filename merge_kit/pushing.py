@@ -66,7 +66,7 @@ def push(
         The server cannot be reached, or does not let us.
     """
     record = read_provenance(folder)
-    config = read_config(folder / CONFIG)
+    config = read_config(folder)
     if config is None or not config.architecture or not (folder / WEIGHTS).is_file():
         raise UsageError(
             f"{folder} is no model that timm could load: it needs {WEIGHTS} and a {CONFIG} that "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Iterator
+from typing import Literal, TypeAlias
 
 from huggingface_hub import __version__
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
@@ -16,6 +17,7 @@ from merge_kit.hub.endpoint import Endpoint, without_secrets
 AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 """Answers after which the same request may succeed."""
 LONGEST_WAIT = 300.0
+Doing: TypeAlias = Literal["read", "write", "make"]
 OVERTAKEN = frozenset({409, 412})
 """Answers to a commit whose parent is not the head any more."""
 
@@ -53,9 +55,9 @@ def asked_pause(error: BaseException) -> float:
     return min(float(asked), LONGEST_WAIT)
 
 
-def explained(error: Exception, where: Endpoint, name: str, *, writing: bool) -> UnreachableError:
+def explained(error: Exception, where: Endpoint, name: str, doing: Doing) -> UnreachableError:
     """The sentence for whoever is at the keyboard; `name` is the repository's."""
-    return UnreachableError(_sentence(error, where, name, writing))
+    return UnreachableError(_sentence(error, where, name, doing))
 
 
 def discreet(error: Exception) -> RuntimeError:
@@ -64,10 +66,10 @@ def discreet(error: Exception) -> RuntimeError:
     return RuntimeError(without_secrets(told)).with_traceback(error.__traceback__)
 
 
-def _sentence(error: Exception, where: Endpoint, name: str, writing: bool) -> str:
+def _sentence(error: Exception, where: Endpoint, name: str, doing: Doing) -> str:
     host, status = where.shown, status_of(error)
     if status is not None:
-        return _answered(status, error, where, name, writing)
+        return _answered(status, error, where, name, doing)
     if isinstance(error, OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE is set, so {host} is not asked: unset it."
     if _reason(error, socket.gaierror):
@@ -101,7 +103,7 @@ def _sentence(error: Exception, where: Endpoint, name: str, writing: bool) -> st
     )
 
 
-def _answered(status: int, error: Exception, where: Endpoint, name: str, writing: bool) -> str:
+def _answered(status: int, error: Exception, where: Endpoint, name: str, doing: Doing) -> str:
     host, uri = where.shown, f"hf://{name}"
     if status == 401 and where.token is None:
         return (
@@ -113,13 +115,14 @@ def _answered(status: int, error: Exception, where: Endpoint, name: str, writing
         )
     if status == 401:
         return f"{host} does not know the token: make a new one there and set HF_TOKEN to it."
-    if status == 403 and writing:
-        return (
-            f"you may not write to {uri}: ask its owner, or take a token that may write; a site "
-            "can also 'merge-kit publish --create-pr'."
-        )
     if status == 403:
-        return f"you may not read {uri}: ask its owner."
+        return {
+            "read": f"you may not read {uri}: ask its owner.",
+            "write": f"you may not write to {uri}: ask its owner, or take a token that may write; "
+            "a site can also propose with --create-pr.",
+            "make": f"you may not make the repository {uri}: ask its owner, or take a token that "
+            "may write.",
+        }[doing]
     if isinstance(error, RevisionNotFoundError):
         return f"{uri} on {host} has no branch 'main': is it the right repository?"
     if status == 404:
@@ -135,7 +138,8 @@ def _answered(status: int, error: Exception, where: Endpoint, name: str, writing
 
 
 def _first_line(error: BaseException, number: int = 0) -> str:
-    told = getattr(error, "server_message", None) or str(error)
+    found = (getattr(one, "server_message", None) for one in _chain(error))
+    told = next(filter(None, found), None) or str(error)
     lines = [line for line in str(told).splitlines() if line.strip()] or [type(error).__name__]
     return without_secrets(lines[min(number, len(lines) - 1)]).strip()[:200]
 

@@ -59,11 +59,12 @@ def chosen() -> Endpoint:
     HubError
         HF_ENDPOINT is no address.
     """
-    url = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or HUGGING_FACE
+    asked = os.environ.get("HF_ENDPOINT", "").strip() or HUGGING_FACE
+    url = asked.rstrip("/")
     place = _split(url)
     if place is None or place.scheme not in _PORTS or not place.hostname:
         raise HubError(
-            f"HF_ENDPOINT is '{without_secrets(url)}', which is no address: write it as "
+            f"HF_ENDPOINT is '{without_secrets(asked)}', which is no address: write it as "
             "https://hub.example.org."
         )
     token = get_token() if url == HUGGING_FACE else os.environ.get("HF_TOKEN", "").strip()
@@ -71,25 +72,29 @@ def chosen() -> Endpoint:
 
 
 def prepare_session(endpoint: Endpoint) -> None:
-    """Make the client library's session wait no longer than it should, and guard the token.
+    """Make the client library's session guard the token, and wait no longer than it should.
 
     To be called before each use: the library makes a new session after some faults.
     """
     if endpoint.token:
         _HOMES.setdefault(endpoint.token, set()).add(_origin(endpoint.url))
     session = get_session()
-    session.timeout = TIMEOUT
     hooks = session.event_hooks
-    if _keep_token_home not in hooks["request"]:
-        session.event_hooks = {**hooks, "request": [*hooks["request"], _keep_token_home]}
+    if _before_sending not in hooks["request"]:
+        session.event_hooks = {**hooks, "request": [*hooks["request"], _before_sending]}
 
 
-def _keep_token_home(request: Any) -> None:
-    """Take a token out of a request to another server than its own."""
+def _before_sending(request: Any) -> None:
+    """Take a token out of a request to another server than its own; and wait for no answer for
+    ever, as the library would for most."""
     token = request.headers.get("authorization", "").removeprefix("Bearer ")
     homes = _HOMES.get(token)
     if homes is not None and _origin(str(request.url)) not in homes:
         del request.headers["authorization"]
+    limits = request.extensions.get("timeout") or {}
+    if not any(limits.values()):
+        limits = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT)
+        request.extensions["timeout"] = limits
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:
@@ -109,8 +114,8 @@ def _split(url: str) -> SplitResult | None:
 def without_secrets(text: str) -> str:
     """A text whose addresses have lost their passwords, and the queries that signatures stand in;
     on one line, and without what would drive a terminal."""
-    text = re.sub(r"(https?://)[^/\s@]+@", r"\1", text)
-    text = re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]*", r"\1", text)
+    text = re.sub(r"(\w+://)[^/\s@]+@", r"\1", text)
+    text = re.sub(r"(\w+://[^\s'\"?]+)\?[^\s'\"]*", r"\1", text)
     for token in _HOMES:
         text = text.replace(token, "<token>")
     return "".join(c if c.isprintable() else " " for c in text)

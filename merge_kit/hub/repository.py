@@ -34,6 +34,7 @@ from merge_kit.errors import HubError, MergeKitError, UnreachableError
 from merge_kit.files import sha256_bytes, sha256_file, storage_errors
 from merge_kit.hub.answers import (
     OVERTAKEN,
+    Doing,
     asked_pause,
     discreet,
     explained,
@@ -165,7 +166,7 @@ class Repository:
             if begun and response.status_code != 206:
                 file.seek(0)
                 file.truncate()
-            for chunk in response.iter_bytes(1 << 20):
+            for chunk in response.iter_bytes():  # of a larger size, a broken one would be lost
                 with storage_errors(Path(file.name)):
                     file.write(chunk)
                 if file.tell() > size:
@@ -181,13 +182,15 @@ class Repository:
             opened = {path: stack.enter_context(_opened(it)) for path, it in files.items()}
             # Always as open files: the library would send paths and bytes by Xet.
             operations = [CommitOperationAdd(path, file) for path, file in opened.items()]
-            self._ask(
-                lambda: self._api.preupload_lfs_files(
+
+            def upload() -> None:
+                for file in opened.values():
+                    file.seek(0)
+                self._api.preupload_lfs_files(
                     self.name, operations, create_pr=for_pull_request, free_memory=False
-                ),
-                writing=True,
-                again=False,
-            )
+                )
+
+            self._ask(upload, "write", pauses=PAUSES[:2])  # the library tries again by itself
             yield list(operations)
 
     def change(self, message: str, plan: Plan, *, pull_request: bool = False) -> Done:
@@ -218,9 +221,7 @@ class Repository:
                     lost += 1  # it may have gone through all the same
                     wait = asked_pause(error)
                 elif status_of(error) not in OVERTAKEN:
-                    raise explained(error, self.endpoint, self.name, writing=True) from discreet(
-                        error
-                    )
+                    raise explained(error, self.endpoint, self.name, "write") from discreet(error)
             else:
                 if made.oid != head:  # else the library found nothing new, in the head of then
                     return Done(made.pr_revision or made.oid, True, made.pr_url)
@@ -255,9 +256,7 @@ class Repository:
             It is there and everybody may read it, but it should be `private`.
         """
         self.check_writable()
-        self._ask(
-            lambda: self._api.create_repo(self.name, private=private, exist_ok=True), writing=True
-        )
+        self._ask(lambda: self._api.create_repo(self.name, private=private, exist_ok=True), "make")
         info = self._ask(lambda: self._api.model_info(self.name, expand=["private"]))
         if private and info.private is False:
             raise HubError(
@@ -279,16 +278,16 @@ class Repository:
     def _ask(
         self,
         what: Callable[[], T],
+        doing: Doing = "read",
         *,
-        writing: bool = False,
-        again: bool = True,
+        pauses: Sequence[float] | None = None,
         progress: Callable[[], int] = lambda: 0,
     ) -> T:
         """Ask the server, several times where a fault of the moment comes between.
 
         `progress` tells whether a try got further than the one before: then it does not count.
         """
-        pauses, reached = list(PAUSES) if again else [], progress()
+        left, reached = list(PAUSES if pauses is None else pauses), progress()
         while True:
             try:
                 prepare_session(self.endpoint)
@@ -299,13 +298,11 @@ class Repository:
                 raise _Absent from error
             except Exception as error:  # whatever the library lets through is the server's doing
                 if progress() > reached:
-                    pauses, reached = list(PAUSES), progress()
-                if not (pauses and is_transient(error)):
-                    raise explained(error, self.endpoint, self.name, writing=writing) from discreet(
-                        error
-                    )
+                    left, reached = list(PAUSES), progress()
+                if not (left and is_transient(error)):
+                    raise explained(error, self.endpoint, self.name, doing) from discreet(error)
                 wait = asked_pause(error)
-            time.sleep(wait + pauses.pop(0) * random.uniform(0.5, 1.5))
+            time.sleep(wait + left.pop(0) * random.uniform(0.5, 1.5))
 
 
 class _Absent(HubError):

@@ -19,8 +19,8 @@ import uvicorn
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tests.merge_kit.hub.hf_repos import ATTRIBUTES, Blob, Refused, Repo
-from tests.merge_kit.hub.hf_routes import ROUTES
+from tests.merge_kit.hub.huggingface.repos import ATTRIBUTES, Blob, Refused, Repo
+from tests.merge_kit.hub.huggingface.routes import ROUTES
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Fault:
 class HubServer:
     """Start it with `with`; `url` is its endpoint."""
 
-    def __init__(self, prefix: str = "", host: str = "127.0.0.1"):
-        self.prefix, self.host = prefix, host
+    def __init__(self, prefix: str = "", **ssl: str):
+        self.prefix, self.host, self.scheme = prefix, "127.0.0.1", "https" if ssl else "http"
         self.tokens: dict[str, str] = {}
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
@@ -48,11 +48,13 @@ class HubServer:
         self.faults: list[Fault] = []
         self.log: list[tuple[str, str, str]] = []
         """Method, path and authorization of every request."""
-        self.part_size, self.page_size = 1 << 20, 1000
+        self.ranges: list[str] = []
+        """Which parts of files were asked for."""
+        self.part_size, self.page_size, self.delay = 1 << 20, 1000, 0.0
         self.upload_root: str | None = None
         """Another address that uploads and verifications are sent to."""
-        config = uvicorn.Config(self, host=host, port=0, log_level="critical", lifespan="off",
-                                loop="asyncio", http="h11", ws="none")  # fmt: skip
+        config = uvicorn.Config(self, host=self.host, port=0, log_level="critical", lifespan="off",
+                                loop="asyncio", http="h11", ws="none", **ssl)  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
@@ -62,7 +64,7 @@ class HubServer:
             assert self._thread.is_alive(), "the server did not start"
             time.sleep(0.01)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://{self.host}:{self.port}{self.prefix}"
+        self.url = f"{self.scheme}://{self.host}:{self.port}{self.prefix}"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,6 +77,16 @@ class HubServer:
         self.repos[name] = repo
         return repo
 
+    def clear(self) -> None:
+        """Forget everything but the tokens."""
+        self.repos, self.objects, self.parts, self.faults = {}, {}, {}, []
+        self.log, self.ranges, self.upload_root = [], [], None
+        self.part_size, self.page_size = 1 << 20, 1000
+
+    def asked(self, method: str, part: str) -> int:
+        """How many requests of a method had `part` in their path."""
+        return sum(m == method and part in path for m, path, _ in self.log)
+
     def fault(self, method: str, part: str, kind: str, value: object = None, **more: int) -> Fault:
         self.faults.append(Fault(method, part, kind, value, **more))
         return self.faults[-1]
@@ -86,11 +98,13 @@ class HubServer:
         path = scope["raw_path"].decode().partition("?")[0].removeprefix(self.prefix)
         asked = request.headers.get("authorization", "")
         self.log.append((request.method, path, asked))
+        if "range" in request.headers:
+            self.ranges.append(request.headers["range"])
         fault = self._fault(request.method, path)
         kind, value = (fault.kind, fault.value) if fault else ("", None)
         transport = receive.__self__.transport
-        if kind == "slow":
-            await asyncio.sleep(float(value))
+        if kind == "slow" or self.delay:
+            await asyncio.sleep(float(value or self.delay))
         if kind == "drop":
             return transport.abort()
         if kind == "cut upload":

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
-from tests.merge_kit.hub.hf_repos import Blob, Refused
+from tests.merge_kit.hub.huggingface.repos import Blob, Refused
 
 if TYPE_CHECKING:
-    from tests.merge_kit.hub.hf_server import HubServer
+    from tests.merge_kit.hub.huggingface.server import HubServer
 
 Handler = Callable[..., Awaitable[Response]]
 ROUTES: dict[tuple[str, str], Handler] = {}
