@@ -41,6 +41,7 @@ from merge_kit.hub.answers import (
     is_transient,
     status_of,
 )
+from merge_kit.hub.base import changed_meanwhile
 from merge_kit.hub.endpoint import Endpoint, prepare_session
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
@@ -223,8 +224,9 @@ class Repository:
                 elif status_of(error) not in OVERTAKEN:
                     raise explained(error, self.endpoint, self.name, "write") from discreet(error)
             else:
-                if made.oid != head:  # else the library found nothing new, in the head of then
-                    return Done(made.pr_revision or made.oid, True, made.pr_url)
+                if made.oid == head:  # the library found nothing new, as somebody has undone it
+                    raise changed_meanwhile(f"hf://{self.name}")
+                return Done(made.pr_revision or made.oid, True, made.pr_url)
             if time.monotonic() > end:
                 raise HubError(
                     f"others are always faster with hf://{self.name}: run the same command again "

@@ -9,10 +9,12 @@ import time
 import traceback
 
 import pytest
+from huggingface_hub import get_session
 from starlette.responses import HTMLResponse
 
 from merge_kit.errors import HubError, UnreachableError
 from merge_kit.hub import endpoint, open_hub
+from merge_kit.hub.answers import is_transient
 from merge_kit.hub.endpoint import HUGGING_FACE, chosen
 from tests.merge_kit.helpers import listing, says
 from tests.merge_kit.hub.contract import ENTRY, FILE, digest_of, publish
@@ -136,6 +138,20 @@ def test_a_token_leaves_for_no_other_server(server):
             list(opened(server).list("contributions"))
         assert other.asked("GET", "/tree/") == 1
         assert {asked for _, _, asked in other.log} == {""}
+
+
+def test_what_we_ask_the_library_for_is_no_warning(hub, caplog):
+    """It would say that Xet could not be used."""
+    publish(hub, LARGE)
+    assert caplog.text == ""
+
+
+def test_a_connection_that_another_thread_has_closed_is_made_anew():
+    session = type(get_session())()
+    session.close()
+    with pytest.raises(RuntimeError) as caught:
+        session.get("http://127.0.0.1:1")
+    assert is_transient(caught.value)
 
 
 def test_nothing_secret_is_told(server, hub, caplog):
@@ -377,6 +393,12 @@ def test_a_download_that_never_gets_further_is_named(server, hub):
 
 def test_an_upload_that_breaks_off_is_sent_again(server, hub):
     server.fault("PUT", "/lfs/", "cut upload", 100_000, times=2)
+    assert publish(hub, LARGE) is True
+    assert opened(server).fetch(PAYLOAD, digest_of(LARGE)).read_bytes() == LARGE
+
+
+def test_an_upload_that_the_library_has_given_up_is_begun_again(server, hub):
+    server.fault("PUT", "/lfs/", "status", 503, times=8)
     assert publish(hub, LARGE) is True
     assert opened(server).fetch(PAYLOAD, digest_of(LARGE)).read_bytes() == LARGE
 

@@ -85,6 +85,29 @@ def test_whoever_is_overtaken_by_the_same_entry_finds_it_there(hub, server, repo
     assert titles(repo) == ["initial commit", f"Add {ENTRY}"]
 
 
+def test_what_came_and_went_meanwhile_is_not_taken_for_published(hub, server, repo, monkeypatch):
+    """The library sends nothing that was there when it asked: then nothing was committed."""
+    original = hub.repository.additions
+
+    def between(*arguments, **named):
+        publish(opened(server))
+        return original(*arguments, **named)
+
+    change = hub.repository.change
+
+    def late(*arguments, **named):
+        repo.add("main", repo.files(next(iter(repo.commits))), "undone", "hospital")
+        return change(*arguments, **named)
+
+    monkeypatch.setattr(hub.repository, "additions", between)
+    monkeypatch.setattr(hub.repository, "change", late)
+    with says(
+        HubError,
+        f"hf://{NAME} has been changed by somebody else meanwhile: run the same command again.",
+    ):
+        publish(hub)
+
+
 def test_whoever_is_always_overtaken_is_told(hub, server, monkeypatch):
     monkeypatch.setattr(repository, "PATIENCE", 0.2)
     server.fault("POST", "/commit/", "status", 412, times=1000)
@@ -183,6 +206,14 @@ def test_what_was_published_later_is_found_when_it_is_asked_for(hub, server):
     publish(hub)
     assert reader.has(PAYLOAD)
     assert reader.fetch(PAYLOAD, digest_of(b"payload")).read_bytes() == b"payload"
+
+
+def test_a_publisher_sees_what_it_has_published(hub):
+    assert list(hub.list("contributions")) == []
+    publish(hub)
+    assert list(hub.list("contributions/north")) == ["abc"]
+    hub.replace(FILE, b"x", None)
+    assert hub.size(FILE) == 1
 
 
 def test_what_never_changes_is_copied_once(hub, server):
