@@ -214,7 +214,7 @@ def test_a_missing_hub_is_named(tmp_path):
         open_hub(f"{tmp_path}/no")
 
 
-@pytest.mark.parametrize("scheme", ["ftp", "https", "sftp"])
+@pytest.mark.parametrize("scheme", ["ftp", "https"])
 def test_an_unknown_kind_of_hub_is_named(scheme):
     with says(
         HubError,

@@ -272,7 +272,9 @@ async def resolve(
         headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data))}
         if hub.upload_root:  # large files come from a storage elsewhere
             return RedirectResponse(f"{hub.upload_root}/cdn/{blob.sha256}", 302, headers)
-    return ranged(request, blob.data, headers)
+    return (
+        Response(blob.data, headers=headers) if hub.whole else ranged(request, blob.data, headers)
+    )
 
 
 for _method in ("GET", "HEAD"):

@@ -51,6 +51,8 @@ class HubServer:
         self.ranges: list[str] = []
         """Which parts of files were asked for."""
         self.part_size, self.page_size, self.delay = 1 << 20, 1000, 0.0
+        self.whole = False
+        """Whether parts of files are not to be had."""
         self.upload_root: str | None = None
         """Another address that uploads and verifications are sent to."""
         config = uvicorn.Config(self, host=self.host, port=0, log_level="critical", lifespan="off",
@@ -81,7 +83,7 @@ class HubServer:
         """Forget everything but the tokens."""
         self.repos, self.objects, self.parts, self.faults = {}, {}, {}, []
         self.log, self.ranges, self.upload_root = [], [], None
-        self.part_size, self.page_size = 1 << 20, 1000
+        self.part_size, self.page_size, self.whole = 1 << 20, 1000, False
 
     def asked(self, method: str, part: str) -> int:
         """How many requests of a method had `part` in their path."""

@@ -372,6 +372,13 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(server, hub):
     assert 0 < starts[0] < starts[1] < len(LARGE)
 
 
+def test_a_server_that_gives_no_parts_is_asked_for_the_whole(server, hub):
+    publish(hub, LARGE)
+    server.whole = True
+    server.fault("GET", "/resolve/", "cut", 100_000, times=2)
+    assert opened(server).fetch(PAYLOAD, digest_of(LARGE)).read_bytes() == LARGE
+
+
 def test_a_download_that_always_gets_further_is_not_given_up(server, hub):
     publish(hub, LARGE)
     server.fault("GET", "/resolve/", "cut", 70_000, times=7)  # more often than tries are made

@@ -163,6 +163,7 @@ def test_replacing_with_the_same_bytes_changes_nothing(hub, repo):
 def test_what_is_removed_is_gone_from_the_head_and_kept_by_the_history(hub, server, repo):
     publish(hub)
     before = repo.refs["main"]
+    assert hub.has(PAYLOAD)
     assert hub.remove(PAYLOAD) is False
     assert not hub.has(PAYLOAD)
     assert not opened(server).has(PAYLOAD)
@@ -341,6 +342,13 @@ def test_an_entry_that_waits_is_not_proposed_twice(server, repo):
         assert publish(site) is True
         assert site.proposed == {ENTRY: f"{server.url}/{NAME}/discussions/1"}
     assert len(repo.pulls) == 1
+
+
+def test_what_others_have_proposed_is_not_looked_into(server, repo):
+    publish(by_pull_request(opened(server, READER)), folder="contributions/south/def")
+    server.log.clear()
+    publish(by_pull_request(opened(server, READER)))
+    assert server.asked("GET", "refs%2Fpr%2F1") == 0
 
 
 def test_a_request_of_the_same_title_with_other_bytes_stops_nobody(server, repo):
