@@ -315,14 +315,14 @@ class SftpHub(RemoteHub):
             disk.append(await session.ask(session.sftp.statvfs(self._root or "/")))
 
         self._once(look)
+        if disk and disk[0].flags & _READ_ONLY:
+            return "the server's file system is read-only: ask who runs it"
         free = disk[0].bavail * disk[0].frsize if disk else _LITTLE
         if free < _LITTLE or isinstance(error, asyncssh.SFTPNoSpaceOnFilesystem):
             return (
                 f"no space left on the server ({free // 2**20} MiB free): make room and run the "
                 "same command again"
             )
-        if disk and disk[0].flags & _READ_ONLY:
-            return "the server's file system is read-only: ask who runs it"
         return f"the server says '{error.reason}': ask who runs it, a quota may be used up"
 
 

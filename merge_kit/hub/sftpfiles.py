@@ -38,7 +38,8 @@ Attributes = asyncssh.SFTPAttrs
 @asynccontextmanager
 async def opened(session: Session, path: str, flags: int) -> AsyncIterator[asyncssh.SFTPClientFile]:
     """An open file, which is closed without waiting for the answer."""
-    file = await session.ask(session.sftp.open(path, flags, encoding=None))
+    # Without blocks of its own: asyncssh would leave their tasks behind when one of them fails.
+    file = await session.ask(session.sftp.open(path, flags, encoding=None, block_size=0))
     try:
         yield file
     finally:
@@ -66,13 +67,22 @@ async def receive(
 ) -> None:
     """Give a stretch of a file to `take`, in order; HubError where the file ends before."""
     async with opened(session, path, FXF_READ) as file:
-        sizes = {start: min(_CHUNK, end - start) for start in range(begin, end, _CHUNK)}
-        asked = (session.ask(file.read(size, start)) for start, size in sizes.items())
-        async with aclosing(_in_turn(asked)) as answers:
-            for size in sizes.values():
-                data = cast(bytes, await anext(answers))
-                if len(data) != size:
-                    raise HubError(f"{path} became shorter while it was read: try again.")
+
+        async def whole(start: int) -> bytes:
+            data, size = bytearray(), min(step, end - start)
+            while len(data) < size:
+                asked = file.read(size - len(data), start + len(data))
+                found = cast(bytes, await session.ask(asked))
+                if not found:
+                    raise HubError(
+                        f"{path} on the server became shorter while it was read: try again."
+                    )
+                data += found
+            return bytes(data)
+
+        step = min(_CHUNK, session.sftp.limits.max_read_len or _CHUNK)
+        async with aclosing(_in_turn(map(whole, range(begin, end, step)))) as answers:
+            async for data in answers:
                 take(data)
 
 
@@ -131,10 +141,10 @@ class Upload:
     def _written(
         self, session: Session, file: asyncssh.SFTPClientFile, source: BinaryIO
     ) -> Iterator[Awaitable[int]]:
-        place = self._arrived
+        place, size = self._arrived, min(_CHUNK, session.sftp.limits.max_write_len or _CHUNK)
         with self._reading():
             source.seek(place)
-            while chunk := source.read(_CHUNK):
+            while chunk := source.read(size):
                 yield session.ask(file.write(chunk, place))
                 place += len(chunk)
 
@@ -233,7 +243,9 @@ class Lock:
         flags = FXF_WRITE | FXF_CREAT | FXF_EXCL
         for left in range(_TRIES, 0, -1):
             try:
-                file = await session.ask(session.sftp.open(self._path, flags, encoding=None))
+                file = await session.ask(
+                    session.sftp.open(self._path, flags, encoding=None, block_size=0)
+                )
             except asyncssh.SFTPError:
                 found = await self._look(session)
                 if found is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import random
 import sys
 import threading
@@ -364,5 +365,5 @@ def _is_reset(error: Exception) -> bool:
 
 
 def _said(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
     return text.partition("\n")[0] or type(error).__name__

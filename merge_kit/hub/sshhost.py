@@ -72,7 +72,7 @@ class Host:
             given["username"] = user
         try:
             options = asyncssh.SSHClientConnectionOptions(
-                host=alias, client_keys=None, known_hosts=b"", **given
+                host=alias, config=(), client_keys=None, known_hosts=b"", **given
             )
         except (ValueError, OSError) as error:
             raise HubError(f"~/.ssh/config cannot be used for {alias}: {error}.") from error

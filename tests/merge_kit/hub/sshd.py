@@ -10,7 +10,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -59,6 +59,7 @@ class Sshd:
 
     def __init__(self, folder: Path, sftp: str = "internal-sftp", lines: str = "") -> None:
         self.folder = folder
+        self.user = USER
         self.home = folder / "home"
         ssh = self.home / ".ssh"
         ssh.mkdir(parents=True)
@@ -104,15 +105,14 @@ class Sshd:
             time.sleep(0.05)
         return False
 
-    def kill(self, *, listener: bool = True) -> None:
-        """kill -9, first of the server, then of its children, of which each serves a client."""
-        if listener:
-            self.process.kill()
-        for child in reversed(self.children()):
+    def kill(self) -> None:
+        """kill -9, of the server and of its children, of which each serves a client."""
+        self.process.send_signal(signal.SIGSTOP)  # no further ones
+        for child in self.children():
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-        if listener:
-            self.process.wait(20)
+        self.process.kill()
+        self.process.wait(20)
 
     def children(self) -> list[int]:
         """Its processes but the first."""
@@ -130,7 +130,7 @@ class Sshd:
 
 
 class Line:
-    """A TCP line to the server, through this process, that can be cut and held up."""
+    """A TCP line to the server, through this process, that can be cut, damaged and held up."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -138,14 +138,25 @@ class Line:
         self.port = int(self._listener.getsockname()[1])
         self.calls = 0
         """Connections so far."""
+        self.passed = {"up": 0, "down": 0}
+        """Bytes so far."""
         self.delay = 0.0
         """Seconds by which all bytes are late, in each direction."""
         self.cuts: list[tuple[str, int]] = []
-        """For the next connections: in which direction, and after how many bytes they break."""
+        """Of the next connections: in which direction, and after how many bytes each breaks."""
+        self.flips: list[tuple[str, int]] = []
+        """The same, for those in which a bit changes."""
+        self.then: Callable[[], object] = lambda: None
+        """What happens when a connection breaks."""
         self.held = threading.Event()
         """While it is set, nothing passes, and nobody is told."""
+        self._hanging = 0
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def hang(self) -> None:
+        """Let nothing more pass on the connections that there are."""
+        self._hanging = self.calls
 
     def _accept(self) -> None:
         while True:
@@ -155,34 +166,48 @@ class Line:
                 return
             self.calls += 1
             cut = self.cuts.pop(0) if self.cuts else ("", 0)
+            flip = self.flips.pop(0) if self.flips else ("", 0)
             try:
                 far = socket.create_connection(("127.0.0.1", self._port), 5)
             except OSError:
                 near.close()
                 continue
+            far.settimeout(None)
             self._open += [near, far]
             for source, sink, way in ((near, far, "up"), (far, near, "down")):
-                after = cut[1] if way == cut[0] else None
-                threading.Thread(target=self._pump, args=(source, sink, after), daemon=True).start()
+                faults = [place if way == at else None for at, place in (cut, flip)]
+                line = (source, sink, way, self.calls, *faults)
+                threading.Thread(target=self._pump, args=line, daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, after: int | None) -> None:
+    def _pump(
+        self, source: socket.socket, sink: socket.socket, way: str, number: int,
+        cut: int | None, flip: int | None,
+    ) -> None:  # fmt: skip
         passed = 0
         with suppress(OSError):
             while data := source.recv(16384):
                 time.sleep(self.delay)
-                while self.held.is_set():
+                while self.held.is_set() or number <= self._hanging:
                     time.sleep(0.01)
-                if after is not None and passed + len(data) > after:
-                    sink.sendall(data[: after - passed])
+                if flip is not None and passed <= flip < passed + len(data):
+                    damaged = bytearray(data)
+                    damaged[flip - passed] ^= 1
+                    data = bytes(damaged)
+                if cut is not None and passed + len(data) > cut:
+                    sink.sendall(data[: cut - passed])
+                    self.then()
                     break
                 sink.sendall(data)
                 passed += len(data)
+                self.passed[way] += len(data)
         _hang_up(source)
         _hang_up(sink)
 
     def close(self) -> None:
         """Cut all."""
         self._listener.close()
+        self.held.clear()
+        self._hanging = 0
         for line in self._open:
             _hang_up(line)
             line.close()
@@ -198,5 +223,7 @@ def running(folder: Path, sftp: str = "internal-sftp", lines: str = "") -> Itera
     """A server of its own."""
     need_sshd()
     server = Sshd(folder, sftp, lines)
-    yield server
-    server.kill()
+    try:
+        yield server
+    finally:
+        server.kill()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+from merge_kit.errors import HubError
 from merge_kit.hub import open_hub
 from merge_kit.remembered import VARIABLE
 from tests.merge_kit.hub.sshd import Line, running
@@ -53,14 +56,50 @@ def place(sshd, root, opened):
 
 
 @pytest.fixture
-def line(sshd):
-    """A line to the server that can be cut."""
-    made = Line(sshd.port)
-    yield made
-    made.close()
+def line_to():
+    """Lay lines to servers, that can be cut."""
+    lines = []
+
+    def lay(server):
+        lines.append(Line(server.port))
+        return lines[-1]
+
+    yield lay
+    for line in lines:
+        line.close()
+
+
+@pytest.fixture
+def line(sshd, line_to):
+    """A line to the server."""
+    return line_to(sshd)
 
 
 @pytest.fixture
 def far(sshd, root, line, opened):
     """The hub at the other end of that line."""
     return opened(sshd.uri(root, line.port))
+
+
+@pytest.fixture
+def at_once():
+    """Run something in threads that begin together: what they gave, and what they said."""
+
+    def start(number, go):
+        barrier, gave, said = threading.Barrier(number), [], []
+
+        def run(index):
+            barrier.wait()
+            try:
+                gave.append(go(index))
+            except HubError as error:
+                said.append(str(error))
+
+        threads = [threading.Thread(target=run, args=(index,)) for index in range(number)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return gave, said
+
+    return start

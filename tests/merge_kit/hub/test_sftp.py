@@ -7,14 +7,13 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import asyncssh
 import pytest
 
 from merge_kit.errors import HubError
-from merge_kit.hub import sftpfiles, ssh
+from merge_kit.remembered import VARIABLE
 from tests.merge_kit.helpers import listing, says
 from tests.merge_kit.hub.contract import ENTRY, FILE, RemoteContract, digest_of, publish
 from tests.merge_kit.hub.sshd import running
@@ -41,32 +40,6 @@ class TestSftp(RemoteContract):
     def again(self, place, opened):
         """The same folder, on a connection of its own."""
         return lambda: opened(place.uri)
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    """Nobody waits long."""
-    monkeypatch.setattr(ssh, "PAUSES", (0.01, 0.02, 0.05, 0.1))
-    monkeypatch.setattr(sftpfiles, "LOCK_LASTS", 0.6)
-
-
-def at_once(number, go):
-    """Run `go` in threads that begin together; what they gave, and what they said."""
-    barrier, gave, said = threading.Barrier(number), [], []
-
-    def run(index):
-        barrier.wait()
-        try:
-            gave.append(go(index))
-        except HubError as error:
-            said.append(str(error))
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return gave, said
 
 
 # what the server does
@@ -228,16 +201,19 @@ def test_a_local_file_that_cannot_be_read_is_named(place, root, tmp_path):
     assert listing(root / "contributions" / "north") == []
 
 
-def child(uri, folder, size=1):
+def child(uri, folder, size, cache):
     """A publisher that can be killed."""
     command = [sys.executable, "-c", CHILD, uri, folder, str(size)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, VARIABLE: str(cache)}  # a temporary one would be left
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
-def test_publishers_that_are_killed_and_started_again_leave_whole_entries(place, root):
+def test_publishers_that_are_killed_and_started_again_leave_whole_entries(place, root, tmp_path):
     rng, size, killed = random.Random(20), 400_000, 0
     folders = [f"contributions/s{number}/entry" for number in range(8)]
-    running = {folder: child(place.uri, folder, size) for folder in folders}
+    running = {folder: child(place.uri, folder, size, tmp_path) for folder in folders}
     for folder in folders[:4]:
         deadline = time.monotonic() + 60
         while not any((root / folder).parent.glob(".*")) and running[folder].poll() is None:
@@ -247,7 +223,7 @@ def test_publishers_that_are_killed_and_started_again_leave_whole_entries(place,
         running[folder].kill()
         running[folder].communicate()
         killed += running[folder].returncode == -signal.SIGKILL
-        running[folder] = child(place.uri, folder, size)
+        running[folder] = child(place.uri, folder, size, tmp_path)
     for process in running.values():
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
@@ -258,8 +234,8 @@ def test_publishers_that_are_killed_and_started_again_leave_whole_entries(place,
         assert listing((root / folder).parent) == ["entry"]
 
 
-def test_an_interrupted_publisher_removes_what_it_has_sent(place, root):
-    process = child(place.uri, ENTRY, 4_000_000)
+def test_an_interrupted_publisher_removes_what_it_has_sent(place, root, tmp_path):
+    process = child(place.uri, ENTRY, 4_000_000, tmp_path)
     folder, deadline = root / "contributions" / "north", time.monotonic() + 60
     while not any(folder.glob(".abc.*/payload")):
         assert time.monotonic() < deadline
