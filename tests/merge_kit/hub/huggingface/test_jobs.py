@@ -70,6 +70,24 @@ def states(ok):
     ]
 
 
+def test_init_makes_a_private_repository_and_puts_the_federation_into_it(
+    ok, run_cli, server, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # the coordinator's key lies where one is
+    place, options = "hf://hospital/new", ("--backbone", "test_resnet", "--weights", "none",
+                                           "--classes", "round,lobed")  # fmt: skip
+    ok("init", place, *options)
+    repo = server.repos["hospital/new"]
+    assert repo.private
+    assert set(repo.files()) == {".gitattributes", "federation.yaml", "base/config.json",
+                                 "base/model.safetensors"}  # fmt: skip
+    assert [commit.title for commit in repo.commits.values()] == [
+        "initial commit", "Add base", "Change federation.yaml",
+    ]  # fmt: skip
+    assert "holds a federation already" in run_cli("init", place, *options).stderr
+    assert len(repo.commits) == 3
+
+
 def test_join_admit_publish_status_merge_and_verify(published, ok, tmp_path):
     for seed, name in enumerate(("north", "south"), 1):
         published(name, seed)
