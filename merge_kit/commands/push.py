@@ -26,10 +26,9 @@ def push(folder: Path, name: str, public: bool, base_model: str | None, replace:
     its name, and the model card says what it was merged from.
     """
     from merge_kit import pushing
-    from merge_kit.hub.endpoint import chosen
-    from merge_kit.hub.repository import Repository
+    from merge_kit.hub.repository import named
 
-    repository = Repository(name.removeprefix("hf://"), chosen())
+    repository = named(name)
     done = pushing.push(
         folder, repository, private=not public, base_model=base_model, replace=replace
     )
@@ -37,8 +36,8 @@ def push(folder: Path, name: str, public: bool, base_model: str | None, replace:
     click.echo(f"{said}: {repository.endpoint.address}/{repository.name}")
     click.echo(f"  files        {', '.join(done.files)}")
     click.echo(f"  fingerprint  {done.fingerprint}")
-    named = ", ".join(done.base_models) or "not named: give its name on the Hub with --base-model"
-    click.echo(f"  base model   {named}")
+    bases = ", ".join(done.base_models) or "not named: give its name on the Hub with --base-model"
+    click.echo(f"  base model   {bases}")
     next_step(
         "load it, where HF_TOKEN may read it, with\n"
         f'  timm.create_model("hf-hub:{repository.name}", pretrained=True)'

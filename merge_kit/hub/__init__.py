@@ -16,9 +16,9 @@ _OBJECT_STORES = ("s3", "gs", "az")
 def open_hub(uri: str) -> Hub:
     """Open the hub that a user named.
 
-    A folder, as a path or a file:// URI; ``hf://owner/name``, a repository on the Hugging Face Hub;
-    ``s3://bucket/prefix`` (or ``gs://``, ``az://``), a place in an object store; or
-    ``sftp://user@host/path``.
+    A folder, as a path or a file:// URI; ``hf://owner/name``, a repository on the Hugging Face Hub
+    (``hf+https://host/owner/name`` with another server); ``s3://bucket/prefix`` (or ``gs://``,
+    ``az://``), a place in an object store; or ``sftp://user@host/path``.
 
     Raises
     ------
@@ -28,7 +28,7 @@ def open_hub(uri: str) -> Hub:
         What the storage needs is not installed.
     """
     scheme, separator, rest = uri.partition("://")
-    if scheme == "hf" and separator:
+    if scheme in ("hf", "hf+https", "hf+http") and separator:
         from merge_kit.hub.huggingface import open_repository
 
         return open_repository(uri)

@@ -104,14 +104,11 @@ def _sentence(error: Exception, where: Endpoint, name: str, doing: Doing) -> str
 
 
 def _answered(status: int, error: Exception, where: Endpoint, name: str, doing: Doing) -> str:
-    host, uri = where.shown, f"hf://{name}"
+    host, uri = where.shown, where.uri(name)
     if status == 401 and where.token is None:
         return (
-            f"{host} shows no repository {name} to strangers: log in with 'hf auth login', or set "
-            "HF_TOKEN; if that is done, check the name."
-            if where.url == servers.HUGGING_FACE
-            else f"{host} shows no repository {name} to strangers: set HF_TOKEN to a token of this "
-            "server; if that is done, check the name."
+            f"{host} shows no repository {name} to strangers: {how_to_log_in(where)}; if that is "
+            "done, check the name."
         )
     if status == 401:
         return f"{host} does not know the token: make a new one there and set HF_TOKEN to it."
@@ -135,6 +132,13 @@ def _answered(status: int, error: Exception, where: Endpoint, name: str, doing: 
     if status in AGAIN:
         return f"{host} failed by itself ({status}), several times: try again later."
     return f"{host} refused with {status} ({_first_line(error)}): ask whoever runs it."
+
+
+def how_to_log_in(where: Endpoint) -> str:
+    """What to do for whom a server does not know."""
+    if where.url == servers.HUGGING_FACE:
+        return "log in with 'hf auth login', or set HF_TOKEN"
+    return f"set HF_ENDPOINT to {where.address}, and HF_TOKEN to a token of this server"
 
 
 def _first_line(error: BaseException, number: int = 0) -> str:

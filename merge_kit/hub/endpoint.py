@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from huggingface_hub import get_session, get_token
 
@@ -42,6 +42,10 @@ class Endpoint:
         """Its address without anything secret."""
         return without_secrets(self.url)
 
+    def uri(self, name: str) -> str:
+        """How a repository there is written: the same, wherever and whenever it is opened."""
+        return f"hf://{name}" if self.url == HUGGING_FACE else f"hf+{self.address}/{name}"
+
     @property
     def authorization(self) -> str | bool:
         """What the client library takes for "this token, or none": None would be the user's."""
@@ -61,14 +65,30 @@ def chosen() -> Endpoint:
     """
     asked = os.environ.get("HF_ENDPOINT", "").strip() or HUGGING_FACE
     url = asked.rstrip("/")
-    place = _split(url)
-    if place is None or place.scheme not in _PORTS or not place.hostname:
+    if not _is_address(url):
         raise HubError(
             f"HF_ENDPOINT is '{without_secrets(asked)}', which is no address: write it as "
             "https://hub.example.org."
         )
     token = get_token() if url == HUGGING_FACE else os.environ.get("HF_TOKEN", "").strip()
     return Endpoint(url, token or None)
+
+
+def at(address: str) -> Endpoint:
+    """The server at an address; with a token only if it is the one that the environment names.
+
+    Raises
+    ------
+    HubError
+        It is no address, or HF_ENDPOINT is none.
+    """
+    if not _is_address(address):
+        raise HubError(
+            f"'{without_secrets(address)}' is no address of a server: write the hub as "
+            "hf+https://hub.example.org/owner/name."
+        )
+    own = chosen()
+    return own if own.address == address else Endpoint(address)
 
 
 def prepare_session(endpoint: Endpoint) -> None:
@@ -102,13 +122,13 @@ def _origin(url: str) -> tuple[str, str, int | None]:
     return place.scheme, place.hostname or "", place.port or _PORTS.get(place.scheme)
 
 
-def _split(url: str) -> SplitResult | None:
+def _is_address(url: str) -> bool:
     try:
         place = urlsplit(url)
-        _ = place.port
+        _ = place.port  # may be malformed
     except ValueError:
-        return None
-    return place
+        return False
+    return place.scheme in _PORTS and bool(place.hostname) and " " not in url
 
 
 def without_secrets(text: str) -> str:

@@ -16,11 +16,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from merge_kit.errors import HubError
 from merge_kit.hub.base import SMALL, changed_meanwhile, check_name, is_plain
-from merge_kit.hub.endpoint import chosen
 from merge_kit.hub.remote import RemoteHub
-from merge_kit.hub.repository import Found, Operation, Repository
-
-SCHEME = "hf://"
+from merge_kit.hub.repository import Found, Operation, Repository, named
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ class HuggingFaceHub(RemoteHub):
     """A federation in a repository of its own."""
 
     def __init__(self, repository: Repository, *, pull_requests: bool = False) -> None:
-        super().__init__(f"{SCHEME}{repository.name}")
+        super().__init__(repository.uri)
         self.repository = repository
         self._by_pull_request = pull_requests
         self._seen: _Snapshot | None = None
@@ -203,5 +200,5 @@ def _is_sound(path: str) -> bool:
 
 
 def open_repository(uri: str) -> HuggingFaceHub:
-    """The hub of ``hf://owner/name``, on the server that HF_ENDPOINT names."""
-    return HuggingFaceHub(Repository(uri.removeprefix(SCHEME).rstrip("/"), chosen()))
+    """The hub in the repository that a user names: see `repository.named`."""
+    return HuggingFaceHub(named(uri))

@@ -38,11 +38,12 @@ from merge_kit.hub.answers import (
     asked_pause,
     discreet,
     explained,
+    how_to_log_in,
     is_transient,
     status_of,
 )
 from merge_kit.hub.base import changed_meanwhile
-from merge_kit.hub.endpoint import Endpoint, prepare_session
+from merge_kit.hub.endpoint import Endpoint, at, chosen, prepare_session
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds between tries of what a fault of the moment has stopped."""
@@ -90,7 +91,7 @@ class Repository:
     """A model repository; its commits are named by their 40 hex digits."""
 
     def __init__(self, name: str, endpoint: Endpoint) -> None:
-        self.name, self.endpoint = name, endpoint
+        self.name, self.endpoint, self.uri = name, endpoint, endpoint.uri(name)
         if not _NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
             raise HubError(
                 f"'{name}' is no name of a repository: write it as owner/name, in letters, digits, "
@@ -149,7 +150,7 @@ class Repository:
             raise UnreachableError(str(error)) from error
         if target.stat().st_size != found.size or not found.is_of(target):
             raise HubError(
-                f"hf://{self.name}/{path} arrived damaged: its bytes are not those that "
+                f"{self.uri}/{path} arrived damaged: its bytes are not those that "
                 f"{self.endpoint.shown} lists; try again."
             )
 
@@ -225,11 +226,11 @@ class Repository:
                     raise explained(error, self.endpoint, self.name, "write") from discreet(error)
             else:
                 if made.oid == head:  # the library found nothing new, as somebody has undone it
-                    raise changed_meanwhile(f"hf://{self.name}")
+                    raise changed_meanwhile(self.uri)
                 return Done(made.pr_revision or made.oid, True, made.pr_url)
             if time.monotonic() > end:
                 raise HubError(
-                    f"others are always faster with hf://{self.name}: run the same command again "
+                    f"others are always faster with {self.uri}: run the same command again "
                     "when fewer publish."
                 )
             time.sleep(wait + random.uniform(0, bound))
@@ -244,10 +245,7 @@ class Repository:
             There is none for this server.
         """
         if self.endpoint.token is None:
-            raise HubError(
-                f"writing to hf://{self.name} on {self.endpoint.shown} needs a token: set HF_TOKEN "
-                "to one of this server that may write."
-            )
+            raise HubError(f"writing to {self.uri} needs a token: {how_to_log_in(self.endpoint)}.")
 
     def create(self, *, private: bool = True) -> None:
         """Make the repository, where it is not there.
@@ -262,7 +260,7 @@ class Repository:
         info = self._ask(lambda: self._api.model_info(self.name, expand=["private"]))
         if private and info.private is False:
             raise HubError(
-                f"hf://{self.name} is there already, and everybody may read it: make it private in "
+                f"{self.uri} is there already, and everybody may read it: make it private in "
                 "its settings first, or choose another name."
             )
 
@@ -305,6 +303,23 @@ class Repository:
                     raise explained(error, self.endpoint, self.name, doing) from discreet(error)
                 wait = asked_pause(error)
             time.sleep(wait + left.pop(0) * random.uniform(0.5, 1.5))
+
+
+def named(text: str) -> Repository:
+    """The repository that a user names.
+
+    ``owner/name`` or ``hf://owner/name`` lies on the server that HF_ENDPOINT names, or else on
+    huggingface.co; ``hf+https://host/owner/name`` on that host, which may have a path.
+
+    Raises
+    ------
+    HubError
+        It is no such name.
+    """
+    if not text.startswith(("hf+http://", "hf+https://")):
+        return Repository(text.removeprefix("hf://").rstrip("/"), chosen())
+    address, *name = text.removeprefix("hf+").rstrip("/").rsplit("/", 2)
+    return Repository("/".join(name), at(address))
 
 
 class _Absent(HubError):

@@ -56,3 +56,8 @@ def opened(
 ) -> HuggingFaceHub:
     """The repository as a hub."""
     return HuggingFaceHub(Repository(name, Endpoint(url or server.url, token)))
+
+
+def uri_of(server: HubServer, name: str = NAME) -> str:
+    """How a repository of the server is written, wherever HF_ENDPOINT leads."""
+    return f"hf+{server.url}/{name}"

@@ -15,10 +15,11 @@ from starlette.responses import HTMLResponse
 from merge_kit.errors import HubError, UnreachableError
 from merge_kit.hub import endpoint, open_hub
 from merge_kit.hub.answers import is_transient
-from merge_kit.hub.endpoint import HUGGING_FACE, chosen
+from merge_kit.hub.endpoint import HUGGING_FACE, Endpoint, chosen
+from merge_kit.hub.repository import Repository
 from tests.merge_kit.helpers import listing, says
 from tests.merge_kit.hub.contract import ENTRY, FILE, digest_of, publish
-from tests.merge_kit.hub.huggingface.conftest import NAME, OWNER, READER, STRANGER, opened
+from tests.merge_kit.hub.huggingface.conftest import NAME, OWNER, READER, STRANGER, opened, uri_of
 from tests.merge_kit.hub.huggingface.server import HubServer
 
 PAYLOAD = f"{ENTRY}/payload.safetensors"
@@ -44,8 +45,8 @@ def entries(server):
 def test_a_private_repository_is_not_shown_to_strangers(server):
     with says(
         UnreachableError,
-        f"{host(server)} shows no repository {NAME} to strangers: set HF_TOKEN to a token of this "
-        "server; if that is done, check the name.",
+        f"{host(server)} shows no repository {NAME} to strangers: set HF_ENDPOINT to {server.url}, "
+        "and HF_TOKEN to a token of this server; if that is done, check the name.",
     ):
         opened(server, None).has(FILE)
 
@@ -74,8 +75,8 @@ def test_whoever_may_only_read_is_shown_the_other_way(server):
     assert list(site.list("contributions")) == []
     with says(
         UnreachableError,
-        f"you may not write to hf://{NAME}: ask its owner, or take a token that may write; a site "
-        "can also propose with --create-pr.",
+        f"you may not write to {uri_of(server)}: ask its owner, or take a token that may write; a "
+        "site can also propose with --create-pr.",
     ):
         publish(site)
     assert entries(server) == []
@@ -86,8 +87,8 @@ def test_nobody_writes_without_a_token(server):
     server.create("hospital/open", writers="hospital", private=False)
     hub = opened(server, None, "hospital/open")
     sentence = (
-        f"writing to hf://hospital/open on {host(server)} needs a token: set HF_TOKEN to one of "
-        "this server that may write."
+        f"writing to {uri_of(server, 'hospital/open')} needs a token: set HF_ENDPOINT to "
+        f"{server.url}, and HF_TOKEN to a token of this server."
     )
     for write in (publish, lambda hub: hub.replace(FILE, b"x", None), lambda hub: hub.remove("a")):
         with says(HubError, sentence):
@@ -121,6 +122,29 @@ def test_a_token_of_the_environment_belongs_to_its_endpoint(server):
     publish(open_hub(f"hf://{NAME}"))
     sent = {asked for _, path, asked in server.log if not path.startswith("/lfs/")}
     assert sent == {f"Bearer {OWNER}"}
+
+
+def test_a_token_is_not_sent_to_a_server_that_the_environment_does_not_name(server, monkeypatch):
+    """HF_TOKEN is of the server HF_ENDPOINT, or else of huggingface.co."""
+    server.create("hospital/open", writers="hospital", private=False)
+    for elsewhere in ("https://elsewhere.example.org", None):
+        if elsewhere:
+            monkeypatch.setenv("HF_ENDPOINT", elsewhere)
+        else:
+            monkeypatch.delenv("HF_ENDPOINT")
+        hub = open_hub(uri_of(server, "hospital/open"))
+        assert not hub.has(FILE)
+        with pytest.raises(HubError, match="needs a token: set HF_ENDPOINT to http://127"):
+            publish(hub)
+    assert {asked for _, _, asked in server.log} == {""}
+
+
+def test_on_hugging_face_one_may_log_in():
+    with says(
+        HubError,
+        f"writing to hf://{NAME} needs a token: log in with 'hf auth login', or set HF_TOKEN.",
+    ):
+        Repository(NAME, Endpoint(HUGGING_FACE)).check_writable()
 
 
 def test_a_token_leaves_for_no_other_server(server):
@@ -355,7 +379,7 @@ def test_bytes_that_were_changed_on_the_way_are_refused(server, hub, name):
     reader = opened(server)
     with says(
         HubError,
-        f"hf://{NAME}/{name} arrived damaged: its bytes are not those that {host(server)} lists; "
+        f"{reader.uri}/{name} arrived damaged: its bytes are not those that {host(server)} lists; "
         "try again.",
     ):
         reader.fetch(name)

@@ -19,7 +19,7 @@ from merge_kit.federation import FEDERATION_FILE
 from merge_kit.hub import create_hub, open_hub
 from tests.conftest import write_run
 from tests.merge_kit.helpers import listing, load
-from tests.merge_kit.hub.huggingface.conftest import NAME, OWNER, READER
+from tests.merge_kit.hub.huggingface.conftest import NAME, OWNER, READER, uri_of
 from tests.merge_kit.hub.huggingface.repos import Blob
 
 URI = f"hf://{NAME}"
@@ -70,6 +70,24 @@ def states(ok):
     ]
 
 
+def test_init_makes_a_private_repository_and_puts_the_federation_into_it(
+    ok, run_cli, server, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # the coordinator's key lies where one is
+    place, options = "hf://hospital/new", ("--backbone", "test_resnet", "--weights", "none",
+                                           "--classes", "round,lobed")  # fmt: skip
+    ok("init", place, *options)
+    repo = server.repos["hospital/new"]
+    assert repo.private
+    assert set(repo.files()) == {".gitattributes", "federation.yaml", "base/config.json",
+                                 "base/model.safetensors"}  # fmt: skip
+    assert [commit.title for commit in repo.commits.values()] == [
+        "initial commit", "Add base", "Change federation.yaml",
+    ]  # fmt: skip
+    assert "holds a federation already" in run_cli("init", place, *options).stderr
+    assert len(repo.commits) == 3
+
+
 def test_join_admit_publish_status_merge_and_verify(published, ok, tmp_path):
     for seed, name in enumerate(("north", "south"), 1):
         published(name, seed)
@@ -79,6 +97,17 @@ def test_join_admit_publish_status_merge_and_verify(published, ok, tmp_path):
     ok("verify", tmp_path / "merged", "--hub", URI)
     run = tmp_path / "north" / "runs" / "seed1"
     assert "Already published" in ok("publish", tmp_path / "north", "--run", run)
+
+
+def test_a_site_stays_with_the_server_that_it_joined(trained, ok, run_cli, server, monkeypatch):
+    """Whatever HF_ENDPOINT says on a later day, nothing is sent elsewhere."""
+    run = trained("north")
+    assert site.open_site(run.parents[1]).config.hub == uri_of(server)
+    monkeypatch.delenv("HF_ENDPOINT")
+    refused = run_cli("publish", run.parents[1], "--run", run)
+    assert refused.stderr.startswith(f"Error: {server.url[7:]} shows no repository {NAME} to stran")
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    assert "Published" in ok("publish", run.parents[1], "--run", run)
 
 
 def test_what_was_merged_from_a_hub_elsewhere_is_what_a_folder_gives(published, hub, ok, tmp_path):
@@ -100,12 +129,12 @@ def test_a_site_without_the_right_to_write_proposes(trained, ok, run_cli, server
     refused = run_cli("publish", run.parents[1], "--run", run)
     assert refused.exit_code == 1
     assert refused.stderr == (
-        f"Error: you may not write to {URI}: ask its owner, or take a token that may write; a site "
-        "can also propose with --create-pr.\n"
+        f"Error: you may not write to {uri_of(server)}: ask its owner, or take a token that may "
+        "write; a site can also propose with --create-pr.\n"
     )
     for _ in range(2):
         said = ok("publish", run.parents[1], "--run", run, "--create-pr")
-        assert f"Proposed: {URI}/contributions/north/" in said
+        assert f"Proposed: {uri_of(server)}/contributions/north/" in said
         assert f"by {server.url}/{NAME}/discussions/1\n" in said
         assert "ask the coordinator to look at it and to merge it" in said
     assert states(ok) == []
@@ -125,10 +154,12 @@ def test_such_a_site_takes_back_in_the_same_way(trained, ok, server, monkeypatch
     assert [state for _, state in states(ok)] == ["withdrawn"]
 
 
-def test_withdrawing_says_that_the_history_keeps_the_tensors(published, ok):
+def test_withdrawing_says_that_the_history_keeps_the_tensors(published, ok, server):
     run = published("north")
     said = ok("withdraw", run.parents[1], "--all")
-    assert f"its tensors cannot be removed for good: {URI} keeps what was deleted" in said
+    assert (
+        f"its tensors cannot be removed for good: {uri_of(server)} keeps what was deleted" in said
+    )
 
 
 def test_a_dry_run_proposes_nothing(trained, ok, server):
@@ -271,8 +302,8 @@ def refusals(merged, server, tmp_path):
             "hospital/notes holds other files (notes.txt): push to a repository of its own."),
         "a public repository": (
             (merged, "hospital/open"), 1,
-            "hf://hospital/open is there already, and everybody may read it: make it private in "
-            "its settings first, or choose another name."),
+            f"{uri_of(server, 'hospital/open')} is there already, and everybody may read it: make "
+            "it private in its settings first, or choose another name."),
         "no merged model": (
             (tmp_path, MODEL), 1,
             f"{tmp_path} is no merged model: it has no provenance.json; give a folder that "

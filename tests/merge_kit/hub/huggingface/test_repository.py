@@ -9,7 +9,7 @@ from merge_kit.hub import by_pull_request, create_hub, open_hub, repository
 from merge_kit.hub.huggingface import HuggingFaceHub
 from tests.merge_kit.helpers import says
 from tests.merge_kit.hub.contract import ENTRY, FILE, digest_of, publish
-from tests.merge_kit.hub.huggingface.conftest import NAME, OWNER, READER, opened
+from tests.merge_kit.hub.huggingface.conftest import NAME, OWNER, READER, opened, uri_of
 from tests.merge_kit.hub.huggingface.repos import Blob
 from tests.merge_kit.hub.huggingface.server import HubServer
 
@@ -103,7 +103,7 @@ def test_what_came_and_went_meanwhile_is_not_taken_for_published(hub, server, re
     monkeypatch.setattr(hub.repository, "change", late)
     with says(
         HubError,
-        f"hf://{NAME} has been changed by somebody else meanwhile: run the same command again.",
+        f"{hub.uri} has been changed by somebody else meanwhile: run the same command again.",
     ):
         publish(hub)
 
@@ -113,8 +113,7 @@ def test_whoever_is_always_overtaken_is_told(hub, server, monkeypatch):
     server.fault("POST", "/commit/", "status", 412, times=1000)
     with says(
         HubError,
-        f"others are always faster with hf://{NAME}: run the same command again when fewer "
-        "publish.",
+        f"others are always faster with {hub.uri}: run the same command again when fewer publish.",
     ):
         publish(hub)
 
@@ -147,7 +146,7 @@ def test_a_replacement_does_not_overwrite_what_came_between(hub, server, repo, m
     just_before_the_commit(hub, monkeypatch, lambda: somebody_commits(repo, **{FILE: b"other"}))
     with says(
         HubError,
-        f"hf://{NAME}/{FILE} has been changed by somebody else meanwhile: run the same command "
+        f"{hub.uri}/{FILE} has been changed by somebody else meanwhile: run the same command "
         "again.",
     ):
         hub.replace(FILE, b"two", b"one")
@@ -261,7 +260,7 @@ def test_files_that_the_repository_ignores_are_not_taken_for_published(hub, repo
     repo.add("main", {**repo.files(), ".gitignore": Blob(b"*.json\n")}, "by hand", "hospital")
     with says(
         HubError,
-        f"hf://{NAME} has left out {ENTRY}/manifest.json: remove the rule that does so from the "
+        f"{hub.uri} has left out {ENTRY}/manifest.json: remove the rule that does so from the "
         f"repository's .gitignore, remove {ENTRY}, and publish again.",
     ):
         publish(hub)
@@ -285,8 +284,8 @@ def test_a_new_repository_is_private(server, monkeypatch):
     assert create_hub("hf://hospital/other").uri == hub.uri
     with says(
         UnreachableError,
-        "you may not make the repository hf://elsewhere/x: ask its owner, or take a token that may "
-        "write.",
+        f"you may not make the repository {uri_of(server, 'elsewhere/x')}: ask its owner, or take "
+        "a token that may write.",
     ):
         create_hub("hf://elsewhere/x")
 
@@ -295,8 +294,8 @@ def test_a_repository_that_everybody_may_read_is_not_taken_for_a_private_one(ser
     server.create("hospital/open", writers="hospital", private=False)
     with says(
         HubError,
-        "hf://hospital/open is there already, and everybody may read it: make it private in its "
-        "settings first, or choose another name.",
+        f"{uri_of(server, 'hospital/open')} is there already, and everybody may read it: make it "
+        "private in its settings first, or choose another name.",
     ):
         create_hub("hf://hospital/open")
 
@@ -319,11 +318,37 @@ def test_a_name_that_no_repository_has_is_named(server, name):
         open_hub(f"hf://{name}")
 
 
-def test_a_uri_opens_the_repository(server):
-    found = open_hub(f"hf://{NAME}/")
+@pytest.mark.parametrize("written", ["hf://{name}/", "hf+{url}/{name}"])
+def test_a_uri_opens_the_repository(server, written):
+    found = open_hub(written.format(name=NAME, url=server.url))
     assert isinstance(found, HuggingFaceHub)
-    assert found.uri == f"hf://{NAME}"
+    assert found.uri == uri_of(server)
     assert server.log == []
+
+
+def test_a_hub_stays_on_its_server_wherever_the_environment_leads(server, monkeypatch):
+    """A site keeps the address from the day that it joined: nothing goes to another server."""
+    uri = open_hub(f"hf://{NAME}").uri
+    monkeypatch.delenv("HF_ENDPOINT")
+    assert open_hub(uri).uri == uri
+    assert open_hub(f"hf://{NAME}").uri == f"hf://{NAME}"
+    assert open_hub(uri).repository.endpoint.url == server.url
+
+
+def test_a_uri_may_have_a_path(server):
+    with HubServer(prefix="/artifactory/models") as below:
+        below.create(NAME, writers="hospital", private=False)
+        hub = open_hub(f"hf+{below.url}/{NAME}")
+        assert hub.uri == f"hf+http://127.0.0.1:{below.port}/artifactory/models/{NAME}"
+        assert list(hub.list("contributions")) == []
+
+
+@pytest.mark.parametrize(
+    "uri", ["hf+https://a", "hf+https://", "hf+https:///b/c", "hf+http://a:b/c/d"]
+)
+def test_a_uri_without_a_server_or_a_name_is_refused(server, uri):
+    with pytest.raises(HubError, match=r"is no (address of a server|name of a repository): write"):
+        open_hub(uri)
 
 
 def test_an_entry_can_be_proposed_by_who_may_not_write(server, repo):
