@@ -64,7 +64,7 @@ def test_the_main_job(place, sites, ok, keys):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
 
 
-def test_the_same_merge_as_from_a_folder(place, sites, ok, other, bucket):
+def test_the_same_merge_as_from_a_copy_of_another_program_or_ours(place, sites, ok, other, bucket):
     published(sites, ok)
     ok("merge", place, "--method", "mean", "--out", "merged")
     for page in other.get_paginator("list_objects_v2").paginate(Bucket=bucket):
@@ -72,9 +72,11 @@ def test_the_same_merge_as_from_a_folder(place, sites, ok, other, bucket):
             path = Path("copy", one["Key"])
             path.parent.mkdir(parents=True, exist_ok=True)
             other.download_file(bucket, one["Key"], str(path))
-    ok("merge", "copy/some/folder", "--method", "mean", "--out", "merged-again")
-    for name in ("model.safetensors", "config.json"):
-        assert Path("merged", name).read_bytes() == Path("merged-again", name).read_bytes()
+    ok("pull", place, "pulled")
+    for number, hub in enumerate(("copy/some/folder", "pulled")):
+        ok("merge", hub, "--method", "mean", "--out", f"merged-{number}")
+        for name in ("model.safetensors", "config.json"):
+            assert Path("merged", name).read_bytes() == Path(f"merged-{number}", name).read_bytes()
 
 
 def test_a_withdrawal_is_respected_and_its_tensors_go(place, sites, ok, keys):
