@@ -224,6 +224,15 @@ def test_what_is_kept_is_not_made_again(made, monkeypatch, tmp_path):
     assert made(cache="elsewhere").keys == first.keys
 
 
+def test_no_batch_begins_with_the_noise_of_another(made, tmp_path):
+    """One teacher is asked for one class twice, in two batches."""
+    torch.manual_seed(1)
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    loaded = Network("1", None, "1" * 64, 3, SMALL, partial(copy.deepcopy, model))
+    one = teacher("site", [True, False, False], [10.0, 0.0, 0.0], loaded=loaded)
+    assert len(set(made(whom=[one], images=4, batch_size=2).keys)) == 4
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"seed": 1}, {"steps": 4}, {"invert": "together"}, {"statistics": 0.5}, {"images": 7}],
