@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 import asyncssh
 
-from merge_kit.errors import HubError
+from merge_kit.errors import HubError, UnreachableError
 from merge_kit.hub.sshhost import Denied, Host, Secrets
 
 PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -80,7 +80,7 @@ def parse_address(uri: str) -> Address:
     return Address(uri.rstrip("/"), unquote(host), port, user, path)
 
 
-class Broken(HubError):
+class Broken(UnreachableError):
     """The connection broke, or could not be made: trying again may help."""
 
 
@@ -159,8 +159,8 @@ class Server:
 
         Raises
         ------
-        HubError
-            The server cannot be reached, is not known, lets nobody in, or the step raised it.
+        UnreachableError
+            The server cannot be reached, is not known, or does not let us in.
         """
         limit, count, before, since = tries or len(PAUSES) + 1, 0, moved(), 0.0
         while True:
@@ -249,7 +249,7 @@ class Server:
             await _check_root(session, address)
         except BaseException as error:
             await _close(through)
-            if isinstance(error, (HubError, Denied)) or not isinstance(error, Exception):
+            if isinstance(error, (UnreachableError, Denied)) or not isinstance(error, Exception):
                 raise
             raise self._unreachable(error, host) from error
         return session
@@ -260,21 +260,21 @@ class Server:
         """Connect to a host, the hosts first that ~/.ssh/config puts before it: asyncssh would not
         insist that these are known."""
         if depth > _JUMPS:
-            raise HubError(f"ProxyJump in ~/.ssh/config leads to {host.alias} in a circle.")
+            raise UnreachableError(f"ProxyJump in ~/.ssh/config leads to {host.alias} in a circle.")
         if not through:
             for jump in host.jumps:
                 await self._reach(jump, through, depth + 1)
         tunnel = through[-1] if through else None
         through.append(await host.connect(tunnel, self._secrets))
 
-    def _unreachable(self, error: Exception, host: Host) -> HubError:
+    def _unreachable(self, error: Exception, host: Host) -> UnreachableError:
         if isinstance(error, gaierror):
-            return HubError(
+            return UnreachableError(
                 f"{self.address.uri}: this machine knows no host {host.name}: check the name, and "
                 "the network."
             )
         # A server that was there comes back; one that never was is an address.
-        lasting = Broken if self._was_there else HubError
+        lasting = Broken if self._was_there else UnreachableError
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
             return lasting(
                 f"{host.label} did not let us in within {host.timeout:.0f} s: try again later, or "
@@ -308,12 +308,8 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 async def _close(through: list[asyncssh.SSHClientConnection]) -> None:
     for connection in reversed(through):
         connection.close()
-        try:
-            await asyncio.wait_for(connection.wait_closed(), 1)
-        except Exception:
-            connection.abort()
-            with suppress(Exception):
-                await asyncio.wait_for(connection.wait_closed(), 1)
+        with suppress(Exception):  # a process of a ProxyCommand may take its time
+            await asyncio.wait_for(connection.wait_closed(), 5)
 
 
 async def _sftp(connection: asyncssh.SSHClientConnection, host: Host) -> asyncssh.SFTPClient:
@@ -325,13 +321,13 @@ async def _sftp(connection: asyncssh.SSHClientConnection, host: Host) -> asyncss
     except (asyncssh.ChannelOpenError, asyncssh.SFTPError) as error:
         if connection.is_closed():
             raise asyncssh.ConnectionLost(str(error)) from error
-        raise HubError(
+        raise UnreachableError(
             f"{host.label} lets us in, but offers no SFTP ({_said(error)}): ask who runs it."
         ) from error
 
 
 async def _check_root(session: Session, address: Address) -> None:
-    missing = HubError(
+    missing = UnreachableError(
         f"the hub {address.uri} is not there: check the path, or make the folder on the server."
     )
     try:
@@ -339,7 +335,7 @@ async def _check_root(session: Session, address: Address) -> None:
     except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath) as error:
         raise missing from error
     except asyncssh.SFTPPermissionDenied as error:
-        raise HubError(
+        raise UnreachableError(
             f"the hub {address.uri} may not be seen by this user: ask who runs the server."
         ) from error
     if found.type != asyncssh.FILEXFER_TYPE_DIRECTORY:

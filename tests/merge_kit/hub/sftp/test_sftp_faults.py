@@ -10,14 +10,13 @@ import time
 
 import pytest
 
-from merge_kit.errors import HubError, MergeKitError
+from merge_kit.errors import HubError, MergeKitError, UnreachableError
 from merge_kit.hub import sftpfiles, ssh
 from merge_kit.hub.sftpfiles import Lock
 from tests.merge_kit.helpers import listing, says
 from tests.merge_kit.hub.contract import ENTRY, FILE, digest_of, publish
-from tests.merge_kit.hub.sshd import Sshd, running
+from tests.merge_kit.hub.sftp.sshd import Sshd, running
 
-pytest_plugins = ["tests.merge_kit.hub.sshfixtures"]
 PAYLOAD = f"{ENTRY}/payload.safetensors"
 BIG = random.Random(5).randbytes(3_000_000)
 
@@ -162,7 +161,7 @@ def test_bytes_that_are_damaged_on_the_line_are_fetched_again(far, line, root):
 
 def test_a_line_that_breaks_every_time_is_named(sshd, far, line, root):
     line.cuts = [("up", 200_000)] + [("up", 800)] * 20
-    with pytest.raises(HubError) as caught:
+    with pytest.raises(UnreachableError) as caught:
         publish(far, BIG)
     assert re.fullmatch(
         f"{sshd.user}@127.0.0.1:{line.port} cannot be reached \\(.*\\): check the address, and "
@@ -195,7 +194,7 @@ def test_a_server_that_says_nothing_is_named(sshd, far, line, tmp_path, monkeypa
     configure(sshd, monkeypatch, tmp_path, "Host *\nConnectTimeout 1\n")
     line.held.set()
     with says(
-        HubError,
+        UnreachableError,
         f"{sshd.user}@127.0.0.1:{line.port} did not let us in within 1 s: try again later, or set "
         "a longer ConnectTimeout in ~/.ssh/config.",
     ):

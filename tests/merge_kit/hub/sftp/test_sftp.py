@@ -16,9 +16,8 @@ from merge_kit.errors import HubError
 from merge_kit.remembered import VARIABLE
 from tests.merge_kit.helpers import listing, says
 from tests.merge_kit.hub.contract import ENTRY, FILE, RemoteContract, digest_of, publish
-from tests.merge_kit.hub.sshd import running
+from tests.merge_kit.hub.sftp.sshd import running
 
-pytest_plugins = ["tests.merge_kit.hub.sshfixtures"]
 PAYLOAD = f"{ENTRY}/payload.safetensors"
 CHILD = """
 import sys
@@ -109,7 +108,8 @@ def test_symbolic_links_are_refused(place, root, tmp_path, linked):
         with says(HubError, sentence):
             use("folder/file")
     if linked == "folder":
-        assert list(place.list("folder")) == []
+        with says(HubError, sentence):  # what it leads to might hold the withdrawals
+            list(place.list("folder"))
         for write in (place.remove, lambda name: place.publish(name, {"a": b""})):
             with says(HubError, sentence):
                 write("folder/file")
