@@ -306,10 +306,16 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _close(through: list[asyncssh.SSHClientConnection]) -> None:
-    for connection in reversed(through):
+    async def close(connection: asyncssh.SSHClientConnection) -> None:
+        process = connection.get_extra_info("subprocess")  # of a ProxyCommand
         connection.close()
-        with suppress(Exception):  # a process of a ProxyCommand may take its time
-            await asyncio.wait_for(connection.wait_closed(), 5)
+        await connection.wait_closed()
+        while process and process.returncode is None:
+            await asyncio.sleep(0.01)
+
+    for connection in reversed(through):
+        with suppress(Exception):
+            await asyncio.wait_for(close(connection), 5)
 
 
 async def _sftp(connection: asyncssh.SSHClientConnection, host: Host) -> asyncssh.SFTPClient:

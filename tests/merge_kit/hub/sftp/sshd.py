@@ -26,8 +26,8 @@ StrictModes no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin yes
-MaxStartups 100
 """
+ALL_AT_ONCE = "MaxStartups 100\n"
 
 
 def need_sshd() -> str:
@@ -57,7 +57,7 @@ def free_port() -> int:
 class Sshd:
     """An OpenSSH server for the user who runs the tests, and a home folder that knows it."""
 
-    def __init__(self, folder: Path, sftp: str = "internal-sftp", lines: str = "") -> None:
+    def __init__(self, folder: Path, sftp: str = "internal-sftp", lines: str = ALL_AT_ONCE) -> None:
         self.folder = folder
         self.user = USER
         self.home = folder / "home"
@@ -237,7 +237,7 @@ def _hang_up(line: socket.socket) -> None:
 
 
 @contextmanager
-def running(folder: Path, sftp: str = "internal-sftp", lines: str = "") -> Iterator[Sshd]:
+def running(folder: Path, sftp: str = "internal-sftp", lines: str = ALL_AT_ONCE) -> Iterator[Sshd]:
     """A server of its own."""
     need_sshd()
     server = Sshd(folder, sftp, lines)

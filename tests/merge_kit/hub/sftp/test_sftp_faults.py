@@ -250,6 +250,17 @@ def test_a_server_that_is_gone_is_named_and_the_next_publisher_tidies_up(
         assert listing(root / "contributions" / "north") == ["abc"]
 
 
+def test_a_server_that_is_too_busy_is_called_again(tmp_path, root, opened, at_once, monkeypatch):
+    """OpenSSH hangs up on some of those who call at the same time."""
+    monkeypatch.setattr(ssh, "PAUSES", (0.1, 0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4))
+    with running(tmp_path / "own", lines="MaxStartups 1:90:3\nLogLevel VERBOSE\n") as own:
+        monkeypatch.setenv("HOME", str(own.home))
+        hubs = [opened(own.uri(root)) for _ in range(8)]
+        gave, said = at_once(8, lambda n: publish(hubs[n], b"x" * 1000, f"contributions/s{n}/e"))
+        assert (gave, said) == ([True] * 8, [])
+        assert "past MaxStartups" in (own.folder / "log").read_text()
+
+
 def test_a_read_only_account_is_named(tmp_path, root, opened, monkeypatch):
     (root / "file").write_text("text")
     with running(tmp_path / "own", "internal-sftp -R") as own:
