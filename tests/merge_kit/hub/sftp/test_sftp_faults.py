@@ -81,7 +81,7 @@ def test_a_line_that_breaks_anywhere_is_made_up_for(far, line, root, way):
         return publish(far, b"x" * 2000, f"contributions/{site}/entry")
 
     send("first")
-    line.calls, number = 0, 12
+    line.calls, number = 0, 8
     for place in places(far, line, way, lambda: send("second"), number):
         far._server.close()
         line.cuts = [(way, place)]
@@ -104,7 +104,7 @@ def test_the_federation_file_is_replaced_once_where_the_line_breaks(far, line, r
 
     far.replace(FILE, b"first", None)
     far._server.close()
-    line.calls, number, before = 0, 12, b"second"
+    line.calls, number, before = 0, 8, b"second"
     for place in places(far, line, way, lambda: change(b"first", b"second"), number):
         far._server.close()
         line.cuts = [(way, place)]
@@ -175,9 +175,9 @@ def test_a_line_that_breaks_every_time_is_named(sshd, far, line, root):
 
 
 def test_a_slow_line_is_no_fault(far, line):
-    line.delay = 0.02
-    assert publish(far, BIG[:500_000]) is True
-    assert far.fetch(PAYLOAD, digest_of(BIG[:500_000])).stat().st_size == 500_000
+    line.delay = 0.01
+    assert publish(far, BIG[:300_000]) is True
+    assert far.fetch(PAYLOAD, digest_of(BIG[:300_000])).stat().st_size == 300_000
 
 
 def test_a_line_that_hangs_is_given_up_for_another_one(far, line, root, monkeypatch):
@@ -213,14 +213,14 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(
         slow = line_to(own)
         slow.delay = 0.01
         hub = opened(own.uri(root, slow.port))
-        thread, faults = meanwhile(lambda: publish(hub, BIG))
+        thread, faults = meanwhile(lambda: publish(hub, BIG[:1_500_000]))
         until(lambda: any(root.glob("contributions/north/.*/payload.safetensors")))
         own.kill()
         time.sleep(0.3)
         own.start()
         thread.join(60)
         assert faults == []
-        assert (root / PAYLOAD).stat().st_size == len(BIG)
+        assert (root / PAYLOAD).read_bytes() == BIG[:1_500_000]
         assert listing(root / "contributions" / "north") == ["abc"]
 
 
@@ -232,7 +232,7 @@ def test_a_server_that_is_gone_is_named_and_the_next_publisher_tidies_up(
         slow = line_to(own)
         slow.delay = 0.01
         hub = opened(own.uri(root, slow.port))
-        thread, faults = meanwhile(lambda: publish(hub, BIG))
+        thread, faults = meanwhile(lambda: publish(hub, BIG[:1_500_000]))
         until(lambda: any(root.glob("contributions/north/.*/payload.safetensors")))
         own.kill()
         thread.join(60)
