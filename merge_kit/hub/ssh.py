@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import random
 import sys
@@ -205,6 +206,7 @@ class Server:
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         with self._starting:
             if self._loop is None:
+                logging.getLogger("asyncio").addFilter(_is_told)
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=_serve, args=(self._loop,), daemon=True)
                 self._thread.start()
@@ -287,6 +289,11 @@ class Server:
         # Servers that are busy hang up on some of those who call.
         hung_up = _is_break(error) and not isinstance(error, OSError)
         return Broken(text) if hung_up or _is_reset(error) else lasting(text)
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    """A connection that broke is said in a sentence of ours, if it could not be made up for."""
+    return record.msg != "socket.send() raised exception."
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

@@ -114,21 +114,29 @@ def test_the_federation_file_is_replaced_once_where_the_line_breaks(far, line, r
 
 
 def test_an_upload_goes_on_where_the_line_broke(far, line, root):
-    line.cuts = [("up", 1_500_000), ("up", 1_000_000)]
-    assert publish(far, BIG) is True
-    assert (root / PAYLOAD).read_bytes() == BIG
+    line.cuts = [("up", 4_000_000), ("up", 5_000_000)]
+    assert publish(far, BIG * 4) is True
+    assert (root / PAYLOAD).read_bytes() == BIG * 4
     assert line.calls == 3
-    assert line.passed["up"] < 1.8 * len(BIG)  # what is on its way when a line breaks goes again
+    # What is on its way when a line breaks goes again, and no more.
+    assert line.passed["up"] < len(BIG) * 4 + 2 * 3_000_000
 
 
 def test_a_download_goes_on_where_the_line_broke(far, line, root):
-    publish(far, BIG)
+    publish(far, BIG * 4)
     far._server.close()
     line.passed["down"], line.calls = 0, 0
-    line.cuts = [("down", 1_500_000), ("down", 1_000_000)]
-    assert far.fetch(PAYLOAD, digest_of(BIG)).read_bytes() == BIG
+    line.cuts = [("down", 4_000_000), ("down", 5_000_000)]
+    assert far.fetch(PAYLOAD, digest_of(BIG * 4)).read_bytes() == BIG * 4
     assert line.calls == 3
-    assert line.passed["down"] < 1.8 * len(BIG)
+    assert line.passed["down"] < len(BIG) * 4 + 2 * 3_000_000
+
+
+def test_a_broken_line_shows_no_warning(far, line, caplog):
+    line.cuts = [("up", 1_000_000)]
+    publish(far, BIG)
+    assert line.calls == 2
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_a_download_begins_anew_where_the_file_is_another_one(far, line, root):
