@@ -38,15 +38,20 @@ class SftpHub(RemoteHub):
         self._server = Server(address)
 
     def list(self, folder: str) -> Iterator[str]:
-        """Names of the entries of a folder, sorted; nothing where a symbolic link stands.
+        """Names of the entries of a folder, sorted.
 
         Left out are those that are still being written, and names that no publisher writes.
+
+        Raises
+        ------
+        HubError
+            It may not be seen, or is a link.
         """
         parts = check_name(folder)
 
         async def names(session: Session) -> Sequence[str]:
             try:
-                if not _is_folder(await self._walk(session, parts, refuse=False)):
+                if not _is_folder(await self._walk(session, parts)):
                     return ()
                 return await session.ask(session.sftp.listdir(self._path(parts)))
             except ABSENT:
@@ -173,11 +178,8 @@ class SftpHub(RemoteHub):
     def _path(self, parts: Sequence[str]) -> str:
         return "/".join([self._root, *parts])
 
-    async def _walk(
-        self, session: Session, parts: Sequence[str], *, refuse: bool = True
-    ) -> Attributes | None:
-        """What lies at a place of the hub, None where nothing does; links on the way are refused,
-        or count as nothing."""
+    async def _walk(self, session: Session, parts: Sequence[str]) -> Attributes | None:
+        """What lies at a place of the hub, None where nothing does; no link leads there."""
         steps = [parts[: depth + 1] for depth in range(len(parts))]
         asked = [session.ask(session.sftp.lstat(self._path(step))) for step in steps]
         answers = await asyncio.gather(*asked, return_exceptions=True)
@@ -188,8 +190,6 @@ class SftpHub(RemoteHub):
             if isinstance(found, BaseException):
                 raise found
             if found.type == asyncssh.FILEXFER_TYPE_SYMLINK:
-                if not refuse:
-                    return None
                 raise HubError(
                     f"{self.uri}/{'/'.join(step)} is a symbolic link: a hub must hold the files "
                     "themselves."

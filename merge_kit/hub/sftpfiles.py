@@ -264,13 +264,12 @@ class Lock:
         return self._token
 
     async def _look(self, session: Session) -> tuple[int, bytes] | None:
-        content = bytearray()
         try:
-            found = await session.ask(session.sftp.lstat(self._path))
-            await receive(session, self._path, 0, min(found.size or 0, _CHUNK), content.extend)
+            async with opened(session, self._path, FXF_READ) as file:
+                found = await session.ask(file.stat())
+                return found.mtime or 0, cast(bytes, await session.ask(file.read(_CHUNK, 0)))
         except ABSENT:
             return None
-        return found.mtime or 0, bytes(content)
 
     async def _break(self, seen: bytes, session: Session) -> None:
         tomb = f"{self._path}.{sha256_bytes(seen)[-32:]}"

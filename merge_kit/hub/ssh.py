@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import random
 import sys
@@ -22,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 import asyncssh
 
-from merge_kit.errors import HubError
+from merge_kit.errors import HubError, UnreachableError
 from merge_kit.hub.sshhost import Denied, Host, Secrets
 
 PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -80,7 +81,7 @@ def parse_address(uri: str) -> Address:
     return Address(uri.rstrip("/"), unquote(host), port, user, path)
 
 
-class Broken(HubError):
+class Broken(UnreachableError):
     """The connection broke, or could not be made: trying again may help."""
 
 
@@ -159,8 +160,8 @@ class Server:
 
         Raises
         ------
-        HubError
-            The server cannot be reached, is not known, lets nobody in, or the step raised it.
+        UnreachableError
+            The server cannot be reached, is not known, or does not let us in.
         """
         limit, count, before, since = tries or len(PAUSES) + 1, 0, moved(), 0.0
         while True:
@@ -205,6 +206,7 @@ class Server:
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         with self._starting:
             if self._loop is None:
+                logging.getLogger("asyncio").addFilter(_is_told)
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=_serve, args=(self._loop,), daemon=True)
                 self._thread.start()
@@ -249,7 +251,7 @@ class Server:
             await _check_root(session, address)
         except BaseException as error:
             await _close(through)
-            if isinstance(error, (HubError, Denied)) or not isinstance(error, Exception):
+            if isinstance(error, (UnreachableError, Denied)) or not isinstance(error, Exception):
                 raise
             raise self._unreachable(error, host) from error
         return session
@@ -260,21 +262,21 @@ class Server:
         """Connect to a host, the hosts first that ~/.ssh/config puts before it: asyncssh would not
         insist that these are known."""
         if depth > _JUMPS:
-            raise HubError(f"ProxyJump in ~/.ssh/config leads to {host.alias} in a circle.")
+            raise UnreachableError(f"ProxyJump in ~/.ssh/config leads to {host.alias} in a circle.")
         if not through:
             for jump in host.jumps:
                 await self._reach(jump, through, depth + 1)
         tunnel = through[-1] if through else None
         through.append(await host.connect(tunnel, self._secrets))
 
-    def _unreachable(self, error: Exception, host: Host) -> HubError:
+    def _unreachable(self, error: Exception, host: Host) -> UnreachableError:
         if isinstance(error, gaierror):
-            return HubError(
+            return UnreachableError(
                 f"{self.address.uri}: this machine knows no host {host.name}: check the name, and "
                 "the network."
             )
         # A server that was there comes back; one that never was is an address.
-        lasting = Broken if self._was_there else HubError
+        lasting = Broken if self._was_there else UnreachableError
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
             return lasting(
                 f"{host.label} did not let us in within {host.timeout:.0f} s: try again later, or "
@@ -287,6 +289,11 @@ class Server:
         # Servers that are busy hang up on some of those who call.
         hung_up = _is_break(error) and not isinstance(error, OSError)
         return Broken(text) if hung_up or _is_reset(error) else lasting(text)
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    """A connection that broke is said in a sentence of ours, if it could not be made up for."""
+    return record.msg != "socket.send() raised exception."
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
@@ -306,14 +313,16 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _close(through: list[asyncssh.SSHClientConnection]) -> None:
-    for connection in reversed(through):
+    async def close(connection: asyncssh.SSHClientConnection) -> None:
+        process = connection.get_extra_info("subprocess")  # of a ProxyCommand
         connection.close()
-        try:
-            await asyncio.wait_for(connection.wait_closed(), 1)
-        except Exception:
-            connection.abort()
-            with suppress(Exception):
-                await asyncio.wait_for(connection.wait_closed(), 1)
+        await connection.wait_closed()
+        while process and process.returncode is None:
+            await asyncio.sleep(0.01)
+
+    for connection in reversed(through):
+        with suppress(Exception):
+            await asyncio.wait_for(close(connection), 5)
 
 
 async def _sftp(connection: asyncssh.SSHClientConnection, host: Host) -> asyncssh.SFTPClient:
@@ -325,13 +334,13 @@ async def _sftp(connection: asyncssh.SSHClientConnection, host: Host) -> asyncss
     except (asyncssh.ChannelOpenError, asyncssh.SFTPError) as error:
         if connection.is_closed():
             raise asyncssh.ConnectionLost(str(error)) from error
-        raise HubError(
+        raise UnreachableError(
             f"{host.label} lets us in, but offers no SFTP ({_said(error)}): ask who runs it."
         ) from error
 
 
 async def _check_root(session: Session, address: Address) -> None:
-    missing = HubError(
+    missing = UnreachableError(
         f"the hub {address.uri} is not there: check the path, or make the folder on the server."
     )
     try:
@@ -339,7 +348,7 @@ async def _check_root(session: Session, address: Address) -> None:
     except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath) as error:
         raise missing from error
     except asyncssh.SFTPPermissionDenied as error:
-        raise HubError(
+        raise UnreachableError(
             f"the hub {address.uri} may not be seen by this user: ask who runs the server."
         ) from error
     if found.type != asyncssh.FILEXFER_TYPE_DIRECTORY:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import asyncssh
 
-from merge_kit.errors import HubError
+from merge_kit.errors import UnreachableError
 
 PASSPHRASE = "MERGE_KIT_SFTP_PASSPHRASE"
 CONNECTING = 30.0
@@ -62,7 +62,7 @@ class Host:
 
         Raises
         ------
-        HubError
+        UnreachableError
             The file is malformed.
         """
         given: dict[str, Any] = {}
@@ -75,7 +75,7 @@ class Host:
                 host=alias, config=(), client_keys=None, known_hosts=b"", **given
             )
         except (ValueError, OSError) as error:
-            raise HubError(f"~/.ssh/config cannot be used for {alias}: {error}.") from error
+            raise UnreachableError(f"~/.ssh/config cannot be used for {alias}: {error}.") from error
         return cls(alias, options)
 
     @property
@@ -111,7 +111,9 @@ class Host:
             except ValueError:
                 host = None
             if not host:
-                raise HubError(f"ProxyJump in ~/.ssh/config: '{part}' is no host: correct it.")
+                raise UnreachableError(
+                    f"ProxyJump in ~/.ssh/config: '{part}' is no host: correct it."
+                )
             yield Host.of(host, port, user)
 
     async def connect(
@@ -121,7 +123,7 @@ class Host:
 
         Raises
         ------
-        HubError
+        UnreachableError
             The host is not known, or shows another key than the one that is known.
         Denied
             It does not let us in.
@@ -178,28 +180,30 @@ class Host:
             try:
                 known.load(path.read_text())
             except ValueError as error:
-                raise HubError(f"{path} cannot be used: {error}: correct it.") from error
+                raise UnreachableError(f"{path} cannot be used: {error}: correct it.") from error
             except OSError:  # what cannot be read makes nobody known
                 continue
         return known
 
     def _stranger(
         self, key: asyncssh.SSHKey | None, known: asyncssh.SSHKnownHosts, reason: str
-    ) -> HubError:
+    ) -> UnreachableError:
         """What is said of a host whose key is not known."""
         if key is None:
-            return HubError(f"{self.label} is not to be trusted ({reason}): ask who runs it.")
+            return UnreachableError(
+                f"{self.label} is not to be trusted ({reason}): ask who runs it."
+            )
         shown = f"{key.get_algorithm()} {key.get_fingerprint()}"
         name = self._says("HostKeyAlias", None) or self.name
         port = None if self.options.port == 22 else self.options.port
         accept = f"'sftp -P {self.options.port} {self.options.username}@{self.alias}'"
         if not any(known.match(name, "", port)[:2]):
-            return HubError(
+            return UnreachableError(
                 f"the host key of {self.label} is not known here, it shows {shown}: if who runs it "
                 f"confirms this key, add it by connecting once with {accept}."
             )
         old = name if port is None else f"[{name}]:{port}"
-        return HubError(
+        return UnreachableError(
             f"the host key of {self.label} is not the one that is known here, it shows {shown}: "
             "somebody may be listening in between; only if who runs it confirms this key, forget "
             f"the old one with 'ssh-keygen -R {old}' and add it by connecting once with {accept}."
@@ -258,7 +262,7 @@ class Secrets:
 
         Raises
         ------
-        HubError
+        UnreachableError
             There is nothing, or nobody to ask.
         """
         host, given = denied.host, os.environ.get(PASSPHRASE)
@@ -270,11 +274,11 @@ class Secrets:
         elif locked and terminal:
             text = _asked(f"Passphrase of {locked[0]}: ")
             if not _opens(locked[0], text):
-                raise HubError(f"that passphrase does not open {locked[0]}: try again.")
+                raise UnreachableError(f"that passphrase does not open {locked[0]}: try again.")
             self._passphrases[locked[0]] = text
         elif locked:
             other = f" with another passphrase than {PASSPHRASE} holds" if given else ""
-            raise HubError(
+            raise UnreachableError(
                 f"{host.label} does not let us in with the keys that are open, and {locked[0]} is "
                 f"encrypted{other}: set {PASSPHRASE}, or give the key to the ssh-agent with "
                 f"'ssh-add {locked[0]}'."
@@ -285,10 +289,10 @@ class Secrets:
             raise self._nothing_left(host)
         self.count += 1
 
-    def _nothing_left(self, host: Host) -> HubError:
+    def _nothing_left(self, host: Host) -> UnreachableError:
         tried = ["the keys of the ssh-agent", *map(str, host.key_files)]
         tried += ["the password"] * (host.label in self.passwords)
-        return HubError(
+        return UnreachableError(
             f"{host.label} does not let us in with {', '.join(tried)}: ask who runs it to add your "
             "public key, or name another key with IdentityFile in ~/.ssh/config."
         )
@@ -298,7 +302,7 @@ def _asked(text: str) -> str:
     try:
         return getpass.getpass(text)
     except EOFError as error:
-        raise HubError(f"{text.rstrip(': ')}: nothing was typed: try again.") from error
+        raise UnreachableError(f"{text.rstrip(': ')}: nothing was typed: try again.") from error
 
 
 def _is_locked(path: Path) -> bool:

@@ -26,8 +26,8 @@ StrictModes no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin yes
-MaxStartups 100
 """
+ALL_AT_ONCE = "MaxStartups 100\n"
 
 
 def need_sshd() -> str:
@@ -57,7 +57,7 @@ def free_port() -> int:
 class Sshd:
     """An OpenSSH server for the user who runs the tests, and a home folder that knows it."""
 
-    def __init__(self, folder: Path, sftp: str = "internal-sftp", lines: str = "") -> None:
+    def __init__(self, folder: Path, sftp: str = "internal-sftp", lines: str = ALL_AT_ONCE) -> None:
         self.folder = folder
         self.user = USER
         self.home = folder / "home"
@@ -151,19 +151,21 @@ class Line:
         self.held = threading.Event()
         """While it is set, nothing passes, and nobody is told."""
         self._hanging = 0
-        self._open: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._over = False
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._listener.settimeout(0.1)
+        self._threads[0].start()
 
     def hang(self) -> None:
         """Let nothing more pass on the connections that there are."""
         self._hanging = self.calls
 
     def _accept(self) -> None:
-        while True:
+        while not self._over:
             try:
                 near, _ = self._listener.accept()
-            except OSError:
-                return
+            except TimeoutError:
+                continue
             self.calls += 1
             cut = self.cuts.pop(0) if self.cuts else ("", 0)
             flip = self.flips.pop(0) if self.flips else ("", 0)
@@ -173,11 +175,29 @@ class Line:
                 near.close()
                 continue
             far.settimeout(None)
-            self._open += [near, far]
+            for end in (near, far):  # as both ends do: small messages must not wait for each other
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            line = (near, far, self.calls, cut, flip)
+            self._threads.append(threading.Thread(target=self._serve, args=line, daemon=True))
+            self._threads[-1].start()
+
+    def _serve(
+        self, near: socket.socket, far: socket.socket, number: int,
+        cut: tuple[str, int], flip: tuple[str, int],
+    ) -> None:  # fmt: skip
+        """One connection, until both of its directions are over."""
+        with near, far:
+            pumps = []
             for source, sink, way in ((near, far, "up"), (far, near, "down")):
                 faults = [place if way == at else None for at, place in (cut, flip)]
-                line = (source, sink, way, self.calls, *faults)
-                threading.Thread(target=self._pump, args=line, daemon=True).start()
+                line = (source, sink, way, number, *faults)
+                pumps.append(threading.Thread(target=self._pump, args=line, daemon=True))
+                pumps[-1].start()
+            while any(pump.is_alive() for pump in pumps):
+                if self._over:
+                    _hang_up(near)
+                    _hang_up(far)
+                pumps[0].join(0.05)
 
     def _pump(
         self, source: socket.socket, sink: socket.socket, way: str, number: int,
@@ -187,7 +207,7 @@ class Line:
         with suppress(OSError):
             while data := source.recv(16384):
                 time.sleep(self.delay)
-                while self.held.is_set() or number <= self._hanging:
+                while (self.held.is_set() or number <= self._hanging) and not self._over:
                     time.sleep(0.01)
                 if flip is not None and passed <= flip < passed + len(data):
                     damaged = bytearray(data)
@@ -204,13 +224,11 @@ class Line:
         _hang_up(sink)
 
     def close(self) -> None:
-        """Cut all."""
+        """Cut all. A socket is closed when nobody waits at it: another one may get its number."""
+        self._over = True
+        for thread in self._threads:
+            thread.join()
         self._listener.close()
-        self.held.clear()
-        self._hanging = 0
-        for line in self._open:
-            _hang_up(line)
-            line.close()
 
 
 def _hang_up(line: socket.socket) -> None:
@@ -219,7 +237,7 @@ def _hang_up(line: socket.socket) -> None:
 
 
 @contextmanager
-def running(folder: Path, sftp: str = "internal-sftp", lines: str = "") -> Iterator[Sshd]:
+def running(folder: Path, sftp: str = "internal-sftp", lines: str = ALL_AT_ONCE) -> Iterator[Sshd]:
     """A server of its own."""
     need_sshd()
     server = Sshd(folder, sftp, lines)

@@ -9,7 +9,7 @@ import pytest
 from merge_kit.errors import HubError
 from merge_kit.hub import open_hub
 from merge_kit.remembered import VARIABLE
-from tests.merge_kit.hub.sshd import Line, running
+from tests.merge_kit.hub.sftp.sshd import Line, running
 
 
 @pytest.fixture(scope="session")
