@@ -30,12 +30,13 @@ from finetune.teachers import Teacher, absent_teachers, other_teacher, site_teac
 from merge_kit import distilled, merging
 from merge_kit.commands.merging_options import contribution_options
 from merge_kit.commands.options import next_step, pairs, shown
-from merge_kit.contributions import Contribution, Entry, check_payloads, list_entries
+from merge_kit.contributions import Contribution, Entry, list_entries
 from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS, Federation, Preprocessing
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.hub import Hub, open_hub
 from merge_kit.manifest import Kind
+from merge_kit.payloads import check_payloads
 from merge_kit.predictionsfile import digest_of as digest_of_images
 from merge_kit.provenance import DistilRecord, OtherTeacher, OwnImages, StatedTeacher, Synthesised
 from merge_kit.recipe import DISTILL

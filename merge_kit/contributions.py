@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from merge_kit import signing, statistics, vector
-from merge_kit.blocks import in_order, one_thread_each
+from merge_kit import signing, vector
 from merge_kit.errors import (
     ContributionError,
     MergeKitError,
     SignatureError,
-    TensorFileError,
     UnreachableError,
 )
 from merge_kit.federation import Federation
-from merge_kit.files import canonical_json, sha256_file
+from merge_kit.files import canonical_json
 from merge_kit.hub import FolderHub, Hub
 from merge_kit.manifest import Kind, Manifest, parse_manifest
-from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.policies import breach
-from merge_kit.remembered import Checked, look
-from merge_kit.tensorfile import TensorFile
-from merge_kit.tensorheader import TensorSpec
+from merge_kit.remembered import Checked
 from merge_kit.withdrawals import ROOT as WITHDRAWALS
 from merge_kit.withdrawals import Tombstone, read_tombstones
 
@@ -126,7 +121,8 @@ def folder_of(manifest: Manifest) -> str:
 def list_entries(hub: Hub, federation: Federation) -> list[Entry]:
     """Every contribution on the hub with its manifest and signature checked, sorted by id.
 
-    Payloads are not read: see `check_payload`. What a site has withdrawn is `Entry.withdrawn`.
+    Payloads are not read: `payloads.check_payload` does. What a site has withdrawn is
+    `Entry.withdrawn`.
     """
     return sorted(walk_entries(hub, federation), key=lambda entry: entry.id)
 
@@ -176,30 +172,6 @@ def _check_tombstone(tombstone: Tombstone, found: Contribution, federation: Fede
         )
 
 
-def check_payloads(
-    entries: Sequence[Entry], federation: Federation, base_weights: Path
-) -> list[Entry]:
-    """Check every payload; an entry whose payload is unsound carries the sentence that says why."""
-    with TensorFile(base_weights) as base:
-        roles = roles_of(base.specs, federation.classifier)
-        expected = vector_specs(base.specs, roles)
-
-    def check(entry: Entry) -> Entry:
-        found = entry.contribution
-        if found is None:
-            return entry
-        try:
-            checked = check_payload(found, federation, expected, roles)
-        except UnreachableError:
-            raise
-        except MergeKitError as error:
-            return Entry(entry.site, entry.id, None, str(error), entry.kind)
-        return replace(entry, contribution=replace(found, checked=checked))
-
-    with one_thread_each() as workers:
-        return list(in_order(check, entries, workers))
-
-
 def read_local(folder: Path, federation: Federation) -> Contribution:
     """Check a contribution in a local folder, such as a copy of one on a hub.
 
@@ -220,7 +192,7 @@ def _read(hub: Hub, federation: Federation, folder: str, *, whole: bool = True) 
     manifest = parse_manifest(data, f"{folder}/{MANIFEST}")
     trust, signature = _check_signature(hub, federation, folder, manifest, data)
     _check_contract(manifest, federation, folder)
-    _check_policy(manifest, federation, folder)
+    check_policy(manifest, federation, folder)
     if whole:
         hub.size(f"{folder}/{PAYLOAD}")  # it must be there
     return Contribution(
@@ -300,124 +272,16 @@ def _check_contract(manifest: Manifest, federation: Federation, folder: str) -> 
         )
 
 
-def check_payload(
-    contribution: Contribution,
-    federation: Federation,
-    expected: Mapping[str, TensorSpec],
-    roles: Mapping[str, Role],
-    *,
-    again: bool = False,
-) -> Checked:
-    """Check the tensors of a contribution: digest first, then format, fit, values and policy.
-
-    The file is read once, or not at all when the very file was read before, unless `again`.
+def check_policy(manifest: Manifest, federation: Federation, where: str) -> None:
+    """Refuse what the federation's policy does not let in.
 
     Raises
     ------
-    MergeKitError
-        Names what is wrong; nothing of the payload may then be used.
+    ContributionError
+        It says which rule.
     """
-    kind = contribution.kind
-    stated, where, path = contribution.manifest.payload, contribution.label, contribution.payload
-    if path.stat().st_size != stated.size:
-        raise _damaged(contribution)
-    try:
-        file = TensorFile(path)
-    except TensorFileError:
-        if sha256_file(path) != stated.sha256:
-            raise _damaged(contribution) from None
-        raise
-    with file:
-        if kind == "vector":
-            norm, checked = _check_vector(contribution, file, federation, expected, roles, again)
-        else:
-            norm, checked = _check_statistics(
-                contribution, kind, file, federation, expected, roles, again
-            )
-    if abs(norm - stated.norm) > 1e-4 * norm:
-        raise ContributionError(
-            f"{where} has the norm {norm:.4g}, its manifest says {stated.norm:.4g}: it is refused."
-        )
-    _check_policy(contribution.manifest, federation, where)
-    return checked
-
-
-def _check_policy(manifest: Manifest, federation: Federation, where: str) -> None:
     if reason := breach(manifest, federation.policy, "the federation's policy"):
         raise ContributionError(f"{where} {reason}: it is refused.")
-
-
-def _check_vector(
-    contribution: Contribution,
-    file: TensorFile,
-    federation: Federation,
-    expected: Mapping[str, TensorSpec],
-    roles: Mapping[str, Role],
-    again: bool,
-) -> tuple[float, Checked]:
-    """The norm of the vector, and the file that was checked."""
-    try:
-        # Before any value: what a small file says of its tensors could ask for any amount of work.
-        found = vector.decoded(file)
-        _check_origin(contribution, vector.read_header(file), federation)
-        vector.check_specs(found, expected)
-    except MergeKitError:
-        _check_digest(contribution, sha256_file(file.path))  # else the damage is the fault
-        raise
-    measured, checked = look(found, vector.Measured, vector.measure, again=again)
-    _check_digest(contribution, measured.sha256)
-    # Where a value is not finite, a second reading finds and names it.
-    return vector.norm(found, roles) if measured.norm is None else measured.norm, checked
-
-
-def _check_statistics(
-    contribution: Contribution,
-    kind: Kind,
-    file: TensorFile,
-    federation: Federation,
-    expected: Mapping[str, TensorSpec],
-    roles: Mapping[str, Role],
-    again: bool,
-) -> tuple[float, Checked]:
-    """The norm of statistics, and the file that was checked."""
-    about, where = contribution.manifest.about, contribution.label
-    several = federation.multi_label
-    try:
-        # Before any value: as for vectors, and moments of many features would be squared.
-        _check_origin(contribution, statistics.check_header(file, kind, about, where), federation)
-        statistics.check_specs(file, kind, expected, roles, multi_label=several)
-    except MergeKitError:
-        _check_digest(contribution, sha256_file(file.path))  # else the damage is the fault
-        raise
-    measured, checked = look(file, statistics.Measured, statistics.measure, again=again)
-    _check_digest(contribution, measured.sha256)
-    if measured.norm is None or kind not in measured.sound:
-        # A second reading finds and names what is wrong.
-        return statistics.check(file, kind, expected, roles, multi_label=several), checked
-    return measured.norm, checked
-
-
-def _check_origin(
-    contribution: Contribution, header: vector.Origin, federation: Federation
-) -> None:
-    where = contribution.label
-    vector.check_header(header, federation.base_fingerprint, federation.contract_hash, where)
-    if header.site != contribution.site:
-        raise ContributionError(f"{where}: the payload is of site '{header.site}': it is refused.")
-
-
-def _check_digest(contribution: Contribution, found: str) -> None:
-    if found != contribution.manifest.payload.sha256:
-        raise _damaged(contribution)
-
-
-def _damaged(contribution: Contribution) -> ContributionError:
-    size, stated = contribution.payload.stat().st_size, contribution.manifest.payload
-    return ContributionError(
-        f"{contribution.label}: the payload is not what the site signed ({size} bytes, "
-        f"{stated.size} announced): it is damaged or replaced; remove its folder from the hub "
-        "and let the site publish again."
-    )
 
 
 def speaks_of(statistic: Contribution, vector: Contribution) -> bool:

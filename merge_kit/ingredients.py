@@ -7,20 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_kit.checks import Check
-from merge_kit.contributions import (
-    MANIFEST,
-    ROOT,
-    Contribution,
-    Trust,
-    check_payload,
-    entry_at,
-)
+from merge_kit.contributions import MANIFEST, ROOT, Contribution, Trust, entry_at
 from merge_kit.errors import MergeKitError
 from merge_kit.federation import BASE_WEIGHTS, Federation, check_base
 from merge_kit.hub import Hub
 from merge_kit.manifest import Kind
 from merge_kit.methods.base import Statistics
 from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.payloads import check_payload
 from merge_kit.provenance import (
     PROVENANCE,
     Provenance,

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from merge_kit import vector
-from merge_kit.contributions import Contribution, check_payload
+from merge_kit.contributions import Contribution
 from merge_kit.errors import MergeKitError
 from merge_kit.federation import Federation, check_base
 from merge_kit.heads import group_shares
@@ -17,6 +17,7 @@ from merge_kit.manifest import Manifest, count_of
 from merge_kit.methods.base import Statistics
 from merge_kit.notes import Notes
 from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.payloads import check_payload
 from merge_kit.remembered import Checked, Identified, cache_folder, check_unchanged
 from merge_kit.tensorfile import TensorFile, Tensors
 from merge_kit.weighing import Source

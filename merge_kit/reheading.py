@@ -11,13 +11,14 @@ from typing import Any
 
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG
-from merge_kit.contributions import Contribution, Entry, check_payloads, list_entries
+from merge_kit.contributions import Contribution, Entry, list_entries
 from merge_kit.errors import BaseMismatchError, ContributionError, ProvenanceError
 from merge_kit.federation import BASE_WEIGHTS, Federation, check_base
 from merge_kit.files import new_folder, write_atomic
 from merge_kit.hub import Hub
 from merge_kit.manifest import Kind
 from merge_kit.merging import CARD, choose, render, software, stated
+from merge_kit.payloads import check_payloads
 from merge_kit.provenance import PROVENANCE, HeadRecord, Provenance, read_provenance
 from merge_kit.remembered import look
 from merge_kit.restoring import with_norms

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_kit.contributions import Contribution, Entry, check_payloads, list_entries
+from merge_kit.contributions import Contribution, Entry, list_entries
 from merge_kit.devices import CPU, Device
 from merge_kit.errors import ContributionError, ProvenanceError
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.hub import Hub
 from merge_kit.merging import merge
+from merge_kit.payloads import check_payloads
 from merge_kit.provenance import HeadRecord, Provenance, Stated, read_provenance
 from merge_kit.recipe import make_recipe
 from merge_kit.reheading import Candidate, find_model, rehead

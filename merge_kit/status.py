@@ -11,19 +11,12 @@ from typing import Any
 import torch
 
 from merge_kit import vector
-from merge_kit.contributions import (
-    Contribution,
-    Entry,
-    Trust,
-    check_payloads,
-    list_entries,
-    live,
-    speaks_of,
-)
+from merge_kit.contributions import Contribution, Entry, Trust, list_entries, live, speaks_of
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.hub import Hub
 from merge_kit.manifest import Kind
 from merge_kit.parameters import Role, roles_of
+from merge_kit.payloads import check_payloads
 from merge_kit.tensorfile import TensorFile
 
 

@@ -17,12 +17,13 @@ import torch
 
 from merge_kit import publishing, signing
 from merge_kit import site as sites
-from merge_kit.contributions import check_payload, list_entries
+from merge_kit.contributions import list_entries
 from merge_kit.creation import create
 from merge_kit.federation import FEDERATION_FILE, Policy, read_federation
 from merge_kit.hub import FolderHub
 from merge_kit.manifest import read_draft
 from merge_kit.parameters import roles_of, vector_specs
+from merge_kit.payloads import check_payload
 from merge_kit.runs import latest_run
 from merge_kit.tensorfile import TensorFile
 from tests.conftest import CLASSES, write_run

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from merge_kit import devices, merging
 from merge_kit.commands.options import typed_pairs
-from merge_kit.contributions import Contribution, Entry, check_payloads, live
+from merge_kit.contributions import Contribution, Entry, live
 from merge_kit.errors import UsageError
 from merge_kit.federation import Federation
+from merge_kit.payloads import check_payloads
 from merge_kit.recipe import Recipe, make_recipe, read_recipe
 
 _RECIPE = (

@@ -15,9 +15,10 @@ from finetune.cases import Case, load_cases
 from finetune.pixels import decode
 from merge_kit import merging
 from merge_kit.checkpoints import WEIGHTS
-from merge_kit.contributions import check_payloads, list_entries
+from merge_kit.contributions import list_entries
 from merge_kit.errors import DataError, RecipeError, UsageError
 from merge_kit.federation import BASE_WEIGHTS, read_federation
+from merge_kit.payloads import check_payloads
 from merge_kit.recipe import make_recipe
 from merge_kit.tensorfile import TensorFile, read_all
 from tests.evaluate.helpers import draw_images, head_for

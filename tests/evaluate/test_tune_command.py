@@ -13,10 +13,11 @@ from evaluate.tuning import Coefficients, Settings
 from finetune import network
 from finetune.cases import load_cases
 from finetune.pixels import decode
-from merge_kit.contributions import check_payloads, list_entries
+from merge_kit.contributions import list_entries
 from merge_kit.errors import DataError, RecipeError
 from merge_kit.federation import BASE_WEIGHTS, read_federation
 from merge_kit.material import opened
+from merge_kit.payloads import check_payloads
 from merge_kit.recipe import make_recipe, read_recipe
 from tests.conftest import CLASSES
 from tests.evaluate.helpers import draw_images

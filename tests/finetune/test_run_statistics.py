@@ -19,12 +19,13 @@ from finetune.pixels import Images
 from finetune.splits import assign_splits
 from merge_kit import publishing, signing, vector
 from merge_kit import site as sites
-from merge_kit.contributions import check_payloads, current, list_entries
+from merge_kit.contributions import current, list_entries
 from merge_kit.errors import ContributionError, DataError, ImageError, NonFiniteError, TrainingError
 from merge_kit.federation import FEDERATION_FILE, Policy, read_federation
 from merge_kit.files import sha256_file
 from merge_kit.manifest import read_draft
 from merge_kit.merging import choose, find_statistics
+from merge_kit.payloads import check_payloads
 from merge_kit.tensorfile import TensorFile, write_tensors
 from tests.finetune.pictures import draw, write_csv, write_table
 from tests.merge_kit.helpers import listing, load, says

@@ -11,9 +11,10 @@ import torch
 
 from merge_kit import merging
 from merge_kit.blocks import BlockReader
-from merge_kit.contributions import Entry, check_payloads, current, list_entries
+from merge_kit.contributions import Entry, current, list_entries
 from merge_kit.federation import read_federation
 from merge_kit.hub import FolderHub
+from merge_kit.payloads import check_payloads
 from merge_kit.recipe import make_recipe
 from merge_kit.surveys import Survey
 from merge_kit.tensorfile import TensorFile, write_tensors

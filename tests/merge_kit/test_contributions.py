@@ -17,8 +17,6 @@ from merge_kit.contributions import (
     SIGNATURE,
     Trust,
     bundle,
-    check_payload,
-    check_payloads,
     current,
     folder_of,
     list_entries,
@@ -31,6 +29,7 @@ from merge_kit.federation import FEDERATION_FILE, Policy, read_federation
 from merge_kit.files import canonical_json, sha256_file
 from merge_kit.manifest import Manifest
 from merge_kit.parameters import roles_of, vector_specs
+from merge_kit.payloads import check_payload, check_payloads
 from merge_kit.tensorfile import TensorFile, write_tensors
 from tests.conftest import write_run, write_statistics
 from tests.merge_kit.helpers import load, says, settle

@@ -9,12 +9,13 @@ import time
 import pytest
 
 from merge_kit import merging
-from merge_kit.contributions import PAYLOAD, check_payloads, folder_of, list_entries
+from merge_kit.contributions import PAYLOAD, folder_of, list_entries
 from merge_kit.errors import TensorFileError
 from merge_kit.federation import read_federation
 from merge_kit.material import opened
 from merge_kit.methods import METHODS, Method
 from merge_kit.methods.base import ByValue
+from merge_kit.payloads import check_payloads
 from merge_kit.recipe import make_recipe
 from tests.merge_kit.helpers import listing, says, settle
 

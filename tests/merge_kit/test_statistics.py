@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from merge_kit import publishing, site, statistics
-from merge_kit.contributions import Entry, check_payloads, list_entries
+from merge_kit.contributions import Entry, list_entries
 from merge_kit.errors import ContributionError, VectorError
 from merge_kit.federation import BASE_WEIGHTS, read_federation
 from merge_kit.files import sha256_file
 from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.payloads import check_payloads
 from merge_kit.tensorfile import TensorFile, write_tensors
 from merge_kit.tensorheader import TensorSpec
 from tests.conftest import write_run, write_statistics

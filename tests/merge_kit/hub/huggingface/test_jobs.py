@@ -13,10 +13,11 @@ import yaml
 from huggingface_hub import HfApi
 
 from merge_kit import signing, site
-from merge_kit.contributions import check_payloads, list_entries
+from merge_kit.contributions import list_entries
 from merge_kit.errors import UnreachableError
 from merge_kit.federation import FEDERATION_FILE
 from merge_kit.hub import create_hub, open_hub
+from merge_kit.payloads import check_payloads
 from tests.conftest import write_run
 from tests.merge_kit.helpers import listing, load
 from tests.merge_kit.hub.huggingface.conftest import NAME, OWNER, READER, uri_of

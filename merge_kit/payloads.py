@@ -1,0 +1,158 @@
+"""The tensors of contributions, checked before anything of them is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from merge_kit import statistics, vector
+from merge_kit.blocks import in_order, one_thread_each
+from merge_kit.contributions import Contribution, Entry, check_policy
+from merge_kit.errors import ContributionError, MergeKitError, TensorFileError, UnreachableError
+from merge_kit.federation import Federation
+from merge_kit.files import sha256_file
+from merge_kit.manifest import Kind
+from merge_kit.parameters import Role, roles_of, vector_specs
+from merge_kit.remembered import Checked, look
+from merge_kit.tensorfile import TensorFile
+from merge_kit.tensorheader import TensorSpec
+
+
+def check_payloads(
+    entries: Sequence[Entry], federation: Federation, base_weights: Path
+) -> list[Entry]:
+    """Check every payload; an entry whose payload is unsound carries the sentence that says why."""
+    with TensorFile(base_weights) as base:
+        roles = roles_of(base.specs, federation.classifier)
+        expected = vector_specs(base.specs, roles)
+
+    def check(entry: Entry) -> Entry:
+        found = entry.contribution
+        if found is None:
+            return entry
+        try:
+            checked = check_payload(found, federation, expected, roles)
+        except UnreachableError:
+            raise
+        except MergeKitError as error:
+            return Entry(entry.site, entry.id, None, str(error), entry.kind)
+        return replace(entry, contribution=replace(found, checked=checked))
+
+    with one_thread_each() as workers:
+        return list(in_order(check, entries, workers))
+
+
+def check_payload(
+    contribution: Contribution,
+    federation: Federation,
+    expected: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
+    *,
+    again: bool = False,
+) -> Checked:
+    """Check the tensors of a contribution: digest first, then format, fit, values and policy.
+
+    The file is read once, or not at all when the very file was read before, unless `again`.
+
+    Raises
+    ------
+    MergeKitError
+        Names what is wrong; nothing of the payload may then be used.
+    """
+    kind = contribution.kind
+    stated, where, path = contribution.manifest.payload, contribution.label, contribution.payload
+    if path.stat().st_size != stated.size:
+        raise _damaged(contribution)
+    try:
+        file = TensorFile(path)
+    except TensorFileError:
+        if sha256_file(path) != stated.sha256:
+            raise _damaged(contribution) from None
+        raise
+    with file:
+        if kind == "vector":
+            norm, checked = _check_vector(contribution, file, federation, expected, roles, again)
+        else:
+            norm, checked = _check_statistics(
+                contribution, kind, file, federation, expected, roles, again
+            )
+    if abs(norm - stated.norm) > 1e-4 * norm:
+        raise ContributionError(
+            f"{where} has the norm {norm:.4g}, its manifest says {stated.norm:.4g}: it is refused."
+        )
+    check_policy(contribution.manifest, federation, where)
+    return checked
+
+
+def _check_vector(
+    contribution: Contribution,
+    file: TensorFile,
+    federation: Federation,
+    expected: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
+    again: bool,
+) -> tuple[float, Checked]:
+    """The norm of the vector, and the file that was checked."""
+    try:
+        # Before any value: what a small file says of its tensors could ask for any amount of work.
+        found = vector.decoded(file)
+        _check_origin(contribution, vector.read_header(file), federation)
+        vector.check_specs(found, expected)
+    except MergeKitError:
+        _check_digest(contribution, sha256_file(file.path))  # else the damage is the fault
+        raise
+    measured, checked = look(found, vector.Measured, vector.measure, again=again)
+    _check_digest(contribution, measured.sha256)
+    # Where a value is not finite, a second reading finds and names it.
+    return vector.norm(found, roles) if measured.norm is None else measured.norm, checked
+
+
+def _check_statistics(
+    contribution: Contribution,
+    kind: Kind,
+    file: TensorFile,
+    federation: Federation,
+    expected: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
+    again: bool,
+) -> tuple[float, Checked]:
+    """The norm of statistics, and the file that was checked."""
+    about, where = contribution.manifest.about, contribution.label
+    several = federation.multi_label
+    try:
+        # Before any value: as for vectors, and moments of many features would be squared.
+        _check_origin(contribution, statistics.check_header(file, kind, about, where), federation)
+        statistics.check_specs(file, kind, expected, roles, multi_label=several)
+    except MergeKitError:
+        _check_digest(contribution, sha256_file(file.path))  # else the damage is the fault
+        raise
+    measured, checked = look(file, statistics.Measured, statistics.measure, again=again)
+    _check_digest(contribution, measured.sha256)
+    if measured.norm is None or kind not in measured.sound:
+        # A second reading finds and names what is wrong.
+        return statistics.check(file, kind, expected, roles, multi_label=several), checked
+    return measured.norm, checked
+
+
+def _check_origin(
+    contribution: Contribution, header: vector.Origin, federation: Federation
+) -> None:
+    where = contribution.label
+    vector.check_header(header, federation.base_fingerprint, federation.contract_hash, where)
+    if header.site != contribution.site:
+        raise ContributionError(f"{where}: the payload is of site '{header.site}': it is refused.")
+
+
+def _check_digest(contribution: Contribution, found: str) -> None:
+    if found != contribution.manifest.payload.sha256:
+        raise _damaged(contribution)
+
+
+def _damaged(contribution: Contribution) -> ContributionError:
+    size, stated = contribution.payload.stat().st_size, contribution.manifest.payload
+    return ContributionError(
+        f"{contribution.label}: the payload is not what the site signed ({size} bytes, "
+        f"{stated.size} announced): it is damaged or replaced; remove its folder from the hub "
+        "and let the site publish again."
+    )
