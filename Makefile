@@ -10,9 +10,10 @@ demo: $(VENV)/.installed
 	rm -rf demo
 	$(BIN)/merge-kit demo --out demo
 
-# One thread for each worker: more would only wait for each other.
+# One thread for each worker: more would only wait for each other. Each takes a whole run of modules,
+# so that what a module's tests share is made once.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

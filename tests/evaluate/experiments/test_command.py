@@ -271,12 +271,12 @@ def test_images_that_were_copied_elsewhere_are_known_again(cells, done, tmp_path
     assert started(capfd.readouterr().out) <= {"evaluate"}
 
 
-def test_machines_share_the_work_and_the_same_experiment_gives_the_same_table(cells, tmp_path):
+def test_machines_share_the_work_and_the_same_experiment_gives_the_same_table(cells, done, tmp_path):
+    """Of its own rows, what another run of the same jobs gave."""
     text = TEXT.replace("unseen: [sum]\n", "").replace("arrivals: {merge: sum, orders: 1}\n", "")
-    text = text.replace("[fedavg, fedavg-common, fedprox, fedsgd, fedbn]", "[fedavg, fedbn]")
+    text = text.replace("[fedavg, fedavg-common, fedprox, fedsgd, fedbn]", "[fedavg]")
     text = "\n".join(line for line in text.splitlines() if "sum-small" not in line)
     (cells / "shared.yaml").write_text(text)
-    assert run("experiment", cells / "shared.yaml", "--out", tmp_path / "alone") == 0
     out = tmp_path / "out"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -286,7 +286,10 @@ def test_machines_share_the_work_and_the_same_experiment_gives_the_same_table(ce
     assert result.returncode == 0, result.stderr
     lines = re.findall(r"^(\d+)/(\d+) \S+: \w+", result.stdout, re.M)
     assert len(lines) == len(list((whole(out) / DONE).iterdir()))
-    assert table(out) == table(tmp_path / "alone")
+    found, expected = table(out), table(done)
+    assert {"sum", "mean", "pooled", "fedavg", "ensemble-sqrt", "north"} <= set(found)
+    for name, row in found.items():
+        assert row == {**expected[name], "unseen": ""}, name
 
 
 def test_the_list_of_jobs_is_empty_when_all_is_done(cells, done, capfd):
