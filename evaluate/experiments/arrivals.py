@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from evaluate.experiments.evaluating import ARRIVALS
+from evaluate.experiments.jobs import Fold
 from evaluate.experiments.orders import arrival_orders, stages
-from evaluate.experiments.plan import Fold
 from evaluate.experiments.results import figures_of
 
 _COLOURS = ("#0b5fa5", "#b45309", "#2f7d4f", "#8a3ffc", "#8a8f98", "#c2255c")

@@ -14,7 +14,8 @@ import torch
 from evaluate.experiments import arrivals, results, running, tables, wires
 from evaluate.experiments.config import Experiment, Split, read_experiment
 from evaluate.experiments.evaluating import REPORT, evaluate
-from evaluate.experiments.plan import Fold, Planner, fold_folder
+from evaluate.experiments.jobs import Fold, fold_folder
+from evaluate.experiments.plan import Planner
 from evaluate.experiments.tables import Union
 from evaluate.processes import joined
 from finetune.cases import content_key, load_cases

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from evaluate.experiments import combined, running
 from evaluate.experiments.config import Experiment
-from evaluate.experiments.plan import POOLED, Fold
+from evaluate.experiments.jobs import Fold
+from evaluate.experiments.plan import POOLED
 from evaluate.experiments.tables import Union
 from evaluate.processes import Group
 from finetune.run import TEACHER

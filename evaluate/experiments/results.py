@@ -13,7 +13,8 @@ from typing import Any
 
 from evaluate.experiments.config import Experiment
 from evaluate.experiments.evaluating import OWN, REPORT, TAUGHT
-from evaluate.experiments.plan import FIRST, POOLED, SITES, UNCALIBRATED, Fold, wire_hub
+from evaluate.experiments.jobs import Fold, wire_hub
+from evaluate.experiments.plan import FIRST, POOLED, SITES, UNCALIBRATED
 from evaluate.experiments.rounds import RECORD
 from evaluate.experiments.tables import Union
 from merge_kit.contributions import list_entries

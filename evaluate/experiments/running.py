@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from evaluate.experiments.plan import Fold, Job
+from evaluate.experiments.jobs import Fold, Job
 from evaluate.processes import Group
 from merge_kit.errors import ExperimentError, UsageError
 from merge_kit.files import write_atomic

@@ -271,7 +271,7 @@ def test_images_that_were_copied_elsewhere_are_known_again(cells, done, tmp_path
     assert started(capfd.readouterr().out) <= {"evaluate"}
 
 
-def test_machines_share_the_work_and_the_same_experiment_gives_the_same_table(cells, done, tmp_path):
+def test_machines_share_the_work_and_the_table_is_the_same_again(cells, done, tmp_path):
     """Of its own rows, what another run of the same jobs gave."""
     text = TEXT.replace("unseen: [sum]\n", "").replace("arrivals: {merge: sum, orders: 1}\n", "")
     text = text.replace("[fedavg, fedavg-common, fedprox, fedsgd, fedbn]", "[fedavg]")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from evaluate.experiments.config import Experiment
+from evaluate.experiments.jobs import Fold, fold_folder
 from evaluate.experiments.orders import arrival_orders, stages
-from evaluate.experiments.plan import Fold, Planner, fold_folder
+from evaluate.experiments.plan import Planner
 from evaluate.experiments.tables import Union
 
 SITES = ("a", "b", "c")
