@@ -48,6 +48,9 @@ class Merge(Document):
 
     options: str = ""
     """Of `merge-kit merge`, as on a command line."""
+    tune: str = ""
+    """Options of `merge-kit tune`, such as ``--by entropy``, which learns how much each site counts
+    in each block, on the validation images of all sites; those of the merge are where it starts."""
     calibrate: bool = False
     """Whether the sites measure the merged model and its classifier is solved again."""
     head: str = ""
@@ -118,7 +121,7 @@ class Experiment(Document):
             raise ValueError(f"'{odd[0]}' is none of the merges")
         for name in self.unseen:
             merge = self.merges[name]
-            if "=" in merge.transfer or "=" in merge.restore:
+            if "=" in merge.transfer or "=" in merge.restore or merge.tune:
                 raise ValueError(
                     f"'{name}' uses images of the table, which may be those of the site that is "
                     "left out: take it from 'unseen'"
@@ -170,7 +173,7 @@ def read_experiment(path: Path, root: Path) -> Experiment:
                 "--root changes it."
             )
     for name, merge in found.merges.items():
-        for text in (merge.options, merge.head):
+        for text in (merge.options, merge.head, merge.tune):
             _split(text, f"{file.place.at('merges', name)}: '{name}'")
         where = file.place.at("merges", name)
         if merge.transfer == SYNTHETIC:

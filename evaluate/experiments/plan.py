@@ -159,12 +159,17 @@ class Planner:
             published = [*published, self._other(merge.student)]
             student = ("--student", self._other_model(merge.student))
         told = merge.model_dump(mode="json", exclude_defaults=True)
+        options: Sequence[object] = shlex.split(merge.options)
+        if merge.tune:
+            recipe = self.fold.root / "recipes" / f"{self._model(name, told).name}.yaml"
+            published = [self._tune(hub, merge, only, recipe, published)]
+            options = ("--recipe", recipe)
         plain = self._model(f"{name}{UNCALIBRATED}" if merge.calibrate else name, told)
         model = self._model(f"{name}-merged", told) if merge.restore else plain
         done = self.fold.add(
             "merge",
             hub,
-            *shlex.split(merge.options),
+            *options,
             *self._transfer(merge.transfer),
             *student,
             *only,
@@ -194,6 +199,24 @@ class Planner:
             after=self._visits(sites, plain, [done], hub),
         )
         self.fold.models[name] = out
+
+    def _tune(
+        self, hub: Path, merge: Merge, only: Sequence[str], recipe: Path, published: Sequence[Job]
+    ) -> Job:
+        """Learn on images how much each site counts in each block."""
+        return self.fold.add(
+            "tune",
+            hub,
+            *self._images(),
+            *shlex.split(merge.options),
+            *shlex.split(merge.tune),
+            *only,
+            "--out-recipe",
+            recipe,
+            "--replace",
+            after=published,
+            about=self._content(merge),
+        )
 
     def _means(self) -> tuple[object, ...]:
         return () if self._told.means is None else ("--means", self._told.means)

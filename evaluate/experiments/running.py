@@ -147,7 +147,7 @@ def _speaking_to(file: TextIO) -> Iterator[None]:
             os.close(old)
 
 
-_WITH_DEVICE = ("finetune", "calibrate", "restore", "rounds", "evaluate")
+_WITH_DEVICE = ("finetune", "calibrate", "restore", "rounds", "tune", "evaluate")
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def test_fedbn_keeps_batch_norm_at_the_sites(done):
     assert {name.rpartition(".")[0] for name in differing} <= set(norms)
 
 
-def test_variants_and_restored_statistics_are_further_rows(cells, tmp_path):
+def test_variants_tuned_merges_and_restored_statistics_are_further_rows(cells, tmp_path):
     text = """
 name: levers
 data: labels.csv
@@ -173,6 +173,7 @@ variants: {update: {norm: update}}
 merges:
   sum: {options: --method sum, calibrate: true}
   by-sites: {options: --method sum, calibrate: true, restore: sites}
+  tuned: {options: --method sum, tune: --by labels --steps 2}
   by-images: {options: --method sum, restore: site=north}
 baselines: []
 strategies: []
@@ -180,7 +181,8 @@ strategies: []
     (cells / "levers.yaml").write_text(text)
     assert run("experiment", cells / "levers.yaml", "--out", tmp_path) == 0
     found = table(tmp_path)
-    merges = ("sum", "sum-uncalibrated", "by-sites", "by-sites-uncalibrated", "by-images")
+    merges = ("sum", "sum-uncalibrated", "by-sites", "by-sites-uncalibrated", "tuned")
+    merges += ("by-images",)
     assert set(found) == {"base", "first", *merges, *[f"{name}, update" for name in merges]}
     visits = {name: row["rounds"] for name, row in found.items()}
     assert (visits["sum"], visits["by-sites"], visits["by-images"]) == ("2", "3", "1")
@@ -337,6 +339,8 @@ def test_a_command_that_fails_is_named_and_the_rest_can_go_on(cells, tmp_path, c
             )
             for options in ("", "options: --recipe distill, ", "options: --synthesise 9, ")
         ],
+        ("sum: {", "sum: {tune: --by labels, ", "'sum' uses images of the table, which may be"),
+        ("mean: {}", "mean: {tune: --by 'labels}", "has a quotation mark without its pair"),
         ("mean: {}", "mean: {transfer: absent}", "rows such as site=north, or 'synthetic'."),
     ],
 )

@@ -177,6 +177,29 @@ def test_a_student_may_learn_without_images(plan, tmp_path):
     assert job.key not in keys
 
 
+def test_a_tuned_merge_is_a_recipe_that_images_have_chosen(plan):
+    """The options of the merge are where tuning starts; one such merge, one recipe."""
+    sums = {"options": "--method sum --weights examples"}
+    told = {
+        "few": {**sums, "tune": "--by labels --steps 9", "calibrate": True},
+        "sure": {**sums, "tune": "--by entropy"},
+    }
+    fold = plan(merges={**TOLD["merges"], **told})
+    few, sure = commands(fold, "tune")
+    start = ("--method", "sum", "--weights", "examples", "--by", "labels", "--steps", "9")
+    assert few.argv[1] == str(fold.root / "hub")
+    assert few.argv[few.argv.index("--method") :][:8] == start
+    published = {job.key for job in commands(fold, "publish")}
+    for tuned in (few, sure):
+        recipe = tuned.argv[tuned.argv.index("--out-recipe") + 1]
+        (merge,) = (job for job in commands(fold, "merge") if recipe in job.argv)
+        assert merge.argv[2:4] == ("--recipe", recipe)
+        assert "--method" not in merge.argv
+        assert merge.after == (tuned.key,)
+        assert set(tuned.after) == published
+    assert {"few", "few-uncalibrated", "sure"} <= set(fold.models)
+
+
 def test_each_way_to_travel_has_its_hub_once(plan):
     small = {"options": "--method sum", "calibrate": True, "compress": "int8"}
     fold = plan(merges={**TOLD["merges"], "small": small, "mean-small": {"compress": "int8"}})
