@@ -17,7 +17,8 @@ from merge_kit.commands.options import pairs, typed_pairs
 from merge_kit.commands.publish import hub_option, send_or_show
 from merge_kit.errors import UsageError
 from merge_kit.remembered import cache_folder
-from merge_kit.site import open_site
+from merge_kit.runs import latest_run
+from merge_kit.site import SITE_FILE, open_site
 
 
 @click.command(name="predict-proxy")
@@ -26,7 +27,8 @@ from merge_kit.site import open_site
     "--model",
     required=True,
     type=click.Path(path_type=Path),
-    help="The private model: a timm folder of any backbone, whose classes overlap by their names.",
+    help="The private model: a timm folder of any backbone, whose classes overlap by their names, "
+    "or a site's folder, for its last run.",
 )
 @unlabelled_options
 @click.option(
@@ -99,7 +101,7 @@ def predict_proxy(
         load_unlabelled(data, images=images, where=pairs(where, "--where")), split_of, data
     )
     precision = network.resolved("auto", chosen)
-    teacher = other_teacher(site.name, model, federation, precision, features=False)
+    teacher = other_teacher(site.name, _folder_of(model), federation, precision, features=False)
     with Progress() as progress:
         made = answer(
             site,
@@ -120,6 +122,16 @@ def predict_proxy(
     click.echo(f"  images   {made.about}")
     click.echo(f"  size     {made.size / 2**20:.1f} MiB in {made.folder}")
     send_or_show(site, made.folder, hub, publish=publish)
+
+
+def _folder_of(model: Path) -> Path:
+    """The model itself, where a site's folder was given."""
+    if not (model / SITE_FILE).is_file():
+        return model
+    run = latest_run(model)
+    if run is None:
+        raise UsageError(f"{model} has no finished run: run 'merge-kit finetune {model}'.")
+    return run / "model"
 
 
 def _count(name: str, value: object) -> int:

@@ -63,10 +63,31 @@ class Merge(Document):
     ``synthetic`` for those that the recipe has synthesised from the teachers."""
     student: str = ""
     """Which of the `others` a recipe of distillation teaches; empty for the federation's."""
+    private: dict[SiteName, SiteName] = Field(default_factory=dict)
+    """Sites that publish no vector: a model of one of the `others`, which each trains alone, says
+    what it makes of the transfer images (`merge-kit predict-proxy`), which a recipe of distillation
+    hears."""
     restore: str = ""
     """Whose images the norm statistics of the merged model are measured on again, before its
     classifier is solved: ``sites`` for what each site measures, or a choice of rows of the table,
     such as ``site=north``, for training images that lie at the merger."""
+
+    @property
+    def wire(self) -> str:
+        """What sets apart the contributions that it is made of; empty for the sites' whole vectors.
+        Those of one wire lie on one hub."""
+        if not self.private:
+            return self.compress
+        said = ",".join(f"{site}={other}" for site, other in sorted(self.private.items()))
+        return f"{said} of {self.transfer}"
+
+    @model_validator(mode="after")
+    def _private_models_have_images(self) -> Merge:
+        if self.private and self.transfer in ("", SYNTHETIC):
+            raise ValueError("'private' models speak of images: say of which with 'transfer'")
+        if self.private and self.compress:
+            raise ValueError("'private' and 'compress' in one merge are not supported")
+        return self
 
 
 class Arrivals(Document):
@@ -92,8 +113,8 @@ class Experiment(Document):
     variants: dict[SiteName, dict[str, Any]] = Field(default_factory=dict)
     """Other training options to compare, by name: every merge of vectors that were trained so."""
     others: dict[SiteName, Backbone] = Field(default_factory=dict)
-    """Other backbones, by name: of private teachers (`mutual` of a training), and of students that
-    models of the sites teach (`student` of a merge)."""
+    """Other backbones, by name: of private teachers (`mutual` of a training), of students that
+    models of the sites teach (`student` of a merge), of models that stay at sites (`private`)."""
     merges: dict[SiteName, Merge] = Field(min_length=1)
     baselines: tuple[Baseline, ...] = ("single", "pooled", "ensemble")
     rounds: int = Field(default=10, ge=1)
@@ -132,7 +153,9 @@ class Experiment(Document):
     def _others_are_there(self) -> Experiment:
         trainings = (self.training, *self.variants.values())
         named = [("mutual", options.get("mutual")) for options in trainings]
-        named += [("student", merge.student or None) for merge in self.merges.values()]
+        for merge in self.merges.values():
+            named += [("student", merge.student or None)]
+            named += [(f"private: {site}", other) for site, other in merge.private.items()]
         for key, name in named:
             if name is not None and name not in self.others:
                 raise ValueError(f"'{key}: {name}' is none of the 'others'")

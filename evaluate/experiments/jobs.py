@@ -113,6 +113,6 @@ def fold_folder(
     return out / f"{name}-{sha256_bytes(canonical_json(told))[7:15]}"
 
 
-def wire_hub(root: Path, how: str) -> Path:
-    """The hub of a federation whose vectors were compressed so; empty for whole ones."""
-    return root / (f"hub-{sha256_bytes(how.encode())[7:15]}" if how else "hub")
+def wire_hub(root: Path, wire: str) -> Path:
+    """The hub of a federation for contributions of one `Merge.wire`."""
+    return root / (f"hub-{sha256_bytes(wire.encode())[7:15]}" if wire else "hub")

@@ -11,6 +11,7 @@ from evaluate.experiments.jobs import Fold, Job, wire_hub
 from evaluate.experiments.orders import arrival_orders, stages
 from evaluate.experiments.tables import Union
 from finetune.cases import contents_digest, load_unlabelled
+from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.files import canonical_json, sha256_bytes, sha256_file
 from merge_kit.site import PUBLIC_KEY_FILE
@@ -124,15 +125,18 @@ class Planner:
             done = self.fold.add("admit", hub, site, key, *more, after=[joined, done])
         return done
 
+    def _another_hub(self, wire: str) -> tuple[Path, Job]:
+        """The same contract at another place, where vectors of the same runs may lie; and the job
+        after which all sites are admitted."""
+        hub, key = wire_hub(self.fold.root, wire), ("--key", default_key(self._hub))
+        created = self._init(hub, "--name", self._hub.name, *key, after=[self.fold.jobs[0]])
+        return hub, self._admit(hub, created, *key)
+
     def _wire(self, how: str) -> tuple[Path, list[Job]]:
         """The hub with the vectors as they travel, and the jobs after which they lie there."""
         hub = wire_hub(self.fold.root, how)
         if how not in self._published:
-            # The same contract at another place: its vectors are those of the same runs.
-            key = ("--key", default_key(self._hub))
-            first = self.fold.jobs[0]
-            created = self._init(hub, "--name", self._hub.name, *key, after=[first])
-            admitted = self._admit(hub, created, *key)
+            hub, admitted = self._another_hub(how)
             # A run's folder holds the manifest of what was published last: one after the other.
             before = list(self._published.values())[-1]
             self._published[how] = [
@@ -149,11 +153,51 @@ class Planner:
             ]
         return hub, self._published[how]
 
+    def _spoken(self, merge: Merge) -> tuple[Path, list[Job]]:
+        """The hub with the vectors of some sites and what private models of the others say, and the
+        jobs after which they lie there."""
+        if odd := sorted(set(merge.private) - set(self._union.sites)):
+            raise UsageError(
+                f"'private: {odd[0]}' is none of the sites: {', '.join(self._union.sites)}."
+            )
+        hub, admitted = self._another_hub(merge.wire)
+        before = dict(zip(self._sites, list(self._published.values())[-1], strict=True))
+        done = []
+        for site in self._sites:
+            if site not in merge.private:
+                after = [admitted, before[site]]
+                done.append(self.fold.add("publish", self._site(site), "--hub", hub, after=after))
+                continue
+            other = merge.private[site]
+            folder, trained = self._elsewhere(site, other)
+            said = ("--model", folder, *self._transfer(merge.transfer), "--publish", "--hub", hub)
+            after = [admitted, trained]
+            about = self._content(merge)
+            done.append(
+                self.fold.add("predict-proxy", self._site(site), *said, after=after, about=about)
+            )
+        return hub, done
+
+    def _elsewhere(self, site: str, other: str) -> tuple[Path, Job]:
+        """A site's model of another backbone, trained alone, and the job that trains it."""
+        name = f"{site}-{other}"
+        folder = self.fold.root / "alone" / name
+        joined = self.fold.add(
+            "join", self._other_folder(other), "--site", site, "--folder", folder,
+            after=[self._other(other)],
+        )  # fmt: skip
+        trained = self.fold.add(
+            "finetune", folder, *self._images(site), *self._training(head="own", mutual=None),
+            after=[joined],
+        )  # fmt: skip
+        self.fold.models[name] = folder
+        return folder, trained
+
     def _merge(self, name: str, choice: str, sites: Sequence[str], chosen: bool = False) -> None:
         """Merge the vectors of some sites and, if it is asked for, repair what merging breaks."""
         merge = self._told.merges[choice]
         only = [part for site in sites for part in ("--site", site)] if chosen else []
-        hub, published = self._wire(merge.compress)
+        hub, published = self._spoken(merge) if merge.private else self._wire(merge.compress)
         student: tuple[object, ...] = ()
         if merge.student:
             published = [*published, self._other(merge.student)]

@@ -128,13 +128,18 @@ class _Costs:
 
     def __init__(self, fold: Fold, experiment: Experiment) -> None:
         self._fold, self._told = fold, experiment
-        hows = {"", *(merge.compress for merge in experiment.merges.values())}
-        self._size = {how: _megabytes(fold, how) for how in hows}
+        wires = {"", *(merge.wire for merge in experiment.merges.values())}
+        self._size = {wire: _megabytes(fold, wire) for wire in wires}
+        self._private = {
+            f"{site}-{other}"
+            for merge in experiment.merges.values()
+            for site, other in merge.private.items()
+        }
 
     def of(self, name: str, sites: Sequence[str]) -> tuple[float | None, int | None]:
         """Megabytes a site, and how often it comes."""
         moments = self._size[""]["moments"]
-        if name in (*sites, BASE, "hub", OWN[TAUGHT]):
+        if name in (*sites, *self._private, BASE, "hub", OWN[TAUGHT]):
             return 0.0, 0
         if name == POOLED:
             return None, None
@@ -149,7 +154,7 @@ class _Costs:
             merge = merge and merge.model_copy(update={"calibrate": False})
         restored = merge is not None and merge.restore == SITES
         again = moments if merge and merge.calibrate else 0.0
-        wire = self._size[merge.compress if merge else ""]
+        wire = self._size[merge.wire if merge else ""]
         size = moments + wire["vector"] + again + (wire["norms"] if restored else 0.0)
         return size, 1 + bool(again) + restored
 
@@ -160,14 +165,16 @@ def vector_megabytes(fold: Fold, experiment: Experiment) -> dict[str, float]:
     return {how: _megabytes(fold, how)["vector"] for how in hows}
 
 
-def _megabytes(fold: Fold, how: str) -> dict[str, float]:
-    """The mean size of each kind of contribution, where vectors travel so; 0 of none."""
-    hub = FolderHub(wire_hub(fold.root, how))
+def _megabytes(fold: Fold, wire: str) -> dict[str, float]:
+    """The mean size of each kind of contribution on the hub of a wire; 0 of none. Predictions stand
+    in for vectors."""
+    hub = FolderHub(wire_hub(fold.root, wire))
     found: dict[str, list[int]] = {"vector": [], "moments": [], "norms": []}
     if hub.has(FEDERATION_FILE):  # a fold without this merge has no such hub
         for entry in list_entries(hub, read_federation(hub.root)):
             if entry.contribution:
-                found[entry.kind].append(entry.contribution.manifest.payload.size)
+                kind = "vector" if entry.kind == "predictions" else entry.kind
+                found[kind].append(entry.contribution.manifest.payload.size)
     return {kind: statistics.fmean(sizes or [0]) / 1e6 for kind, sizes in found.items()}
 
 

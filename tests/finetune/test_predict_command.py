@@ -126,6 +126,25 @@ def test_what_leaves_the_site_is_what_the_model_says(predict, proxy, hub, run_cl
     )
 
 
+def test_a_sites_folder_is_its_last_run(hub, private, proxy, run_cli, tmp_path):
+    """`private` has trained south."""
+    site = tmp_path / "south"
+
+    def said(model):
+        done = run_cli("predict-proxy", site, "--model", model, "--data", proxy)
+        assert done.exit_code == 0, done.output
+        newest = max((site / "predictions").glob("*"), key=lambda path: path.stat().st_mtime)
+        return (newest / "predictions.safetensors").read_bytes()
+
+    assert said(site) == said(latest_run(site) / "model")
+    shutil.rmtree(site / "runs")
+    done = run_cli("predict-proxy", site, "--model", site, "--data", proxy)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"Error: {site} has no finished run: run 'merge-kit finetune {site}'."
+    )
+
+
 def test_what_it_says_does_not_depend_on_names_of_images(predict, proxy, tmp_path):
     first = load(predict() / "predictions.safetensors")
     moved = tmp_path / "moved"

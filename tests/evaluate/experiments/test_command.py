@@ -207,6 +207,7 @@ variants: {taught: {mutual: vit, mutual_rate: 0.001}}
 merges:
   mean: {}
   small: {options: --recipe distill, transfer: site=north, student: vit}
+  spoken: {options: --recipe distill, transfer: site=north, private: {south: vit}}
 baselines: [single]
 strategies: []
 """
@@ -217,9 +218,16 @@ strategies: []
     expected = {"mean, taught", *[f"{name}, taught" for name in ours], "own-published"}
     assert expected <= set(found)
     assert "own-teacher" not in found
-    assert not [name for name in found if name.startswith(("north-", "south-"))]
+    theirs = {name for name in found if name.startswith(("north-", "south-"))}
+    assert theirs == {"south-vit", "south-vit, taught"}
     assert found["own-teacher, taught"]["megabytes_per_site"] == "0.000"
+    assert found["south-vit"]["megabytes_per_site"] == "0.000"
+    assert float(found["spoken"]["megabytes_per_site"]) < float(found["mean"]["megabytes_per_site"])
     for folder in tmp_path.glob("seed-*"):
+        (spoken,) = folder.glob("models/spoken-*/provenance.json")
+        record = json.loads(spoken.read_text())
+        assert [one["site"] for one in record["contributions"]] == ["north"]
+        assert [one["site"] for one in record["distilled"]["predictions"]] == ["south"]
         (small,) = folder.glob("models/small-*/config.json")
         assert json.loads(small.read_text())["architecture"] == "test_vit"
         assert len(list(folder.glob("other-*/federation.yaml"))) == 1
@@ -329,6 +337,12 @@ def test_a_command_that_fails_is_named_and_the_rest_can_go_on(cells, tmp_path, c
         ("--method sum", "--method 'sum", "has a quotation mark without its pair: close it."),
         ("--crop-pct 1.0", "--multi-label", "experiments are on images of one class each: leave"),
         ("mean: {}", "mean: {student: vit}", "'student: vit' is none of the 'others'"),
+        (
+            "mean: {}",
+            "mean: {private: {north: vit}, transfer: site=south}",
+            "'private: north: vit'",
+        ),
+        ("mean: {}", "mean: {private: {north: vit}}", "say of which with 'transfer'"),
         ("steps: 2,", "steps: 2, mutual: vit,", "'mutual: vit' is none of the 'others'"),
         ("fedbn]", "fedbn, fedbn]", "'strategies': an entry is named twice"),
         *[

@@ -9,6 +9,8 @@ from evaluate.experiments.jobs import Fold, fold_folder
 from evaluate.experiments.orders import arrival_orders, stages
 from evaluate.experiments.plan import Planner
 from evaluate.experiments.tables import Union
+from merge_kit.errors import UsageError
+from tests.merge_kit.helpers import says
 
 SITES = ("a", "b", "c")
 TOLD = {
@@ -175,6 +177,34 @@ def test_a_student_may_learn_without_images(plan, tmp_path):
     recipe.write_text("method: distill\nsynthesis: {images: 10}\n")
     keys = {one.key for one in plan(merges=told, unseen=["free"]).jobs}
     assert job.key not in keys
+
+
+def test_private_models_speak_on_a_hub_of_their_own(plan, tmp_path):
+    """What other merges learn from does not change; of the private sites no vector lies there."""
+    others = {"vit": {"name": "test_vit"}}
+    spoken = {
+        "options": "--recipe distill", "transfer": "site=a", "private": {"b": "vit", "c": "vit"},
+    }  # fmt: skip
+    fold = plan(others=others, merges={**TOLD["merges"], "spoken": spoken})
+    (merge,) = (job for job in commands(fold, "merge") if "--recipe" in job.argv)
+    hub = merge.argv[1]
+    assert hub not in (str(fold.root / "hub"), str(fold.root / "other-vit"))
+    said = commands(fold, "predict-proxy")
+    assert [job.argv[1].rsplit("/", 1)[1] for job in said] == ["b", "c"]
+    sent = [job for job in commands(fold, "publish") if hub in job.argv]
+    assert [job.argv[1].rsplit("/", 1)[1] for job in sent] == ["a"]
+    assert set(merge.after) == {job.key for job in (*said, *sent)}
+    for job, site in zip(said, "bc", strict=True):
+        model = job.argv[job.argv.index("--model") + 1]
+        assert model == str(fold.root / "alone" / f"{site}-vit") == str(fold.models[f"{site}-vit"])
+        (trained,) = (one for one in commands(fold, "finetune") if one.argv[1] == model)
+        assert trained.key in job.after
+        assert ("--where", f"site={site}") == trained.argv[trained.argv.index("--where") :][:2]
+        assert job.argv[job.argv.index("--where") + 1] == "site=a"
+        assert job.argv[job.argv.index("--hub") + 1] == hub
+    with says(UsageError, "'private: x' is none of the sites: a, b, c."):
+        plan(others=others, merges={"spoken": {**spoken, "private": {"x": "vit"}}}, unseen=[],
+             arrivals=None)  # fmt: skip
 
 
 def test_a_tuned_merge_is_a_recipe_that_images_have_chosen(plan):
