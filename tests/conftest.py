@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
@@ -46,6 +47,18 @@ from merge_kit.tensorfile import TensorFile, read_all, write_tensors
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 CLASSES = ("round", "lobed", "granular")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test by far comes first, so that no worker waits for another that has it last."""
+    items.sort(key=lambda item: item.name != "test_the_day_of_each_role_runs_as_written")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: libraries that collect garbage need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

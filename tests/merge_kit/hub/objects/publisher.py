@@ -5,6 +5,7 @@ Says ``ready``, waits for a line, publishes, and says whether the entry is new.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from merge_kit.hub import open_hub
 
 
 def main(uri: str, folder: str, payload: str) -> None:
+    # The children of a suite that runs in a shell's background would not notice Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     hub = open_hub(uri)
     print("ready", flush=True)
     sys.stdin.readline()
