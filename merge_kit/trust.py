@@ -4,6 +4,7 @@ coordinator who decided."""
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from merge_kit import signing
@@ -132,7 +133,10 @@ def check_latest(federation: Federation, uri: str) -> None:
             "coordinator."
         )
     if federation.serial > seen:
-        write_atomic(path, str(federation.serial))
+        # Commands that run side by side see the same file: each writes under a name of its own.
+        own = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        write_atomic(own, str(federation.serial))
+        own.replace(path)
 
 
 def change(hub: Hub, before: bytes, federation: Federation, key_file: Path | None) -> Federation:

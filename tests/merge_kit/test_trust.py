@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from merge_kit import signing, site, trust
@@ -277,3 +279,24 @@ def test_a_signature_of_something_else_is_none_of_a_federation(place):
     )
     with says(SignatureError, sentence):
         trust.check_signed(forged, "here")
+
+
+def test_commands_side_by_side_see_the_same_file(place):
+    """As many processes of an experiment do: none trips over another that keeps its number too."""
+    federation, faults = site.federation_on(place), []
+    together = threading.Barrier(8)
+
+    def look(round_number):
+        together.wait()
+        try:
+            trust.check_latest(federation, f"hub {round_number}")
+        except Exception as error:
+            faults.append(error)
+
+    for number in range(20):
+        threads = [threading.Thread(target=look, args=(number,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert faults == []
