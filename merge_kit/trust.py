@@ -50,9 +50,10 @@ def revoked(federation: Federation, site: str, key: str | None = None) -> Federa
         The site has no such key.
     """
     chosen = key or federation.key_of(site)
-    if any((one.name, one.public_key) == (site, chosen) for one in federation.revoked):
+    gone_before = {one.public_key for one in federation.revoked if one.name == site}
+    if chosen in gone_before or (chosen is None and gone_before):
         return federation
-    known = {one.public_key for one in (*federation.sites, *federation.retired) if one.name == site}
+    known = federation.keys_of(site)
     if chosen not in known:
         raise FederationError(
             f"site '{site}' has {'no such key' if key else 'no key'} in this federation; known are "

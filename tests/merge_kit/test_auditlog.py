@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -153,3 +155,41 @@ def test_the_log_is_the_owners_alone(published):
 def test_without_room_for_the_line_nothing_leaves(read_only_disk):
     with pytest.raises(MergeKitError, match="Read-only file system"):
         auditlog.append(read_only_disk, "publishing", "hub", "place", {})
+
+
+@pytest.mark.parametrize("what", ["a folder", "a link"])
+def test_something_else_in_the_place_of_the_log_is_no_empty_log(published, run_cli, hub, what):
+    path = published / auditlog.LOG
+    path.unlink()
+    path.mkdir() if what == "a folder" else path.symlink_to("/dev/null")
+    before = sorted(hub.root.rglob("*"))
+    for command in (("audit-log", "verify"), ("audit-log", "show"), ("withdraw", "--all")):
+        found = run_cli(*command, published)
+        assert found.exit_code == 1
+        assert f"{path} is no file: somebody has put something else in its" in found.stderr
+    assert sorted(hub.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_line_without_its_end_is_named(published, ok, cut):
+    assert "part of a line" not in ok("audit-log", "verify", published)
+    path = published / auditlog.LOG
+    path.write_bytes(path.read_bytes()[:-cut])
+    said = ok("audit-log", "verify", published)
+    assert "The chain of 3 lines is whole" in said
+    assert f"{path} ends in a part of a line, which does not count" in said
+    auditlog.append(published, "publishing", "hub", "place", {})
+    assert "part of a line" not in ok("audit-log", "verify", published)
+    path.write_bytes(b"")
+    assert "part of a line" not in ok("audit-log", "verify", published)
+
+
+def test_two_processes_write_one_chain(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from merge_kit import auditlog\n"
+        "for n in range(20): auditlog.append(Path(sys.argv[1]), 'publishing', 'h', str(n), {})"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(auditlog.read(tmp_path)) == 40

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from merge_kit import signing, site, trust
@@ -277,3 +279,59 @@ def test_a_signature_of_something_else_is_none_of_a_federation(place):
     )
     with says(SignatureError, sentence):
         trust.check_signed(forged, "here")
+
+
+def test_revoking_the_present_key_twice_changes_nothing(place, north, ok):
+    ok("revoke", place.root, "north")
+    assert "was revoked before" in ok("revoke", place.root, "north")
+    assert site.federation_on(place).serial == 3
+
+
+def test_a_key_is_replaced_twice_within_a_second(north, ok):
+    before = ok("key", "show", north).strip()
+    for _ in range(3):
+        ok("key", "rotate", north)
+    kept = sorted((north / "keys").glob("site-until-*.pem"))
+    assert len(kept) == 3
+    keys = {signing.public_key(path) for path in kept}
+    assert before in keys
+    assert ok("key", "show", north).strip() not in keys
+    assert not list((north / "keys").glob("site-new-*"))
+
+
+@pytest.mark.parametrize("how", ["revoked", "replaced", "never admitted"])
+def test_what_lies_there_under_a_key_that_does_not_count_is_not_taken_for_published(
+    place, ok, run_cli, tmp_path, how
+):
+    root = tmp_path / "north"
+    ok("join", place.root, "--site", "north", "--folder", root)
+    if how != "never admitted":
+        ok("admit", place.root, "north", root / "keys" / "site.pub")
+    if how == "replaced":
+        ok("key", "rotate", root)  # signs before the keys are exchanged, and gives way again
+    publish(ok, root, 1)
+    if how == "revoked":
+        ok("revoke", place.root, "north")
+    ok("key", "rotate", root)
+    if how != "never admitted":
+        rotate = ("--rotate",) if how == "replaced" else ()
+        ok("admit", place.root, "north", root / "keys" / "site.pub", *rotate)
+    found = run_cli("publish", root, "--run", root / "runs" / "seed1")
+    assert found.exit_code == 1
+    (entry,) = entries_of(place)
+    assert f"{place.root}/contributions/north/{entry.id} is there already, but " in found.stderr
+    assert "ask the coordinator to remove this folder, then publish again." in found.stderr
+    shutil.rmtree(place.root / "contributions" / "north" / entry.id)
+    ok("publish", root, "--run", root / "runs" / "seed1")
+    (entry,) = entries_of(place)
+    assert entry.contribution.key == ok("key", "show", root).strip()
+
+
+def test_a_file_that_changes_between_two_looks_is_not_signed(place, north, monkeypatch):
+    """What is decided upon, checked and replaced is one and the same reading of the file."""
+    reads = []
+    read = FolderHub.read
+    monkeypatch.setattr(FolderHub, "read", lambda hub, name: reads.append(name) or read(hub, name))
+    data, federation = site.federation_file_on(place)
+    assert reads == [FEDERATION_FILE]
+    assert parse_federation(parse_yaml(data, "here", FederationError).data, "here") == federation
