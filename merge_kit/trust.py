@@ -117,9 +117,19 @@ def check_latest(federation: Federation, uri: str) -> None:
     SignatureError
         Names both serial numbers.
     """
+    path = _refuse_older(federation, uri)
+    if path:
+        write_atomic(path, str(federation.serial))
+
+
+def _refuse_older(federation: Federation, uri: str) -> Path | None:
+    """Where a serial number is to be kept that is later than the one seen before; None for nowhere.
+
+    Raises as `check_latest`.
+    """
     folder = cache_folder("federations")
     if federation.coordinator is None or folder is None:
-        return
+        return None
     told = canonical_json([federation.contract_hash, uri])
     path = folder / sha256_bytes(told).removeprefix("sha256:")
     try:
@@ -132,8 +142,7 @@ def check_latest(federation: Federation, uri: str) -> None:
             "seen from this machine: somebody has put an older file in its place; ask the "
             "coordinator."
         )
-    if federation.serial > seen:
-        write_atomic(path, str(federation.serial))
+    return path if federation.serial > seen else None
 
 
 def change(hub: Hub, before: bytes, federation: Federation, key_file: Path | None) -> Federation:
@@ -150,11 +159,14 @@ def change(hub: Hub, before: bytes, federation: Federation, key_file: Path | Non
     ------
     FederationError
         The key is not there, or is another one.
+    SignatureError
+        The changed file is older than one that was seen before.
     HubError
         Somebody else was faster.
     """
     final = federation
     if federation.coordinator is not None:
+        _refuse_older(federation, hub.uri)  # what was decided since would be undone
         final = signed(federation, key_file or _key_of(hub.uri, federation))
     hub.replace(FEDERATION_FILE, final.to_yaml().encode(), before)
     check_latest(final, hub.uri)  # from now on older ones are refused here

@@ -141,6 +141,19 @@ def test_an_older_file_is_not_taken_for_the_present_one(place, north, ok, run_cl
     assert "has the serial number 2, and 3 was seen from this machine" in found.stderr
 
 
+def test_an_older_file_is_not_signed_as_the_next_one(place, north, ok, run_cli):
+    """Its coordinator would undo a revocation without knowing."""
+    old = place.read(FEDERATION_FILE)
+    ok("revoke", place.root, "north")
+    changed = old.replace(b"minimum_class_count: 5", b"minimum_class_count: 7")
+    for text in (changed, old.replace(b"serial: 2", b"serial: 1")):
+        (place.root / FEDERATION_FILE).write_bytes(text)
+        found = run_cli("sign", place.root)
+        assert found.exit_code == 1
+        assert "and 3 was seen from this machine" in found.stderr
+        assert place.read(FEDERATION_FILE) == text
+
+
 def test_a_copy_may_lag_behind(place, north, ok, tmp_path):
     ok("pull", place.root, tmp_path / "copy")
     ok("revoke", place.root, "north")
