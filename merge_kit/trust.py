@@ -117,15 +117,14 @@ def check_latest(federation: Federation, uri: str) -> None:
     SignatureError
         Names both serial numbers.
     """
-    path = _refuse_older(federation, uri)
+    path = refuse_older(federation, uri)
     if path:
         write_atomic(path, str(federation.serial))
 
 
-def _refuse_older(federation: Federation, uri: str) -> Path | None:
-    """Where a serial number is to be kept that is later than the one seen before; None for nowhere.
-
-    Raises as `check_latest`.
+def refuse_older(federation: Federation, uri: str) -> Path | None:
+    """As `check_latest`, without keeping the serial number, which nobody may have signed; gives the
+    file where a later one than was seen is to be kept, or None.
     """
     folder = cache_folder("federations")
     if federation.coordinator is None or folder is None:
@@ -159,14 +158,11 @@ def change(hub: Hub, before: bytes, federation: Federation, key_file: Path | Non
     ------
     FederationError
         The key is not there, or is another one.
-    SignatureError
-        The changed file is older than one that was seen before.
     HubError
         Somebody else was faster.
     """
     final = federation
     if federation.coordinator is not None:
-        _refuse_older(federation, hub.uri)  # what was decided since would be undone
         final = signed(federation, key_file or _key_of(hub.uri, federation))
     hub.replace(FEDERATION_FILE, final.to_yaml().encode(), before)
     check_latest(final, hub.uri)  # from now on older ones are refused here

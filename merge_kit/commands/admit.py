@@ -83,6 +83,7 @@ def sign(hub: str, key_file: Path | None) -> None:
     if federation.coordinator is None:
         click.echo(f"The federation '{federation.name}' has no coordinator: nobody signs it.")
         return
+    trust.refuse_older(federation, opened.uri)  # what was decided since would be undone
     changed = trust.change(opened, before, federation, key_file)
     click.echo(f"Signed: '{changed.name}', serial number {changed.serial}.")
 
