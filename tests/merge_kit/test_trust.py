@@ -348,3 +348,39 @@ def test_a_file_that_changes_between_two_looks_is_not_signed(place, north, monke
     data, federation = site.federation_file_on(place)
     assert reads == [FEDERATION_FILE]
     assert parse_federation(parse_yaml(data, "here", FederationError).data, "here") == federation
+
+
+@pytest.mark.parametrize("name", ["north", "south"])
+def test_a_key_that_was_replaced_is_nobodys_again(place, north, ok, run_cli, name):
+    old = ok("key", "show", north).strip()
+    ok("key", "rotate", north)
+    ok("admit", place.root, "north", north / "keys" / "site.pub", "--rotate")
+    before = place.read(FEDERATION_FILE)
+    rotate = ("--rotate",) if name == "north" else ()
+    found = run_cli("admit", place.root, name, old, *rotate)
+    assert found.exit_code == 1
+    assert "is known as one of the site 'north': a key is used once" in found.stderr
+    assert place.read(FEDERATION_FILE) == before
+
+
+def test_another_federation_in_the_same_place_has_serial_numbers_of_its_own(place, north, ok):
+    shutil.rmtree(place.root)
+    ok(
+        "init", place.root, "--name", "others", "--backbone", "test_resnet", "--weights", "none",
+        "--input-size", 32, "--classes", "a,b",
+    )  # fmt: skip
+    assert site.federation_on(place).serial == 1
+
+
+def test_a_key_to_revoke_may_be_given_as_its_file(place, north, ok, run_cli):
+    pub = north / "keys" / "site.pub"
+    first = pub.read_text().strip()
+    pub.rename(north / "old.pub")
+    ok("key", "rotate", north)
+    ok("admit", place.root, "north", pub, "--rotate")
+    ok("revoke", place.root, "north", "--public-key", north / "old.pub")
+    assert [one.public_key for one in site.federation_on(place).revoked] == [first]
+    (north / "old.pub").write_bytes(b"\xff\xfe")
+    found = run_cli("revoke", place.root, "north", "--public-key", north / "old.pub")
+    assert found.exit_code == 1
+    assert f"{north / 'old.pub'} cannot be read as a public key's file" in found.stderr
