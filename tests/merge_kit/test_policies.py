@@ -284,3 +284,44 @@ def test_what_was_approved_and_published_stays_so(hub, north, publish, second, o
     assert "Already published" in said
     (entry,) = list_entries(hub, read_federation(hub.root))
     assert folder_of(entry.contribution.manifest).endswith(entry.id)
+
+
+def test_what_a_count_is_of_is_summed_by_kind(contribute):
+    """Groups and images of no class count; of images with several classes each counts once."""
+    manifest = contribute("north").manifest
+    told = manifest.model_copy(update={"group_counts": {"white": 7, "odd": "<5"}})
+    assert policies.examples_of(told) == policies.examples_of(manifest) + 8
+    told = manifest.model_copy(update={"other_images": 9})
+    assert policies.examples_of(told) == policies.examples_of(manifest) + 9
+    assert policies.examples_of(manifest.model_copy(update={"images": 40})) == 40
+    assert policies.examples_of(manifest.model_copy(update={"images": "<5"})) == 1
+
+
+def test_the_largest_norm_is_of_vectors_alone(contribute):
+    """A Fisher diagonal has no step length."""
+    manifest = contribute("north").manifest
+    bounds = Bounds(maximum_norm=manifest.payload.norm / 2)
+    assert policies.breach(manifest, bounds, "x")
+    assert policies.breach(manifest.model_copy(update={"kind": "fisher"}), bounds, "x") is None
+
+
+def test_an_approval_is_signed_as_one(north, second, ok, publish):
+    """A signature that the second person has given to something else is none."""
+    ok("approve", north, "--run", north / "runs" / "a", "--key", second)
+    joined = site.open_site(north)
+    parcel = publishing.prepare(joined, north / "runs" / "a", open_hub(joined.config.hub))
+    (path,) = (north / policies.APPROVALS).iterdir()
+    signed = signing.sign(second, signing.MANIFEST_CONTEXT, parcel.manifest.to_bytes())
+    path.write_text(json.dumps({"key": signed.key, "signature": signed.signature}))
+    code, said = publish()
+    assert code == 1
+    assert "has to be approved by a second person" in said
+
+
+def test_the_policy_is_read_again_before_anything_leaves(hub, north):
+    joined = site.open_site(north)
+    parcel = publishing.prepare(joined, north / "runs" / "a", hub)
+    (north / POLICY_FILE).write_text("allowed_kinds: []\n")
+    with pytest.raises(PolicyError, match="it allows nothing: nothing was sent"):
+        publishing.publish(joined, north / "runs" / "a", hub, parcel)
+    assert nothing_left(hub, north)

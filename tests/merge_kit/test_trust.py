@@ -12,6 +12,7 @@ from merge_kit.creation import create
 from merge_kit.errors import FederationError, HubError, SignatureError
 from merge_kit.federation import FEDERATION_FILE, Policy, parse_federation
 from merge_kit.hub import FolderHub
+from merge_kit.keys import RetiredKey
 from merge_kit.yamlfile import parse_yaml
 from tests.conftest import CLASSES, write_run
 from tests.merge_kit.helpers import says
@@ -384,3 +385,26 @@ def test_a_key_to_revoke_may_be_given_as_its_file(place, north, ok, run_cli):
     found = run_cli("revoke", place.root, "north", "--public-key", north / "old.pub")
     assert found.exit_code == 1
     assert f"{north / 'old.pub'} cannot be read as a public key's file" in found.stderr
+
+
+def test_a_replaced_key_never_speaks_for_another_site(place, north, ok, tmp_path):
+    old = (north / "keys" / "site.pem").read_bytes()
+    ok("key", "rotate", north)
+    ok("admit", place.root, "north", north / "keys" / "site.pub", "--rotate")
+    south = tmp_path / "south"
+    ok("join", place.root, "--site", "south", "--folder", south)
+    ok("admit", place.root, "south", south / "keys" / "site.pub")
+    (south / "keys" / "site.pem").write_bytes(old)
+    publish(ok, south, 2)
+    (entry,) = [entry for entry in entries_of(place) if entry.site == "south"]
+    assert "but site 'south' is admitted with" in entry.problem
+
+
+def test_what_is_of_the_very_second_in_which_a_key_was_replaced_counts(place, north):
+    before, federation = trust.unchecked_on(place)
+    (entry,) = entries_of(place)
+    second = entry.contribution.manifest.created_at
+    retired = RetiredKey(name="north", public_key=entry.contribution.key, until=second)
+    told = federation.model_copy(update={"sites": (), "retired": (retired,)})
+    trust.change(place, before, told, None)
+    assert [c.id for c in live(entries_of(place))] == [entry.id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -269,3 +270,43 @@ def test_what_a_note_speaks_of_is_not_said_to_be_published(hub, contribute, run_
     assert found.exit_code == 1
     note = f"{withdrawals.ROOT}/north/{parcel.manifest.id}"
     assert f"is there already, and {note} says that it has been withdrawn" in found.stderr
+
+
+def test_an_attempt_that_was_broken_off_goes_on_with_the_same_note(
+    hub, contribute, withdraw, tmp_path, monkeypatch
+):
+    """A hub that takes the files one by one would refuse other bytes."""
+    parcel = contribute("north", seed=1)
+    place = f"{withdrawals.ROOT}/north/{parcel.manifest.id}"
+    monkeypatch.setattr(withdrawals, "now", lambda: "2026-01-01T00:00:00Z")
+    withdraw("north", "--all")
+    first = hub.read(f"{place}/{withdrawals.FILE}")
+    shutil.rmtree(hub.root / withdrawals.ROOT)
+    monkeypatch.setattr(withdrawals, "now", lambda: "2026-01-02T00:00:00Z")
+    withdraw("north", "--all")
+    assert hub.read(f"{place}/{withdrawals.FILE}") == first
+    # A note of another federation in the site's folder is not sent.
+    kept = tmp_path / "north" / withdrawals.ROOT / f"{parcel.manifest.id}.json"
+    kept.write_bytes(kept.read_bytes().replace(b'"federation":"sha256:', b'"federation":"sha256:0')
+                     [:-1] + b" }")  # fmt: skip
+    shutil.rmtree(hub.root / withdrawals.ROOT)
+    withdraw("north", "--all")
+    assert b"2026-01-02" in hub.read(f"{place}/{withdrawals.FILE}")
+
+
+def test_what_is_no_contributions_name_is_passed_over(hub, contribute, withdraw):
+    parcel = contribute("north", seed=1)
+    (hub.root / "contributions" / "north" / "notes").mkdir()
+    said = withdraw("north", "--all")
+    assert said.count("Withdrawn: ") == 1
+    assert not (hub.root / withdrawals.ROOT / "north" / "notes").exists()
+    assert parcel.manifest.id[:12] in said
+
+
+def test_a_hub_of_another_federation_is_not_written_to(hub, contribute, withdraw, ok, tmp_path):
+    contribute("north", seed=1)
+    ok("init", tmp_path / "other", "--backbone", "test_resnet", "--weights", "none",
+       "--input-size", 32, "--classes", "a,b")  # fmt: skip
+    said = withdraw("north", "--all", "--hub", tmp_path / "other", code=1)
+    assert "holds the contract" in said
+    assert not (tmp_path / "other" / withdrawals.ROOT).exists()
