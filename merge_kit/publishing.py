@@ -151,15 +151,13 @@ def prepare(
         payload, draft = _compressed(run, payload, draft, federation, how)
     key = signing.public_key(site.key_file)
     entries = [entry for entry in list_entries(hub, federation) if entry.site == site.name]
-    admitted = federation.key_of(site.name) == key
+    # A key that is still to be exchanged replaces nothing before, but what it publishes has to say
+    # now what it will replace then.
     own = [
         entry.contribution
         for entry in entries
         if entry.contribution
-        and (
-            entry.contribution.key == key
-            or (admitted and entry.contribution.trust is Trust.ADMITTED)
-        )
+        and (entry.contribution.key == key or entry.contribution.trust is Trust.ADMITTED)
     ]
     own = [c for c in own if (c.kind, c.manifest.about) == (kind, draft.about)]
     minimum = federation.policy.minimum_class_count

@@ -408,3 +408,15 @@ def test_what_is_of_the_very_second_in_which_a_key_was_replaced_counts(place, no
     told = federation.model_copy(update={"sites": (), "retired": (retired,)})
     trust.change(place, before, told, None)
     assert [c.id for c in live(entries_of(place))] == [entry.id]
+
+
+def test_what_a_new_key_publishes_before_it_is_admitted_replaces_what_the_old_one_did(
+    place, north, ok
+):
+    (before,) = live(entries_of(place))
+    ok("key", "rotate", north)
+    publish(ok, north, 2)
+    assert [c.id for c in live(entries_of(place))] == [before.id]  # it does not count yet
+    ok("admit", place.root, "north", north / "keys" / "site.pub", "--rotate")
+    (after,) = live(entries_of(place))  # and not both
+    assert after.manifest.supersedes == f"sha256:{before.id}"
