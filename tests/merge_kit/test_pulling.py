@@ -12,9 +12,10 @@ import time
 import pytest
 
 from merge_kit.contributions import MANIFEST, PAYLOAD, SIGNATURE, folder_of, list_entries, live
-from merge_kit.federation import FEDERATION_FILE, read_federation
+from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE, read_federation
 from merge_kit.hub import FolderHub
 from merge_kit.pulling import pull
+from merge_kit.tensorfile import write_tensors
 from tests.merge_kit.helpers import load
 
 
@@ -190,3 +191,28 @@ def test_a_copy_of_a_copy_is_a_hub_and_keeps_what_its_hub_has_lost(full, ok, tmp
     said = ok("pull", tmp_path / "copy", tmp_path / "second")
     assert "0 new, 3 that were there" in said
     assert content(tmp_path / "second") == whole
+
+
+@pytest.mark.parametrize("whose", ["hub", "copy"])
+def test_another_base_is_not_taken(full, ok, run_cli, tmp_path, whose):
+    copy = tmp_path / "copy"
+    if whose == "copy":
+        ok("pull", full.root, copy)
+    path = (full.root if whose == "hub" else copy) / BASE_WEIGHTS
+    tensors = {name: tensor + 1 for name, tensor in load(path).items()}
+    write_tensors(path, tensors, ("format", "pt"))
+    found = run_cli("pull", full.root, copy)
+    assert found.exit_code == 1
+    assert f"{path} has the fingerprint" in found.stderr
+    if whose == "hub":
+        assert not (copy / "base").exists()
+        assert not (copy / FEDERATION_FILE).exists()
+
+
+def test_what_a_revoked_key_has_signed_is_not_copied(full, run_cli, ok, tmp_path):
+    ok("revoke", full.root, "west")
+    found = run_cli("pull", full.root, tmp_path / "copy")
+    assert found.exit_code == 0
+    assert "Left out: contributions/west/" in found.stderr
+    assert not (tmp_path / "copy" / "contributions" / "west").exists()
+    assert "3 new, 0 that were there" in found.stdout
