@@ -158,11 +158,13 @@ def test_without_room_for_the_line_nothing_leaves(read_only_disk):
         auditlog.append(read_only_disk, "publishing", "hub", "place", {})
 
 
-@pytest.mark.parametrize("what", ["a folder", "a link"])
+@pytest.mark.parametrize("what", ["a folder", "a link", "a link to a file"])
 def test_something_else_in_the_place_of_the_log_is_no_empty_log(published, run_cli, hub, what):
     path = published / auditlog.LOG
     path.unlink()
-    path.mkdir() if what == "a folder" else path.symlink_to("/dev/null")
+    target = "/dev/null" if what == "a link" else published / "other.jsonl"
+    path.mkdir() if what == "a folder" else path.symlink_to(target)
+    (published / "other.jsonl").touch()
     before = sorted(hub.root.rglob("*"))
     for command in (("audit-log", "verify"), ("audit-log", "show"), ("withdraw", "--all")):
         found = run_cli(*command, published)
