@@ -251,6 +251,11 @@ class Federation(Document):
         """Public key of an admitted site, or None."""
         return next((s.public_key for s in self.sites if s.name == site), None)
 
+    def keys_of(self, site: str) -> frozenset[str]:
+        """The keys by which a site speaks, or has spoken before it replaced them."""
+        known = (*self.sites, *self.retired)
+        return frozenset(one.public_key for one in known if one.name == site)
+
     def admit(self, site: str, key: str) -> Federation:
         """The federation with one more site.
 

@@ -13,14 +13,14 @@ from merge_kit.contributions import (
     ROOT,
     SIGNATURE,
     Entry,
+    entry_at,
     walk_entries,
 )
 from merge_kit.errors import HubError, MergeKitError, UsageError
 from merge_kit.federation import BASE_CONFIG, BASE_WEIGHTS, FEDERATION_FILE, Federation, check_base
 from merge_kit.files import sha256_file, storage_errors
 from merge_kit.hub import FolderHub, Hub
-from merge_kit.site import federation_on
-from merge_kit.trust import unchecked_on
+from merge_kit.site import federation_file_on, federation_on
 
 
 @dataclass(slots=True)
@@ -49,9 +49,8 @@ def pull(hub: Hub, folder: Path, progress: Callable[[str], None] = lambda label:
     HubError
         A file arrives damaged, or the hub cannot be read.
     """
-    federation = federation_on(hub)
-    data, _ = unchecked_on(hub)
-    copy = _opened(folder, federation)
+    data, federation = federation_file_on(hub)
+    copy = _opened(hub, folder, federation)
     _copy_base(hub, copy, federation)
     done = Pulled()
     for entry in walk_entries(hub, federation):
@@ -65,9 +64,15 @@ def pull(hub: Hub, folder: Path, progress: Callable[[str], None] = lambda label:
             _withdraw(hub, copy, entry, place)
             done.withdrawn += 1
             continue
+        if copy.has(f"{withdrawals.ROOT}/{entry.site}/{entry.id}/{withdrawals.FILE}"):
+            done.left_out.append(
+                f"{found.label} is withdrawn in {folder}, and {hub.uri} lacks the note that says "
+                f"so: it stays withdrawn here; ask site '{entry.site}'."
+            )
+            continue
         digest = found.manifest.payload.sha256
         if copy.has(f"{place}/{MANIFEST}"):
-            if sha256_file(copy.fetch(f"{place}/{PAYLOAD}")) != digest:
+            if not _is_whole(copy, federation, entry, found.signature):
                 raise HubError(
                     f"{folder}/{place} was damaged since it was copied: remove this folder, and "
                     "pull again."
@@ -90,6 +95,14 @@ def pull(hub: Hub, folder: Path, progress: Callable[[str], None] = lambda label:
     return done
 
 
+def _is_whole(copy: Hub, federation: Federation, entry: Entry, signature: str | None) -> bool:
+    """Whether the copy of an entry is still what was copied; asks nothing of the hub."""
+    mine = entry_at(copy, federation, entry.site, entry.id).contribution
+    if mine is None or mine.signature != signature:
+        return False
+    return sha256_file(mine.payload) == mine.manifest.payload.sha256
+
+
 def _small(hub: Hub, place: str) -> dict[str, Path | bytes]:
     """The signature, if there is one, and the manifest, which comes last."""
     found: dict[str, Path | bytes] = {}
@@ -99,7 +112,7 @@ def _small(hub: Hub, place: str) -> dict[str, Path | bytes]:
     return found
 
 
-def _opened(folder: Path, federation: Federation) -> FolderHub:
+def _opened(hub: Hub, folder: Path, federation: Federation) -> FolderHub:
     copy = FolderHub(folder.absolute())
     if copy.has(FEDERATION_FILE):
         theirs = federation_on(copy)
@@ -107,6 +120,13 @@ def _opened(folder: Path, federation: Federation) -> FolderHub:
             raise UsageError(
                 f"{folder} is a copy of the federation '{theirs.name}' and not of this one: choose "
                 "another folder."
+            )
+        if theirs.serial > federation.serial:
+            raise UsageError(
+                f"{folder} holds the federation file with the serial number {theirs.serial}, and "
+                f"{hub.uri} an older one with {federation.serial}, which may lack a revocation: "
+                "nothing was copied; pull from a hub that is up to date (was it the other way "
+                "round, from the folder into the hub?)."
             )
     elif folder.is_dir() and any(p.name not in ("base", ROOT, withdrawals.ROOT)
                                  for p in folder.iterdir()):  # fmt: skip

@@ -50,9 +50,10 @@ def revoked(federation: Federation, site: str, key: str | None = None) -> Federa
         The site has no such key.
     """
     chosen = key or federation.key_of(site)
-    if any((one.name, one.public_key) == (site, chosen) for one in federation.revoked):
+    gone_before = {one.public_key for one in federation.revoked if one.name == site}
+    if chosen in gone_before or (chosen is None and gone_before):
         return federation
-    known = {one.public_key for one in (*federation.sites, *federation.retired) if one.name == site}
+    known = federation.keys_of(site)
     if chosen not in known:
         raise FederationError(
             f"site '{site}' has {'no such key' if key else 'no key'} in this federation; known are "
@@ -116,9 +117,18 @@ def check_latest(federation: Federation, uri: str) -> None:
     SignatureError
         Names both serial numbers.
     """
+    path = refuse_older(federation, uri)
+    if path:
+        write_atomic(path, str(federation.serial))
+
+
+def refuse_older(federation: Federation, uri: str) -> Path | None:
+    """As `check_latest`, without keeping the serial number, which nobody may have signed; gives the
+    file where a later one than was seen is to be kept, or None.
+    """
     folder = cache_folder("federations")
     if federation.coordinator is None or folder is None:
-        return
+        return None
     told = canonical_json([federation.contract_hash, uri])
     path = folder / sha256_bytes(told).removeprefix("sha256:")
     try:
@@ -131,8 +141,7 @@ def check_latest(federation: Federation, uri: str) -> None:
             "seen from this machine: somebody has put an older file in its place; ask the "
             "coordinator."
         )
-    if federation.serial > seen:
-        write_atomic(path, str(federation.serial))
+    return path if federation.serial > seen else None
 
 
 def change(hub: Hub, before: bytes, federation: Federation, key_file: Path | None) -> Federation:
