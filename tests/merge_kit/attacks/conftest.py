@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,6 @@ class Field:
 
     def mallory(self, **options):
         """The attacker's own contribution, as sound as any, not on the hub any more."""
-        import shutil
-
         parcel = self.contribute("mallory", seed=3, **options)
         shutil.rmtree(self.hub.root / folder_of(parcel.manifest))
         return parcel

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from merge_kit import signing, site, withdrawals
+from merge_kit import publishing, signing, site, withdrawals
 from merge_kit.contributions import MANIFEST, PAYLOAD, SIGNATURE, folder_of
 from merge_kit.files import canonical_json
 from merge_kit.schema import now
@@ -123,8 +123,8 @@ def test_a_retired_key_after_its_rotation(field):
     place = field.put(manifest, field.north.payload, "thief")
     (old,) = field.federation().retired
     field.refused(
-        f"{place} says to be of 2099-01-01T00:00:00Z and is signed with a key that site 'north' had "
-        f"replaced on {old.until}: it is refused.", "north",
+        f"{place} says to be of 2099-01-01T00:00:00Z and is signed with a key that site 'north' "
+        f"had replaced on {old.until}: it is refused.", "north",
     )  # fmt: skip
 
 
@@ -200,8 +200,8 @@ def test_a_forged_withdrawal(field):
     place = note(field, field.north, field.key("mallory"))
     key = signing.public_key(field.key("mallory"))
     field.refused(
-        f"contribution north/{field.north.manifest.id[:12]} is said to be withdrawn by {key}, which "
-        "is not its site's key: ask site 'north', and let the coordinator remove "
+        f"contribution north/{field.north.manifest.id[:12]} is said to be withdrawn by {key}, "
+        "which is not its site's key: ask site 'north', and let the coordinator remove "
         f"{place} if it is not true.", "north",
     )  # fmt: skip
 
@@ -210,8 +210,8 @@ def test_a_withdrawal_replayed_from_another_federation(field):
     field.before("--exclude", "north")
     place = note(field, field.north, field.key("north"), federation="sha256:" + "7" * 64)
     field.refused(
-        f"{place} withdraws north/{field.north.manifest.id[:12]} of another place or federation: it "
-        "was moved or changed.", "north",
+        f"{place} withdraws north/{field.north.manifest.id[:12]} of another place or federation: "
+        "it was moved or changed.", "north",
     )  # fmt: skip
 
 
@@ -232,8 +232,6 @@ def test_statistics_that_speak_of_anothers_vector(field):
     joined = site.open_site(field.mallory().payload.parents[2])
     run = joined.root / "runs" / "forged"
     write_run(joined, run, seed=9)
-    from merge_kit import publishing
-
     about = field.north.manifest.payload.sha256
     write_statistics(joined, run, "fisher", seed=9, header={"about": about})
     (parcel,) = [p for p in publishing.prepare_all(joined, run, field.hub) if p.manifest.about]
