@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,14 @@ from merge_kit.contributions import (
     PAYLOAD,
     ROOT,
     SIGNATURE,
+    Contribution,
     Entry,
     entry_at,
     walk_entries,
 )
 from merge_kit.errors import HubError, MergeKitError, UsageError
 from merge_kit.federation import BASE_CONFIG, BASE_WEIGHTS, FEDERATION_FILE, Federation, check_base
-from merge_kit.files import sha256_file, storage_errors
+from merge_kit.files import canonical_json, sha256_file, storage_errors
 from merge_kit.hub import FolderHub, Hub
 from merge_kit.site import federation_file_on, federation_on
 
@@ -86,8 +88,12 @@ def pull(hub: Hub, folder: Path, progress: Callable[[str], None] = lambda label:
         except MergeKitError as error:
             done.left_out.append(str(error))
             continue
-        files = {PAYLOAD: payload, **_small(hub, place)}
-        copy.publish(place, files)
+        copy.publish(place, {PAYLOAD: payload, **_small(found)})
+        there = copy.fetch(f"{place}/{PAYLOAD}")
+        if sha256_file(there) != digest:  # a folder's file may be exchanged while it is copied
+            shutil.rmtree(there.parent)
+            done.left_out.append(f"{hub.uri}/{place}/{PAYLOAD} changed while it was copied.")
+            continue
         done.new += 1
     before = copy.read(FEDERATION_FILE) if copy.has(FEDERATION_FILE) else None
     if before != data:
@@ -103,13 +109,14 @@ def _is_whole(copy: Hub, federation: Federation, entry: Entry, signature: str | 
     return sha256_file(mine.payload) == mine.manifest.payload.sha256
 
 
-def _small(hub: Hub, place: str) -> dict[str, Path | bytes]:
-    """The signature, if there is one, and the manifest, which comes last."""
-    found: dict[str, Path | bytes] = {}
-    if hub.has(f"{place}/{SIGNATURE}"):
-        found[SIGNATURE] = hub.read(f"{place}/{SIGNATURE}")
-    found[MANIFEST] = hub.read(f"{place}/{MANIFEST}")
-    return found
+def _small(found: Contribution) -> dict[str, Path | bytes]:
+    """The signature, if there is one, and the manifest, which comes last: as they were checked, for
+    a hub may give other bytes when it is asked again."""
+    files: dict[str, Path | bytes] = {}
+    if found.key and found.signature:
+        files[SIGNATURE] = canonical_json({"key": found.key, "signature": found.signature})
+    files[MANIFEST] = found.manifest.to_bytes()
+    return files
 
 
 def _opened(hub: Hub, folder: Path, federation: Federation) -> FolderHub:
@@ -149,7 +156,8 @@ def _copy_base(hub: Hub, copy: FolderHub, federation: Federation) -> None:
 def _withdraw(hub: Hub, copy: FolderHub, entry: Entry, place: str) -> None:
     """The note, and of what it takes back the manifest alone."""
     if not copy.has(f"{place}/{MANIFEST}"):
-        copy.publish(place, _small(hub, place))
+        if entry.withdrawn:
+            copy.publish(place, _small(entry.withdrawn))
     note = f"{withdrawals.ROOT}/{entry.site}/{entry.id}"
     names = (withdrawals.SIGNATURE, withdrawals.FILE)
     copy.publish(note, {name: hub.read(f"{note}/{name}") for name in names})

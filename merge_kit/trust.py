@@ -108,18 +108,45 @@ def check_signed(federation: Federation, where: str) -> None:
         ) from error
 
 
-def check_latest(federation: Federation, uri: str) -> None:
+def check_latest(federation: Federation, uri: str, *, created: bool = False) -> None:
     """Refuse a signed federation file that is older than one that was seen on the same hub from
-    this machine: it may lack a revocation. Copies of a hub may lag behind it.
+    this machine: it may lack a revocation. Copies of a hub may lag behind it. Refuse another
+    contract too in the place of one that was signed, unless it was `created` just now: whoever may
+    write could put an unsigned one there, or one with a key of their own.
 
     Raises
     ------
     SignatureError
-        Names both serial numbers.
+        Names both serial numbers, or contracts.
     """
+    _check_pinned(federation, uri, created)
     path = refuse_older(federation, uri)
     if path:
         write_atomic(path, str(federation.serial))
+
+
+def _check_pinned(federation: Federation, uri: str, created: bool) -> None:
+    folder = cache_folder("federations")
+    if folder is None:
+        return
+    pin = folder / f"{sha256_bytes(uri.encode()).removeprefix('sha256:')}.contract"
+    try:
+        pinned = "" if created else pin.read_text().strip()
+    except (OSError, ValueError):
+        pinned = ""
+    if pinned and pinned != federation.contract_hash:
+        raise SignatureError(
+            f"{uri}/{FEDERATION_FILE} is the contract {federation.contract_hash}, and {pinned} "
+            "with its coordinator's signature was seen there from this machine: somebody has put "
+            f"another federation in its place; ask the coordinator, and remove {pin} if that is as "
+            "it should be."
+        )
+    if federation.coordinator is None:
+        if created:
+            pin.unlink(missing_ok=True)
+        return
+    if not pinned:
+        write_atomic(pin, federation.contract_hash)
 
 
 def refuse_older(federation: Federation, uri: str) -> Path | None:
