@@ -112,7 +112,9 @@ KINDS: dict[str, Callable[[Path], AbstractContextManager[Place]]] = {
 }  # fmt: skip
 
 
-def run(place: Place, scratch: Path, count: int, killed: int, mebibytes: float, seed: int) -> dict[str, object]:  # fmt: skip
+def run(
+    place: Place, scratch: Path, count: int, killed: int, mebibytes: float, seed: int
+) -> dict[str, object]:
     """The figures, once all that must hold has been checked."""
     payloads = []
     for number in range(count):
