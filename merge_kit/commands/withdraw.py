@@ -8,12 +8,12 @@ from pathlib import Path
 
 import click
 
-from merge_kit.commands.options import next_step, shown
+from merge_kit.commands.options import create_pr_option, next_step, shown, writable_hub
 from merge_kit.contributions import PAYLOAD, Entry, list_entries
 from merge_kit.contributions import ROOT as CONTRIBUTIONS
 from merge_kit.errors import ContributionError, UsageError
 from merge_kit.federation import Federation
-from merge_kit.hub import Hub, by_pull_request, open_hub, pull_request_of
+from merge_kit.hub import Hub, pull_request_of
 from merge_kit.site import Site, check_pinned, federation_on, open_site
 from merge_kit.withdrawals import ROOT, is_id, withdraw
 
@@ -23,11 +23,7 @@ from merge_kit.withdrawals import ROOT, is_id, withdraw
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @click.option("--all", "everything", is_flag=True, help="Whatever the site has published.")
 @click.option("--hub", help="Another place than the hub that was joined.")
-@click.option(
-    "--create-pr",
-    is_flag=True,
-    help="On the Hugging Face Hub: propose it as a pull request, which needs no right to write.",
-)
+@create_pr_option
 def withdraw_command(
     folder: Path, ids: tuple[str, ...], everything: bool, hub: str | None, create_pr: bool
 ) -> None:
@@ -40,9 +36,7 @@ def withdraw_command(
     if bool(ids) == everything:
         raise UsageError("give the ids to withdraw, as 'merge-kit status' shows them, or --all.")
     site = open_site(folder)
-    opened = open_hub(hub or site.config.hub)
-    if create_pr:
-        opened = by_pull_request(opened)
+    opened = writable_hub(hub or site.config.hub, create_pr=create_pr)
     federation = federation_on(opened)
     check_pinned(site.config, federation, opened.uri)
     keys = federation.keys_of(site.name)
