@@ -22,7 +22,7 @@ from finetune.labelling import Labelling, own_labelling
 from finetune.network import choose_device
 from finetune.own_head import own_head
 from finetune.progress import Progress
-from merge_kit.commands.options import listed, next_step, shown
+from merge_kit.commands.options import create_pr_option, listed, next_step, shown
 from merge_kit.commands.publish import hub_option, send_or_show
 from merge_kit.errors import LabelError, UsageError
 from merge_kit.site import Site, open_site
@@ -59,6 +59,7 @@ from merge_kit.site import Site, open_site
     "--out", type=click.Path(path_type=Path), help="With --own-classes: folder of the model."
 )
 @click.option("--publish", is_flag=True, help="Send it to the hub at once.")
+@create_pr_option
 @hub_option
 def calibrate(
     folder: Path,
@@ -75,6 +76,7 @@ def calibrate(
     own_classes: str | None,
     out: Path | None,
     publish: bool,
+    create_pr: bool,
     hub: str | None,
     device: str,
     **split: Any,
@@ -93,6 +95,8 @@ def calibrate(
     merge-kit calibrate north --data north.csv --means 5 --publish
     merge-kit calibrate west --data west.csv --model merged --own-classes cyst,abscess --out mine
     """
+    if create_pr and not publish:
+        raise UsageError("--create-pr says how to publish: give --publish with it.")
     site, chosen = open_site(folder), choose_device(device)
     if own_classes is not None:
         if out is None or publish:
@@ -180,7 +184,7 @@ def calibrate(
         )
     what = "norm statistics" if norms else "means" if means else "moments"
     click.echo(f"  {what:<20} {made.size / 2**20:.1f} MiB in {made.folder}")
-    send_or_show(site, made.folder, hub, publish=publish)
+    send_or_show(site, made.folder, hub, publish=publish, create_pr=create_pr)
 
 
 def _own_head(

@@ -13,7 +13,7 @@ from finetune.image_options import of_split, unlabelled_options
 from finetune.network import choose_device
 from finetune.progress import Progress
 from finetune.teachers import other_teacher
-from merge_kit.commands.options import pairs, typed_pairs
+from merge_kit.commands.options import create_pr_option, pairs, typed_pairs
 from merge_kit.commands.publish import hub_option, send_or_show
 from merge_kit.errors import UsageError
 from merge_kit.remembered import cache_folder
@@ -54,6 +54,7 @@ from merge_kit.site import SITE_FILE, open_site
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--publish", is_flag=True, help="Send it to the hub at once.")
+@create_pr_option
 @hub_option
 def predict_proxy(
     folder: Path,
@@ -68,6 +69,7 @@ def predict_proxy(
     counts: tuple[str, ...],
     device: str,
     publish: bool,
+    create_pr: bool,
     hub: str | None,
 ) -> None:
     """Say what the private model of the site in FOLDER makes of images that everybody has.
@@ -79,6 +81,8 @@ def predict_proxy(
     \b
     merge-kit predict-proxy north --model private --data transfer-images --publish
     """
+    if create_pr and not publish:
+        raise UsageError("--create-pr says how to publish: give --publish with it.")
     site, chosen = open_site(folder), choose_device(device)
     federation = site.federation
     if federation.multi_label:
@@ -121,7 +125,7 @@ def predict_proxy(
     click.echo(f"  classes  {', '.join(known)}")
     click.echo(f"  images   {made.about}")
     click.echo(f"  size     {made.size / 2**20:.1f} MiB in {made.folder}")
-    send_or_show(site, made.folder, hub, publish=publish)
+    send_or_show(site, made.folder, hub, publish=publish, create_pr=create_pr)
 
 
 def _folder_of(model: Path) -> Path:

@@ -57,6 +57,7 @@ def append(
         The storage is full, read-only or gone.
     """
     path = root / LOG
+    _is_there(path)
     with storage_errors(path), _locked(path) as file:
         number, previous, end = 0, START, 0
         for line, record in _checked(file, path):
@@ -82,7 +83,7 @@ def read(root: Path) -> list[Record]:
         The chain is broken; names the line.
     """
     path = root / LOG
-    if not path.is_file():
+    if not _is_there(path):
         return []
     with storage_errors(path), path.open("rb") as file:
         return [record for _, record in _checked(file, path)]
@@ -92,10 +93,31 @@ def heads(root: Path) -> list[str]:
     """The digest after each line, `START` first: whoever keeps the last one sees later whether
     lines were cut off."""
     path = root / LOG
-    if not path.is_file():
+    if not _is_there(path):
         return [START]
     with storage_errors(path), path.open("rb") as file:
         return [START, *(sha256_bytes(line) for line, _ in _checked(file, path))]
+
+
+def is_unfinished(root: Path) -> bool:
+    """Whether the log ends in a part of a line, which does not count and is written over."""
+    path = root / LOG
+    if not _is_there(path):
+        return False
+    with storage_errors(path), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        return file.read() not in (b"", b"\n")
+
+
+def _is_there(path: Path) -> bool:
+    """A link or a folder in the place of the log is no log that nothing was written to."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise AuditError(
+            f"{path} is no file: somebody has put something else in its place; find out "
+            "who, and move it away to start a new one."
+        )
+    return path.exists()
 
 
 def _checked(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, Record]]:

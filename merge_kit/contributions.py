@@ -164,7 +164,7 @@ def _check_tombstone(tombstone: Tombstone, found: Contribution, federation: Fede
     its site may have taken back."""
     if tombstone.problem:
         raise ContributionError(tombstone.problem)
-    if tombstone.key not in (found.key, federation.key_of(found.site)):
+    if tombstone.key not in (found.key, *federation.keys_of(found.site)):
         raise SignatureError(
             f"{found.label} is said to be withdrawn by {tombstone.key}, which is not its site's "
             f"key: ask site '{found.site}', and let the coordinator remove {WITHDRAWALS}/"

@@ -24,7 +24,7 @@ from merge_kit.files import new_folder, sha256_file, write_atomic
 from merge_kit.hub import Hub, create_hub
 from merge_kit.labelspace import LabelSpace
 from merge_kit.tensorfile import fingerprint_file, write_tensors
-from merge_kit.trust import signed
+from merge_kit.trust import check_latest, signed
 
 
 @contextmanager
@@ -39,7 +39,9 @@ def place_of(hub: str) -> Iterator[Path]:
     """
     scheme, separator, rest = hub.partition("://")
     if not separator or scheme == "file":
-        yield Path(rest if separator else hub)
+        folder = Path(rest if separator else hub)
+        yield folder
+        check_latest(read_federation(folder), str(folder.absolute()), created=True)
         return
     opened = create_hub(hub)
     if opened.has(FEDERATION_FILE):
@@ -68,6 +70,7 @@ def _send(folder: Path, hub: Hub) -> None:
                 "remove it, or choose another place."
             )
     hub.replace(FEDERATION_FILE, (folder / FEDERATION_FILE).read_bytes(), None)
+    check_latest(read_federation(folder), hub.uri, created=True)
 
 
 def create(

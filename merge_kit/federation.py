@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     StringConstraints,
@@ -30,7 +31,21 @@ from merge_kit.yamlfile import dump_yaml, read_yaml
 FEDERATION_FILE = "federation.yaml"
 BASE_WEIGHTS = "base/model.safetensors"
 BASE_CONFIG = "base/config.json"
-ClassName = Annotated[str, StringConstraints(min_length=1, max_length=100, strip_whitespace=True)]
+
+
+def _is_one_line(text: str) -> str:
+    # These reach terminals, model cards and reports: no escape, no line of another's making.
+    if not text.isprintable():
+        raise ValueError("control characters, line ends and invisible characters are not allowed")
+    return text
+
+
+ClassName = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=100, strip_whitespace=True),
+    AfterValidator(_is_one_line),
+]
+OneLine = Annotated[str, StringConstraints(max_length=1000), AfterValidator(_is_one_line)]
 Channels = tuple[float, float, float]
 Spread = Annotated[float, Field(gt=0)]
 Pixels = Annotated[int, Field(gt=0)]
@@ -154,7 +169,7 @@ class Federation(Document):
 
     format: Literal[1] = 1
     name: SiteName
-    architecture: str
+    architecture: OneLine
     model_args: dict[str, Any] = Field(default_factory=dict)
     classifier: tuple[str, ...]
     classes: tuple[ClassName, ...] = Field(min_length=2)
@@ -164,7 +179,7 @@ class Federation(Document):
     """The classes are findings: an image has any number of them, or none."""
     label_schema: int = 1
     preprocessing: Preprocessing
-    weights_source: str
+    weights_source: OneLine
     base_fingerprint: Digest
     policy: Policy = Policy()
     sites: tuple[AdmittedSite, ...] = ()
@@ -250,6 +265,11 @@ class Federation(Document):
     def key_of(self, site: str) -> str | None:
         """Public key of an admitted site, or None."""
         return next((s.public_key for s in self.sites if s.name == site), None)
+
+    def keys_of(self, site: str) -> frozenset[str]:
+        """The keys by which a site speaks, or has spoken before it replaced them."""
+        known = (*self.sites, *self.retired)
+        return frozenset(one.public_key for one in known if one.name == site)
 
     def admit(self, site: str, key: str) -> Federation:
         """The federation with one more site.

@@ -89,15 +89,50 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     partial = partial_path(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
+        with os.fdopen(_begun(partial), "wb") as file:  # the lock ends with it, hence all in here
+            try:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+
+
+def _begun(partial: Path) -> int:
+    """A new, empty, locked file. Waits for another writer of the same name; what a killed one left
+    has no lock and is removed, and so is a link that somebody put there.
+    """
+    while True:
+        try:
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            _remove_left(partial)
+            continue
+        if _locked(handle, partial):
+            return handle
+        os.close(handle)
+
+
+def _remove_left(partial: Path) -> None:
+    """Remove `partial` unless somebody is writing it: then wait a moment."""
+    try:
+        handle = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EACCES):
             raise
+        partial.unlink(missing_ok=True)  # a link, or another user's
+        return
+    try:
+        if _locked(handle, partial):
+            partial.unlink(missing_ok=True)
+        else:
+            time.sleep(0.01)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,8 +265,14 @@ def model_card(
     )
 
 
+def literal(text: str) -> str:
+    """A name as Markdown that shows it as it is: no link, image, table or HTML of its making."""
+    return re.sub(r"([\\`*_{}\[\]()<>#|!&~])", r"\\\1", text)
+
+
 def render(template: str, **values: Any) -> str:
     """Fill in one of our templates."""
     loader = jinja2.PackageLoader("merge_kit")
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["literal"] = literal
     return environment.get_template(template).render(values)

@@ -31,7 +31,7 @@ class SitePolicy(Bounds):
 
     format: Literal[1] = 1
     allowed_hubs: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
-    """How the hubs begin that may be sent to, as paths or URIs; null for any."""
+    """How the hubs begin that may be sent to, as absolute paths or URIs; null for any."""
     allowed_kinds: tuple[Kind, ...] | None = None
     """What may be sent: vector, moments, norms, predictions, fisher, gram; null for all."""
     forbidden_fields: tuple[Telling, ...] = ()
@@ -144,20 +144,27 @@ def check_site(manifest: Manifest, policy: SitePolicy, hub: str) -> None:
 
 
 def _begins(hub: str, allowed: str) -> bool:
-    """Whole parts of a place alone: `s3://a/b` allows `s3://a/b/c` and not `s3://a/bc`."""
+    """Whole parts of a place alone: `s3://a/b` allows `s3://a/b/c` and not `s3://a/bc`. Of a folder
+    it counts where it really is, whatever links and `..` lead there."""
+    if "://" not in hub:
+        path = Path(allowed.removeprefix("file://"))
+        return path.is_absolute() and Path(hub).resolve().is_relative_to(path.resolve())
+    if {".", ".."} & set(hub.split("/")):
+        return False  # some storages would follow it out of the place that it begins with
     allowed = allowed.rstrip("/")
     return hub == allowed or hub.startswith(f"{allowed}/")
 
 
-def approve(root: Path, manifest: Manifest, key_file: Path) -> str:
+def approve(root: Path, manifest: Manifest, key_file: Path, site_key: str) -> str:
     """Write that the owner of a key approves a contribution; gives the public key.
 
     Raises
     ------
     PolicyError
-        The site's policy does not ask for this key.
+        The site's policy does not ask for this key, or it is the site's own.
     """
     policy = site_policy(root)
+    _check_second(root, policy, site_key)
     signed = signing.sign(key_file, signing.APPROVAL_CONTEXT, manifest.to_bytes())
     if signed.key not in policy.second_signature:
         raise PolicyError(
@@ -169,25 +176,45 @@ def approve(root: Path, manifest: Manifest, key_file: Path) -> str:
     return signed.key
 
 
-def check_approved(root: Path, manifest: Manifest, policy: SitePolicy) -> None:
+def _check_second(root: Path, policy: SitePolicy, site_key: str) -> None:
+    """Whoever publishes has the site's key, so that its signature is no second one."""
+    if site_key in policy.second_signature:
+        raise PolicyError(
+            f"{root / POLICY_FILE} names the site's own key under 'second_signature': let a second "
+            "person make one with 'merge-kit key new', and name that."
+        )
+
+
+def check_approved(
+    root: Path, run: Path, manifest: Manifest, policy: SitePolicy, site_key: str
+) -> None:
     """Refuse what nobody has approved, where somebody has to.
+
+    Parameters
+    ----------
+    run
+        The folder that the contribution is of, for the message.
+    site_key
+        The public key that signs the contribution itself.
 
     Raises
     ------
     PolicyError
-        Names the command that is missing.
+        Names the command that is missing; or the site's own key is to be the second.
     """
     if not policy.second_signature:
         return
+    _check_second(root, policy, site_key)
     path = root / APPROVALS / f"{manifest.id}.json"
     try:
         told = json.loads(path.read_bytes())
         signature = signing.Signature(str(told["key"]), str(told["signature"]))
         signing.verify(signature, signing.APPROVAL_CONTEXT, manifest.to_bytes(), str(path))
-    except (OSError, ValueError, KeyError, TypeError, SignatureError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SignatureError) as error:
         raise PolicyError(
             f"the {manifest.kind} {manifest.id[:12]} has to be approved by a second person before "
-            f"it leaves the site: run 'merge-kit approve {root} --key <their key>'."
+            f"it leaves the site: run 'merge-kit approve {root} --run {run} --key <their key>', "
+            "with the options of this command."
         ) from error
     if signature.key not in policy.second_signature:
         raise PolicyError(

@@ -10,10 +10,10 @@ from merge_kit import auditlog, manifest, policies, signing, vector
 from merge_kit.compressing import Compression, compress
 from merge_kit.contributions import (
     MANIFEST,
-    PAYLOAD,
     Contribution,
     Trust,
     bundle,
+    entry_at,
     folder_of,
     list_entries,
     without_superseded,
@@ -35,6 +35,7 @@ from merge_kit.manifest import (
 from merge_kit.methods.base import Statistics
 from merge_kit.parameters import roles_of
 from merge_kit.site import Site, check_pinned, federation_on
+from merge_kit.withdrawals import ROOT as WITHDRAWALS
 
 VECTOR = "vector.safetensors"
 DRAFT = "manifest.draft.json"
@@ -150,15 +151,13 @@ def prepare(
         payload, draft = _compressed(run, payload, draft, federation, how)
     key = signing.public_key(site.key_file)
     entries = [entry for entry in list_entries(hub, federation) if entry.site == site.name]
-    admitted = federation.key_of(site.name) == key
+    # A key that is still to be exchanged replaces nothing before, but what it publishes has to say
+    # now what it will replace then.
     own = [
         entry.contribution
         for entry in entries
         if entry.contribution
-        and (
-            entry.contribution.key == key
-            or (admitted and entry.contribution.trust is Trust.ADMITTED)
-        )
+        and (entry.contribution.key == key or entry.contribution.trust is Trust.ADMITTED)
     ]
     own = [c for c in own if (c.kind, c.manifest.about) == (kind, draft.about)]
     minimum = federation.policy.minimum_class_count
@@ -247,7 +246,8 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     Raises
     ------
     ContributionError
-        What is there is damaged; nothing on a hub is ever overwritten.
+        What is there is damaged, or signed with a key that does not count (any more); nothing on a
+        hub is ever overwritten.
     PolicyError
         The site's policy does not let it leave, or nobody has approved it.
     AuditError
@@ -255,7 +255,8 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     """
     policy = policies.site_policy(site.root)
     policies.check_site(parcel.manifest, policy, hub.uri)
-    policies.check_approved(site.root, parcel.manifest, policy)
+    key = signing.public_key(site.key_file)
+    policies.check_approved(site.root, run, parcel.manifest, policy, key)
     data = parcel.manifest.to_bytes()
     write_atomic(run / _manifest_file(parcel.manifest.kind), data)
     signature = signing.sign(site.key_file, signing.MANIFEST_CONTEXT, data)
@@ -269,10 +270,28 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     if hub.publish(folder, files):
         auditlog.append(site.root, "published", hub.uri, folder, told)
         return True
-    there = hub.fetch(f"{folder}/{PAYLOAD}")
-    if sha256_file(there) != parcel.manifest.payload.sha256:
+    note = f"{WITHDRAWALS}/{site.name}/{parcel.manifest.id}"
+    if next(hub.list(note), None):
         raise ContributionError(
-            f"{hub.uri}/{folder} is there already, but damaged: ask the coordinator to remove this "
-            "folder, then publish again."
+            f"{hub.uri}/{folder} is there already, and {note} says that it has been withdrawn: run "
+            f"'merge-kit {_COMMANDS[parcel.manifest.kind]}' again to contribute something new, or, "
+            "if nobody of your site has withdrawn it, ask the coordinator to remove that note."
+        )
+    if reason := _worthless(hub, parcel.manifest, key):
+        raise ContributionError(
+            f"{hub.uri}/{folder} is there already, but {reason}: ask the coordinator to remove "
+            "this folder, then publish again."
         )
     return False
+
+
+def _worthless(hub: Hub, ours: Manifest, key: str) -> str | None:
+    """Why what lies on the hub in the place of a contribution does not stand for it."""
+    entry = entry_at(hub, federation_on(hub), ours.site, ours.id)
+    if entry.contribution is None:
+        return f"does not count ({str(entry.problem).rstrip('.')})"
+    if entry.contribution.trust is not Trust.ADMITTED and entry.contribution.key != key:
+        return f"signed with {entry.contribution.key or 'nothing'} and not with the site's key"
+    if sha256_file(entry.contribution.payload) != ours.payload.sha256:
+        return "damaged"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +13,16 @@ from merge_kit.contributions import (
     PAYLOAD,
     ROOT,
     SIGNATURE,
+    Contribution,
     Entry,
+    entry_at,
     walk_entries,
 )
 from merge_kit.errors import HubError, MergeKitError, UsageError
 from merge_kit.federation import BASE_CONFIG, BASE_WEIGHTS, FEDERATION_FILE, Federation, check_base
-from merge_kit.files import sha256_file, storage_errors
+from merge_kit.files import canonical_json, sha256_file, storage_errors
 from merge_kit.hub import FolderHub, Hub
-from merge_kit.site import federation_on
-from merge_kit.trust import unchecked_on
+from merge_kit.site import federation_file_on, federation_on
 
 
 @dataclass(slots=True)
@@ -49,9 +51,8 @@ def pull(hub: Hub, folder: Path, progress: Callable[[str], None] = lambda label:
     HubError
         A file arrives damaged, or the hub cannot be read.
     """
-    federation = federation_on(hub)
-    data, _ = unchecked_on(hub)
-    copy = _opened(folder, federation)
+    data, federation = federation_file_on(hub)
+    copy = _opened(hub, folder, federation)
     _copy_base(hub, copy, federation)
     done = Pulled()
     for entry in walk_entries(hub, federation):
@@ -65,9 +66,15 @@ def pull(hub: Hub, folder: Path, progress: Callable[[str], None] = lambda label:
             _withdraw(hub, copy, entry, place)
             done.withdrawn += 1
             continue
+        if copy.has(f"{withdrawals.ROOT}/{entry.site}/{entry.id}/{withdrawals.FILE}"):
+            done.left_out.append(
+                f"{found.label} is withdrawn in {folder}, and {hub.uri} lacks the note that says "
+                f"so: it stays withdrawn here; ask site '{entry.site}'."
+            )
+            continue
         digest = found.manifest.payload.sha256
         if copy.has(f"{place}/{MANIFEST}"):
-            if sha256_file(copy.fetch(f"{place}/{PAYLOAD}")) != digest:
+            if not _is_whole(copy, federation, entry, found.signature):
                 raise HubError(
                     f"{folder}/{place} was damaged since it was copied: remove this folder, and "
                     "pull again."
@@ -81,8 +88,12 @@ def pull(hub: Hub, folder: Path, progress: Callable[[str], None] = lambda label:
         except MergeKitError as error:
             done.left_out.append(str(error))
             continue
-        files = {PAYLOAD: payload, **_small(hub, place)}
-        copy.publish(place, files)
+        copy.publish(place, {PAYLOAD: payload, **_small(found)})
+        there = copy.fetch(f"{place}/{PAYLOAD}")
+        if sha256_file(there) != digest:  # a folder's file may be exchanged while it is copied
+            shutil.rmtree(there.parent)
+            done.left_out.append(f"{hub.uri}/{place}/{PAYLOAD} changed while it was copied.")
+            continue
         done.new += 1
     before = copy.read(FEDERATION_FILE) if copy.has(FEDERATION_FILE) else None
     if before != data:
@@ -90,16 +101,25 @@ def pull(hub: Hub, folder: Path, progress: Callable[[str], None] = lambda label:
     return done
 
 
-def _small(hub: Hub, place: str) -> dict[str, Path | bytes]:
-    """The signature, if there is one, and the manifest, which comes last."""
-    found: dict[str, Path | bytes] = {}
-    if hub.has(f"{place}/{SIGNATURE}"):
-        found[SIGNATURE] = hub.read(f"{place}/{SIGNATURE}")
-    found[MANIFEST] = hub.read(f"{place}/{MANIFEST}")
-    return found
+def _is_whole(copy: Hub, federation: Federation, entry: Entry, signature: str | None) -> bool:
+    """Whether the copy of an entry is still what was copied; asks nothing of the hub."""
+    mine = entry_at(copy, federation, entry.site, entry.id).contribution
+    if mine is None or mine.signature != signature:
+        return False
+    return sha256_file(mine.payload) == mine.manifest.payload.sha256
 
 
-def _opened(folder: Path, federation: Federation) -> FolderHub:
+def _small(found: Contribution) -> dict[str, Path | bytes]:
+    """The signature, if there is one, and the manifest, which comes last: as they were checked, for
+    a hub may give other bytes when it is asked again."""
+    files: dict[str, Path | bytes] = {}
+    if found.key and found.signature:
+        files[SIGNATURE] = canonical_json({"key": found.key, "signature": found.signature})
+    files[MANIFEST] = found.manifest.to_bytes()
+    return files
+
+
+def _opened(hub: Hub, folder: Path, federation: Federation) -> FolderHub:
     copy = FolderHub(folder.absolute())
     if copy.has(FEDERATION_FILE):
         theirs = federation_on(copy)
@@ -107,6 +127,13 @@ def _opened(folder: Path, federation: Federation) -> FolderHub:
             raise UsageError(
                 f"{folder} is a copy of the federation '{theirs.name}' and not of this one: choose "
                 "another folder."
+            )
+        if theirs.serial > federation.serial:
+            raise UsageError(
+                f"{folder} holds the federation file with the serial number {theirs.serial}, and "
+                f"{hub.uri} an older one with {federation.serial}, which may lack a revocation: "
+                "nothing was copied; pull from a hub that is up to date (was it the other way "
+                "round, from the folder into the hub?)."
             )
     elif folder.is_dir() and any(p.name not in ("base", ROOT, withdrawals.ROOT)
                                  for p in folder.iterdir()):  # fmt: skip
@@ -129,7 +156,8 @@ def _copy_base(hub: Hub, copy: FolderHub, federation: Federation) -> None:
 def _withdraw(hub: Hub, copy: FolderHub, entry: Entry, place: str) -> None:
     """The note, and of what it takes back the manifest alone."""
     if not copy.has(f"{place}/{MANIFEST}"):
-        copy.publish(place, _small(hub, place))
+        if entry.withdrawn:
+            copy.publish(place, _small(entry.withdrawn))
     note = f"{withdrawals.ROOT}/{entry.site}/{entry.id}"
     names = (withdrawals.SIGNATURE, withdrawals.FILE)
     copy.publish(note, {name: hub.read(f"{note}/{name}") for name in names})

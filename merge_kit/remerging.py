@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_kit.contributions import Contribution, Entry, list_entries
+from merge_kit.contributions import Contribution, Entry, Trust, list_entries
 from merge_kit.devices import CPU, Device
 from merge_kit.errors import ContributionError, ProvenanceError
 from merge_kit.federation import BASE_WEIGHTS, Federation
@@ -14,7 +14,7 @@ from merge_kit.hub import Hub
 from merge_kit.merging import merge
 from merge_kit.payloads import check_payloads
 from merge_kit.provenance import HeadRecord, Provenance, Stated, read_provenance
-from merge_kit.recipe import make_recipe
+from merge_kit.recipe import Recipe, make_recipe
 from merge_kit.reheading import Candidate, find_model, rehead
 from merge_kit.schema import parse
 from merge_kit.solving import HeadOptions
@@ -58,6 +58,7 @@ def remerge(folder: Path, hub: Hub, federation: Federation, device: Device = CPU
     gone = {part.id: (part, _why(part, entries)) for part in stated}
     gone = {name: (part, why) for name, (part, why) in gone.items() if why}
     told = tuple((part, why or "") for part, why in gone.values())
+    _check_statistics(folder, record, gone, entries)
     if not gone:
         return Remade((), tuple(c.site for c in record.contributions), record.merged, record.merged)
     if record.distilled:
@@ -111,7 +112,43 @@ def _why(part: Stated, entries: Mapping[tuple[str, str], Entry]) -> str | None:
         )
     if entry.withdrawn:
         return f"site '{part.site}' has withdrawn it"
+    admitted = entry.contribution is None or entry.contribution.trust is Trust.ADMITTED
+    if part.trust is Trust.ADMITTED and not admitted:
+        # Else a revocation would be undone by whoever removes the signature.
+        return f"it does not carry the signature of an admitted site any more: ask '{part.site}'"
     return entry.problem
+
+
+def _check_statistics(
+    folder: Path,
+    record: Provenance,
+    gone: Collection[str],
+    entries: Mapping[tuple[str, str], Entry],
+) -> None:
+    """Refuse where statistics are gone that speak of a vector which is still there: the method that
+    needs them cannot go on with that vector, and to leave it out is not for us to decide."""
+    for vector in record.contributions:
+        for kind, name in vector.statistics.items():
+            entry = entries.get((vector.site, name))
+            if vector.id in gone or (entry and entry.contribution):
+                continue
+            raise ProvenanceError(
+                f"{folder} was made with the {kind} {name[:12]} of site '{vector.site}', which is "
+                f"{'withdrawn or refused' if entry else 'not on the hub'} while its vector is not: "
+                f"merge again with --exclude {vector.site}, or by a method that needs no {kind}."
+            )
+
+
+def _check_weights(folder: Path, recipe: Recipe, gone: Collection[str]) -> None:
+    """Refuse where the recipe says what each site weighs: it was said of all of them together."""
+    for rule in (recipe, *recipe.groups):
+        named = sorted(set(gone) & set(rule.weights)) if isinstance(rule.weights, dict) else []
+        if named:
+            raise ProvenanceError(
+                f"the recipe of {folder} has a weight for site '{named[0]}', which is gone, and "
+                "what the others weigh without it is for you to say (with 'merge-kit tune', if it "
+                "was learnt): write a recipe without it, and run 'merge-kit merge' with --replace."
+            )
 
 
 def _names(gone: Sequence[tuple[Stated, str]]) -> str:
@@ -134,6 +171,8 @@ def _merge_again(
         )
     assert record.recipe is not None  # there were vectors
     recipe = make_recipe(record.recipe, f"{folder}, recipe")
+    there = {c.site for c in vectors}
+    _check_weights(folder, recipe, {c.site for c in record.contributions} - there)
     statistics = [c for c in found if c.kind != "vector"]
     merge(
         federation,

@@ -65,7 +65,12 @@ class Site:
 
 
 def federation_on(hub: Hub) -> Federation:
-    """The contract on a hub.
+    """The contract on a hub; raises as `federation_file_on`."""
+    return federation_file_on(hub)[1]
+
+
+def federation_file_on(hub: Hub) -> tuple[bytes, Federation]:
+    """The bytes of a hub's federation file, and the contract that these very bytes hold, checked.
 
     Raises
     ------
@@ -80,10 +85,10 @@ def federation_on(hub: Hub) -> Federation:
             "create one with 'merge-kit init'."
         )
     where = f"{hub.uri}/{FEDERATION_FILE}"
-    _, federation = unchecked_on(hub)
+    data, federation = unchecked_on(hub)
     check_signed(federation, where)
     check_latest(federation, hub.uri)
-    return federation
+    return data, federation
 
 
 def base_folder(hub: Hub) -> Path:
@@ -172,12 +177,14 @@ def rotate_key(site: Site) -> tuple[Path, str]:
     """Make a new key pair for a site; gives the place of the old private key, and the new public
     one.
 
-    Killed in between it leaves the old pair, or the new one with the old public key's text beside
-    it, which the next call of `merge-kit key show` does not read.
+    Killed in between it leaves the old pair, or the new private key beside the old public key's
+    file; `merge-kit key show` reads the private key, so it always names the one that signs.
     """
     stamp = now().replace(":", "").replace("-", "")
-    fresh = site.key_file.with_name(f"site-new-{stamp}.pem")
-    kept = site.key_file.with_name(f"site-until-{stamp}.pem")
+    number = 1
+    while (kept := site.key_file.with_name(f"site-until-{stamp}-{number}.pem")).exists():
+        number += 1  # rotated twice within a second
+    fresh = site.key_file.with_name(f"site-new-{stamp}-{number}.pem")
     public = signing.create_key(fresh)
     with storage_errors(site.key_file):
         os.link(site.key_file, kept)

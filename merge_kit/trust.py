@@ -4,7 +4,6 @@ coordinator who decided."""
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 from merge_kit import signing
@@ -51,9 +50,10 @@ def revoked(federation: Federation, site: str, key: str | None = None) -> Federa
         The site has no such key.
     """
     chosen = key or federation.key_of(site)
-    if any((one.name, one.public_key) == (site, chosen) for one in federation.revoked):
+    gone_before = {one.public_key for one in federation.revoked if one.name == site}
+    if chosen in gone_before or (chosen is None and gone_before):
         return federation
-    known = {one.public_key for one in (*federation.sites, *federation.retired) if one.name == site}
+    known = federation.keys_of(site)
     if chosen not in known:
         raise FederationError(
             f"site '{site}' has {'no such key' if key else 'no key'} in this federation; known are "
@@ -108,18 +108,54 @@ def check_signed(federation: Federation, where: str) -> None:
         ) from error
 
 
-def check_latest(federation: Federation, uri: str) -> None:
+def check_latest(federation: Federation, uri: str, *, created: bool = False) -> None:
     """Refuse a signed federation file that is older than one that was seen on the same hub from
-    this machine: it may lack a revocation. Copies of a hub may lag behind it.
+    this machine: it may lack a revocation. Copies of a hub may lag behind it. Refuse another
+    contract too in the place of one that was signed, unless it was `created` just now: whoever may
+    write could put an unsigned one there, or one with a key of their own.
 
     Raises
     ------
     SignatureError
-        Names both serial numbers.
+        Names both serial numbers, or contracts.
+    """
+    _check_pinned(federation, uri, created)
+    path = refuse_older(federation, uri)
+    if path:
+        write_atomic(path, str(federation.serial))
+
+
+def _check_pinned(federation: Federation, uri: str, created: bool) -> None:
+    folder = cache_folder("federations")
+    if folder is None:
+        return
+    pin = folder / f"{sha256_bytes(uri.encode()).removeprefix('sha256:')}.contract"
+    try:
+        pinned = "" if created else pin.read_text().strip()
+    except (OSError, ValueError):
+        pinned = ""
+    if pinned and pinned != federation.contract_hash:
+        raise SignatureError(
+            f"{uri}/{FEDERATION_FILE} is the contract {federation.contract_hash}, and {pinned} "
+            "with its coordinator's signature was seen there from this machine: somebody has put "
+            f"another federation in its place; ask the coordinator, and remove {pin} if that is as "
+            "it should be."
+        )
+    if federation.coordinator is None:
+        if created:
+            pin.unlink(missing_ok=True)
+        return
+    if not pinned:
+        write_atomic(pin, federation.contract_hash)
+
+
+def refuse_older(federation: Federation, uri: str) -> Path | None:
+    """As `check_latest`, without keeping the serial number, which nobody may have signed; gives the
+    file where a later one than was seen is to be kept, or None.
     """
     folder = cache_folder("federations")
     if federation.coordinator is None or folder is None:
-        return
+        return None
     told = canonical_json([federation.contract_hash, uri])
     path = folder / sha256_bytes(told).removeprefix("sha256:")
     try:
@@ -132,11 +168,7 @@ def check_latest(federation: Federation, uri: str) -> None:
             "seen from this machine: somebody has put an older file in its place; ask the "
             "coordinator."
         )
-    if federation.serial > seen:
-        # Commands that run side by side see the same file: each writes under a name of its own.
-        own = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        write_atomic(own, str(federation.serial))
-        own.replace(path)
+    return path if federation.serial > seen else None
 
 
 def change(hub: Hub, before: bytes, federation: Federation, key_file: Path | None) -> Federation:

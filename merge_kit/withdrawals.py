@@ -8,6 +8,8 @@ so that what it had replaced stays replaced.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,13 +28,21 @@ FILE = "withdrawal.json"
 SIGNATURE = "withdrawal.sig"
 
 
+_ID = r"^[0-9a-f]{64}$"
+
+
+def is_id(name: str) -> bool:
+    """Whether a contribution can have such a name."""
+    return re.fullmatch(_ID, name) is not None
+
+
 class Withdrawal(Document):
     """withdrawal.json."""
 
     format: Literal[1] = 1
     federation: Digest
     site: SiteName
-    contribution: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    contribution: Annotated[str, StringConstraints(pattern=_ID)]
     created_at: Timestamp
 
     def to_bytes(self) -> bytes:
@@ -102,8 +112,20 @@ def _note(site: Site, contribution: str) -> Withdrawal:
     return fresh
 
 
-def withdraw(hub: Hub, site: Site, contribution: str) -> bool:
-    """Sign a tombstone and put it on the hub; False when there is one already."""
+def withdraw(hub: Hub, site: Site, contribution: str, keys: Collection[str]) -> bool:
+    """Sign a tombstone and put it on the hub; False when there is one already.
+
+    Parameters
+    ----------
+    keys
+        By which the site speaks in this federation, or has spoken: a tombstone that is there must
+        be signed with one of them, or with the site's own.
+
+    Raises
+    ------
+    ContributionError
+        Something else lies in the tombstone's place, and nothing on a hub is ever overwritten.
+    """
     note = _note(site, contribution)
     data = note.to_bytes()
     signed = signing.sign(site.key_file, signing.WITHDRAWAL_CONTEXT, data)
@@ -117,4 +139,12 @@ def withdraw(hub: Hub, site: Site, contribution: str) -> bool:
     fresh = hub.publish(place, files)
     if fresh:
         auditlog.append(site.root, "withdrawn", hub.uri, place, told)
-    return fresh
+        return True
+    there = _read(hub, site.config.federation, site.name, contribution)
+    if there.problem or there.key not in {*keys, signed.key}:
+        reason = there.problem or f"it is signed with {there.key}, which is no key of this site."
+        raise ContributionError(
+            f"{hub.uri}/{place} is there already and withdraws nothing ({reason.rstrip('.')}): ask "
+            "the coordinator to remove this folder, then withdraw again."
+        )
+    return False

@@ -186,7 +186,8 @@ def hub_is_missing(b):
 @row()
 def hub_of_unknown_kind(b):
     return ["status", "ftp://example.org/hub"], (
-        "'ftp://example.org/hub': hubs of the kind 'ftp' are not supported; use a folder."
+        "'ftp://example.org/hub': there are no hubs of the kind 'ftp'; there are folders (a "
+        "path, or file://), hf://, s3://, gs://, az:// and sftp://."
     )
 
 

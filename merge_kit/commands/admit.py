@@ -9,6 +9,7 @@ import click
 
 from merge_kit import site, trust
 from merge_kit.commands.options import next_step, shown
+from merge_kit.errors import FederationError
 from merge_kit.federation import Federation
 from merge_kit.hub import Hub, open_hub
 
@@ -32,8 +33,7 @@ def admit(hub: str, name: str, public_key: str, rotate: bool, key_file: Path | N
     KEY may be the file that holds it. Ask the site on another channel (a telephone) whether the key
     is theirs. With --rotate what the site had signed with its old key until now still counts.
     """
-    if Path(public_key).is_file():
-        public_key = Path(public_key).read_text(encoding="utf-8").strip()
+    public_key = _key_in(public_key)
     opened = open_hub(hub)
 
     def decide(federation: Federation) -> Federation:
@@ -54,17 +54,18 @@ def admit(hub: str, name: str, public_key: str, rotate: bool, key_file: Path | N
 @click.command()
 @click.argument("hub")
 @click.argument("name", metavar="SITE")
-@click.option("--public-key", help="An earlier key of the site [the present one].")
+@click.option("--public-key", help="An earlier key of the site, or its file [the present one].")
 @key_option
 def revoke(hub: str, name: str, public_key: str | None, key_file: Path | None) -> None:
     """Let nothing count that SITE has signed with its key, whenever that was.
 
     For a key that may be in other hands, or a site that is out. With its present key gone the site
     is not admitted any more; after 'merge-kit key rotate' it can be admitted with a new one, and
-    publishes again. Models that were merged before are what they are: make them again.
+    publishes again: a new run, or the same one once you have removed the refused folder from the
+    hub. Models that were merged before are what they are: 'merge-kit remerge' makes them again.
     """
-    opened = open_hub(hub)
-    changed = _change(opened, lambda told: trust.revoked(told, name, public_key), key_file)
+    opened, gone = open_hub(hub), _key_in(public_key) if public_key else None
+    changed = _change(opened, lambda told: trust.revoked(told, name, gone), key_file)
     said = "was revoked before" if changed is None else "is revoked: what it has signed is refused"
     click.echo(f"The key of site '{name}' {said}.")
     next_step(f"see what is left with\n  merge-kit status {shown(hub)}")
@@ -83,18 +84,26 @@ def sign(hub: str, key_file: Path | None) -> None:
     if federation.coordinator is None:
         click.echo(f"The federation '{federation.name}' has no coordinator: nobody signs it.")
         return
+    trust.refuse_older(federation, opened.uri)  # what was decided since would be undone
     changed = trust.change(opened, before, federation, key_file)
     click.echo(f"Signed: '{changed.name}', serial number {changed.serial}.")
+
+
+def _key_in(text: str) -> str:
+    """A public key that a user has written, or the one in the file that the user named."""
+    try:
+        path = Path(text)
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else text
+    except (OSError, UnicodeDecodeError) as error:
+        raise FederationError(f"{text} cannot be read as a public key's file: check it.") from error
 
 
 def _change(
     hub: Hub, decide: Callable[[Federation], Federation], key_file: Path | None
 ) -> Federation | None:
     """The federation as it is now; None where nothing was to be changed."""
-    federation = site.federation_on(hub)
-    before, seen = trust.unchecked_on(hub)
+    before, federation = site.federation_file_on(hub)
     changed = decide(federation)
     if changed is federation:
         return None
-    assert seen.serial == federation.serial  # else the hub refuses the change below
     return trust.change(hub, before, changed, key_file)

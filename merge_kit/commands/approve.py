@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from merge_kit import policies, publishing
+from merge_kit import policies, publishing, signing
 from merge_kit.commands.options import next_step, shown
 from merge_kit.commands.publish import send
 from merge_kit.compressing import parse_compression
@@ -58,7 +58,13 @@ def approve(
         how=parse_compression(compress),
     )
     send(site, chosen, opened, parcels, dry_run=True)
+    own = signing.public_key(site.key_file)
     for parcel in parcels:
-        key = policies.approve(site.root, parcel.manifest, key_file)
+        key = policies.approve(site.root, parcel.manifest, key_file, own)
         click.echo(f"Approved by {key}: {parcel.manifest.kind} {parcel.manifest.id[:12]}")
-    next_step(f"send it with\n  merge-kit publish {shown(folder)} --run {shown(chosen)}")
+    options = [f"--run {shown(chosen)}"]
+    options += [f"--hub {shown(hub)}"] if hub else []
+    options += ["--alongside"] if alongside else []
+    options += ["--no-statistics"] if no_statistics else []
+    options += [f"--compress {compress}"] if compress != "none" else []
+    next_step(f"send it with\n  merge-kit publish {shown(folder)} {' '.join(options)}")

@@ -51,3 +51,8 @@ def verify(folder: Path, head: str | None) -> None:
             "the digest is of another site."
         )
     click.echo(f"The chain of {len(found) - 1} lines is whole; its head is {found[-1]}")
+    if auditlog.is_unfinished(root):
+        click.echo(
+            f"{root / auditlog.LOG} ends in a part of a line, which does not count: whoever wrote "
+            "it was killed before anything left the site, or the last line was cut."
+        )

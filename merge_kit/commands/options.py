@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from merge_kit.errors import UsageError
+from merge_kit.hub import Hub, by_pull_request, open_hub
 from merge_kit.yamlfile import yaml_value
 
 
@@ -57,3 +58,22 @@ def shown(path: object) -> str:
 def next_step(text: str) -> None:
     """Say what to do next, the way every command ends."""
     click.echo(f"\nNext: {text}")
+
+
+create_pr_option = click.option(
+    "--create-pr",
+    is_flag=True,
+    help="On the Hugging Face Hub: propose it as a pull request, which needs no right to write.",
+)
+
+
+def writable_hub(uri: str, *, create_pr: bool) -> Hub:
+    """The hub that a site writes to, directly or, with `create_pr`, by pull requests.
+
+    Raises
+    ------
+    HubError, UsageError
+        It cannot be opened, or has no pull requests.
+    """
+    hub = open_hub(uri)
+    return by_pull_request(hub) if create_pr else hub

@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 
 from merge_kit import publishing, signing
-from merge_kit.commands.options import next_step, shown
+from merge_kit.commands.options import create_pr_option, next_step, shown, writable_hub
 from merge_kit.compressing import parse_compression
 from merge_kit.contributions import folder_of
 from merge_kit.errors import UsageError
-from merge_kit.hub import Hub, by_pull_request, open_hub, pull_request_of
+from merge_kit.hub import Hub, pull_request_of
 from merge_kit.runs import latest_run
 from merge_kit.site import Site, open_site
 
@@ -35,11 +35,7 @@ hub_option = click.option(
     metavar="HOW",
     help="Send a smaller vector: svd:0.95 (energy), topk:0.1 (share), bf16, int8; joined by '+'.",
 )
-@click.option(
-    "--create-pr",
-    is_flag=True,
-    help="On the Hugging Face Hub: propose it as a pull request, which needs no right to write.",
-)
+@create_pr_option
 @click.option("--dry-run", is_flag=True, help="Show what would leave the site, and stop.")
 def publish(
     folder: Path,
@@ -60,18 +56,14 @@ def publish(
     chosen = run or latest_run(site.root)
     if chosen is None:
         raise UsageError(f"{folder} has no finished run: run 'merge-kit finetune {folder}' first.")
-    opened = open_hub(hub or site.config.hub)
-    if create_pr:
-        opened = by_pull_request(opened)
+    opened = writable_hub(hub or site.config.hub, create_pr=create_pr)
     parcels = publishing.prepare_all(
         site, chosen, opened, alongside=alongside, statistics=not no_statistics, how=how
     )
     held = publishing.statistics_of(chosen) if no_statistics else []
     send(site, chosen, opened, parcels, held=held, dry_run=dry_run)
-    if create_pr and not dry_run:
-        next_step("ask the coordinator to look at it and to merge it; until then nobody sees it.")
-    elif not dry_run:
-        next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")
+    if not dry_run:
+        _after(hub or site.config.hub, create_pr=create_pr)
 
 
 def send(
@@ -111,12 +103,21 @@ def send(
             click.echo(f"Already published: {target}")
 
 
-def send_or_show(site: Site, folder: Path, hub: str | None, *, publish: bool) -> None:
+def _after(uri: str, *, create_pr: bool) -> None:
+    if create_pr:
+        next_step("ask the coordinator to look at it and to merge it; until then nobody sees it.")
+    else:
+        next_step(f"see it with\n  merge-kit status {shown(uri)}")
+
+
+def send_or_show(
+    site: Site, folder: Path, hub: str | None, *, publish: bool, create_pr: bool = False
+) -> None:
     """Publish at once what has been made in a folder, or say how to look at it first."""
     if publish:
-        opened = open_hub(hub or site.config.hub)
+        opened = writable_hub(hub or site.config.hub, create_pr=create_pr)
         send(site, folder, opened, publishing.prepare_all(site, folder, opened))
-        next_step(f"see it with\n  merge-kit status {shown(hub or site.config.hub)}")
+        _after(hub or site.config.hub, create_pr=create_pr)
         return
     next_step(
         f"see what would leave the site with\n"

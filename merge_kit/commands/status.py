@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from merge_kit.commands.options import next_step, shown
 from merge_kit.federation import Federation
 from merge_kit.hub import open_hub
+from merge_kit.proposals import proposals
 from merge_kit.reheading import find_model
 from merge_kit.site import federation_on
 from merge_kit.status import calibrations, checked, survey
@@ -30,11 +32,30 @@ from merge_kit.status import calibrations, checked, survey
     type=click.Path(path_type=Path),
     help="A model merged from HUB: say who has calibrated it (repeatable).",
 )
+@click.option(
+    "--pull-requests",
+    is_flag=True,
+    help="Say of each open pull request whether it adds one site's own signed files alone.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a program.")
-def status(hub: str, models: tuple[Path, ...], as_json: bool) -> None:
+def status(hub: str, models: tuple[Path, ...], pull_requests: bool, as_json: bool) -> None:
     """Show what lies on HUB: who has contributed what, and whether it may be merged."""
     opened = open_hub(hub)
     federation = federation_on(opened)
+    if pull_requests:
+        waiting_in = list(proposals(opened, federation))
+        if as_json:
+            click.echo(json.dumps([asdict(one) for one in waiting_in], indent=2))
+            return
+        for one in waiting_in:
+            click.echo(
+                f"Do not merge {one.address}: {one.problem}."
+                if one.problem
+                else f"May be merged: {one.address} adds {', '.join(one.places)}"
+            )
+        if not waiting_in:
+            click.echo("No pull request is open.")
+        return
     entries = checked(opened, federation)
     rows, measured = survey(opened, federation, entries=entries), calibrations(entries)
     norms = calibrations(entries, "norms")

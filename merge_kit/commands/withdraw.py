@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from merge_kit.commands.options import next_step, shown
-from merge_kit.contributions import PAYLOAD, Contribution, folder_of, list_entries
-from merge_kit.errors import UsageError
-from merge_kit.hub import Hub, by_pull_request, open_hub, pull_request_of
+from merge_kit.commands.options import create_pr_option, next_step, shown, writable_hub
+from merge_kit.contributions import PAYLOAD, Entry, list_entries
+from merge_kit.contributions import ROOT as CONTRIBUTIONS
+from merge_kit.errors import ContributionError, UsageError
+from merge_kit.federation import Federation
+from merge_kit.hub import Hub, pull_request_of
 from merge_kit.site import Site, check_pinned, federation_on, open_site
-from merge_kit.withdrawals import ROOT, withdraw
+from merge_kit.withdrawals import ROOT, is_id, withdraw
 
 
 @click.command(name="withdraw")
@@ -20,11 +23,7 @@ from merge_kit.withdrawals import ROOT, withdraw
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @click.option("--all", "everything", is_flag=True, help="Whatever the site has published.")
 @click.option("--hub", help="Another place than the hub that was joined.")
-@click.option(
-    "--create-pr",
-    is_flag=True,
-    help="On the Hugging Face Hub: propose it as a pull request, which needs no right to write.",
-)
+@create_pr_option
 def withdraw_command(
     folder: Path, ids: tuple[str, ...], everything: bool, hub: str | None, create_pr: bool
 ) -> None:
@@ -37,19 +36,26 @@ def withdraw_command(
     if bool(ids) == everything:
         raise UsageError("give the ids to withdraw, as 'merge-kit status' shows them, or --all.")
     site = open_site(folder)
-    opened = open_hub(hub or site.config.hub)
-    if create_pr:
-        opened = by_pull_request(opened)
-    chosen = _chosen(site, opened, ids)
+    opened = writable_hub(hub or site.config.hub, create_pr=create_pr)
+    federation = federation_on(opened)
+    check_pinned(site.config, federation, opened.uri)
+    keys = federation.keys_of(site.name)
+    chosen = _chosen(site, opened, federation, ids)
+    failed: list[Entry] = []
     for found in chosen:
         told = f"{found.kind} {found.id[:12]}"
-        fresh = withdraw(opened, site, found.id)
+        try:
+            fresh = withdraw(opened, site, found.id, keys)
+        except ContributionError as error:  # the others are withdrawn all the same
+            click.echo(f"Error: {error}", err=True)
+            failed.append(found)
+            continue
         if request := pull_request_of(opened, f"{ROOT}/{site.name}/{found.id}"):
             click.echo(f"Proposed: to withdraw {told} by {request}")
             click.echo("  it counts until the coordinator has merged that: ask for it at once")
             continue
         click.echo(f"Withdrawn: {told}" if fresh else f"Withdrawn before: {told}")
-        place = f"{folder_of(found.manifest)}/{PAYLOAD}"
+        place = f"{CONTRIBUTIONS}/{site.name}/{found.id}/{PAYLOAD}"
         if not opened.has(place):
             continue
         if opened.remove(place):
@@ -59,19 +65,25 @@ def withdraw_command(
                 f"  its tensors cannot be removed for good: {opened.uri} keeps what was deleted in "
                 "its history; ask who runs it"
             )
-    click.echo("Copies that others have made, and models that hold it, are not reached by this.")
-    next_step(
-        f"let whoever merges make their models again with\n"
-        f"  merge-kit remerge {shown(hub or site.config.hub)} <merged models>"
-    )
+    if len(failed) < len(chosen):
+        click.echo(
+            "Copies that others have made, and models that hold it, are not reached by this."
+        )
+        next_step(
+            f"let whoever merges make their models again with\n"
+            f"  merge-kit remerge {shown(hub or site.config.hub)} <merged models>"
+        )
+    if failed:
+        sys.exit(1)
 
 
-def _chosen(site: Site, hub: Hub, ids: Sequence[str]) -> list[Contribution]:
-    """The site's own contributions that begin with one of the ids; all without any."""
-    federation = federation_on(hub)
-    check_pinned(site.config, federation, hub.uri)
+def _chosen(site: Site, hub: Hub, federation: Federation, ids: Sequence[str]) -> list[Entry]:
+    """What lies in the site's place and begins with one of the ids; all without any.
+
+    Also what is refused, because a key was revoked for instance: its tensors lie there as well.
+    """
     entries = list_entries(hub, federation)
-    own = [entry.stated for entry in entries if entry.site == site.name and entry.stated]
+    own = [entry for entry in entries if entry.site == site.name and is_id(entry.id)]
     if not own:
         raise UsageError(f"site '{site.name}' has published nothing on {hub.uri}.")
     for part in ids:

@@ -37,7 +37,10 @@ def open_hub(uri: str) -> Hub:
     if separator and scheme == "sftp":
         return _sftp_hub(uri)
     if separator and scheme != "file":
-        raise HubError(f"'{uri}': hubs of the kind '{scheme}' are not supported; use a folder.")
+        raise HubError(
+            f"'{uri}': there are no hubs of the kind '{scheme}'; there are folders (a path, or "
+            "file://), hf://, s3://, gs://, az:// and sftp://."
+        )
     path = Path(rest if separator else uri)
     if not path.is_dir():
         raise HubError(f"the hub {path} is not there: check the path, or mount the share.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Iterator
+from json import JSONDecodeError
 from typing import Literal, TypeAlias
 
 from huggingface_hub import __version__
@@ -39,6 +40,8 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, OfflineModeIsEnabled) or _reason(error, socket.gaierror):
         return False
     if "client has been closed" in str(error):  # by another thread, which lost its connection
+        return True
+    if _reason(error, JSONDecodeError):  # an answer was damaged on its way
         return True
     return "certificate" not in str(error) and "TransportError" in _kinds(error)
 

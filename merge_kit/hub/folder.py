@@ -12,6 +12,8 @@ from merge_kit.errors import HubError, MergeKitError
 from merge_kit.files import storage_errors, sync_folder, write_atomic
 from merge_kit.hub.base import SMALL, changed_meanwhile, check_name, is_plain
 
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
 
 class FolderHub:
     """A hub in a folder; entries appear whole through one rename."""
@@ -57,7 +59,8 @@ class FolderHub:
         """
         path = self.fetch(name)
         try:
-            with path.open("rb") as file:
+            # One that has become a link since it was looked at is not followed.
+            with os.fdopen(os.open(path, os.O_RDONLY | _NOFOLLOW), "rb") as file:
                 data = file.read(SMALL + 1)
         except OSError as error:
             raise HubError(
@@ -78,12 +81,7 @@ class FolderHub:
         HubError
             The file is not there, or is a link.
         """
-        path = self._path(name)
-        for part in (path, *path.parents):
-            if part == self.root:
-                break
-            if part.is_symlink():
-                raise HubError(f"{part} is a symbolic link: a hub must hold the files themselves.")
+        path = self._unlinked(name)
         if not path.is_file():
             raise HubError(f"{self.root} has no file {name}: is it the right hub, and complete?")
         return path
@@ -95,7 +93,7 @@ class FolderHub:
         same entry removes. Two publishers of one entry cannot disturb each other: the second
         rename finds the place taken.
         """
-        target = self._path(folder)
+        target = self._unlinked(folder)
         if target.is_dir():
             return False
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -125,16 +123,27 @@ class FolderHub:
         HubError
             It does not hold what was expected.
         """
-        path = self._path(name)
+        path = self._unlinked(name)
         if (self.read(name) if self.has(name) else None) != expected:
             raise changed_meanwhile(str(path))
         write_atomic(path, data)
 
     def remove(self, name: str) -> bool:
         """Remove a file."""
-        with storage_errors(self._path(name)):
-            self._path(name).unlink(missing_ok=True)
+        path = self._unlinked(name)
+        with storage_errors(path):
+            path.unlink(missing_ok=True)
         return True
+
+    def _unlinked(self, name: str) -> Path:
+        """A place inside; refused where a symbolic link may lead out of the hub."""
+        path = self._path(name)
+        for part in (path, *path.parents):
+            if part == self.root:
+                break
+            if part.is_symlink():
+                raise HubError(f"{part} is a symbolic link: a hub must hold the files themselves.")
+        return path
 
     def _path(self, name: str) -> Path:
         return self.root.joinpath(*check_name(name))

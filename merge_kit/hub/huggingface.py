@@ -35,6 +35,7 @@ class HuggingFaceHub(RemoteHub):
         self.repository = repository
         self._by_pull_request = pull_requests
         self._seen: _Snapshot | None = None
+        self._pinned: str | None = None
         self.proposed: dict[str, str] = {}
         """Entries that wait to be let in, with the addresses of their pull requests."""
 
@@ -42,6 +43,36 @@ class HuggingFaceHub(RemoteHub):
         """The same hub for whom may not write to it: an entry is proposed, and somebody who may
         write lets it in."""
         return HuggingFaceHub(self.repository, pull_requests=True)
+
+    def at(self, revision: str) -> HuggingFaceHub:
+        """The same hub as it would be at a revision, to be read alone."""
+        there, commit = HuggingFaceHub(self.repository), self.repository.commits(revision)[0]
+        there._pinned = commit
+        return there
+
+    def proposals(self) -> list[tuple[str, str]]:
+        """Revision and address of each pull request that is open."""
+        return [(revision, url) for _, revision, url in self.repository.pull_requests()]
+
+    def touched_by(self, revision: str) -> dict[str, str]:
+        """What a pull request's revision adds, changes and removes, by path, since it left what is
+        there now: ``added``, ``changed``, ``removed``."""
+        main, own = (
+            set(self.repository.commits(self.repository.head())),
+            (self.repository.commits(revision)),
+        )
+        begun = next((commit for commit in own if commit in main), None)
+        before = self.repository.files(begun) if begun else {}
+        after = self.repository.files(own[0])
+        found = {}
+        for path in sorted({*before, *after}):
+            if path not in before:
+                found[path] = "added"
+            elif path not in after:
+                found[path] = "removed"
+            elif before[path] != after[path]:
+                found[path] = "changed"
+        return found
 
     def create(self) -> None:
         """Make the repository where it is not there: private, as only its owner can see it."""
@@ -182,7 +213,7 @@ class HuggingFaceHub(RemoteHub):
 
     def _latest(self) -> _Snapshot:
         """What is there now."""
-        head, seen = self.repository.head(), self._seen
+        head, seen = self._pinned or self.repository.head(), self._seen
         if seen is None or seen.commit != head:
             found = self.repository.files(head)
             seen = _Snapshot(head, {path: one for path, one in found.items() if _is_sound(path)})

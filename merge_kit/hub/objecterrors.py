@@ -15,7 +15,7 @@ from obstore.exceptions import (
     PreconditionError,
 )
 
-from merge_kit.errors import HubError
+from merge_kit.errors import HubError, UnreachableError
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"(?:<Code>|\(code: )(\w{1,60})(?:</Code>|\))")
@@ -81,14 +81,16 @@ def explained(error: Exception, uri: str, name: str, done: str, seconds: float) 
         return HubError(f"{where} was changed meanwhile: run the same command again.")
     if _MACHINE.search(text):
         hint = _WHERE_KEYS_ARE[uri.partition(":")[0]]
-        return HubError(f"there are no credentials for {uri}: {hint}.")
-    return HubError(
-        _answered(status, code, host, uri, where, done) or _unheard(text, host, seconds)
-    )
+        return UnreachableError(f"there are no credentials for {uri}: {hint}.")
+    if not status and code not in _MISSING:
+        return UnreachableError(_unheard(text, host, seconds))
+    if told := _closed(status, code, host, uri):
+        return UnreachableError(told)
+    return HubError(_refused(status, code, host, where, done))
 
 
-def _answered(status: str, code: str, host: str, uri: str, where: str, done: str) -> str | None:
-    """A sentence by what the server answered; None where it did not."""
+def _closed(status: str, code: str, host: str, uri: str) -> str | None:
+    """A sentence where the whole storage is closed, now or to us; None where it is not."""
     said = f"{status} {code}".strip()
     if code == "RequestTimeTooSkewed":
         return f"{host} says that this machine's clock is wrong: set it, then try again."
@@ -99,18 +101,26 @@ def _answered(status: str, code: str, host: str, uri: str, where: str, done: str
         return f"{host} has no bucket '{bucket}': check the name, or have it created."
     if code in _ELSEWHERE or status in ("301", "307"):
         return f"{uri} lies in another region than was asked ({said}): set AWS_REGION to it."
+    if (status in ("429", "408") or status.startswith("5")) and not _is_full(status, code):
+        return f"{host} answers '{said}' each time: try again later."
+    return None
+
+
+def _is_full(status: str, code: str) -> bool:
+    return code in _FULL or status == "507"
+
+
+def _refused(status: str, code: str, host: str, where: str, done: str) -> str:
+    """A sentence where one file is refused."""
+    said = f"{status} {code}".strip()
     if status == "403" or code == "AccessDenied":
         return (
             f"{where} may not be {done} with these credentials ({said}): ask whoever runs the "
             "storage for the right to do so."
         )
-    if code in _FULL or status == "507":
+    if _is_full(status, code):
         return f"{host} has no space left for {where}: make room there and run the command again."
-    if status in ("429", "408") or status.startswith("5"):
-        return f"{host} answers '{said}' each time: try again later."
-    if status:
-        return f"{where} could not be {done}: {host} answers '{said}': ask whoever runs it."
-    return None
+    return f"{where} could not be {done}: {host} answers '{said}': ask whoever runs it."
 
 
 def _unheard(text: str, host: str, seconds: float) -> str:

@@ -264,6 +264,11 @@ class Repository:
                 "its settings first, or choose another name."
             )
 
+    def commits(self, revision: str) -> list[str]:
+        """The commits that lead to a revision, the latest first."""
+        found = self._ask(lambda: self._api.list_repo_commits(self.name, revision=revision))
+        return [str(one.commit_id) for one in found]
+
     def pull_requests(self) -> list[tuple[str, str, str]]:
         """Title, revision and address of each that is open."""
         found = self._ask(

@@ -152,3 +152,73 @@ def test_a_student_takes_images_to_be_made_again(calibrated, hub, hospitals, ok,
     assert found.exit_code == 1
     assert "takes images to be made again: run 'merge-kit distill'" in found.stderr
     assert (tmp_path / "student" / WEIGHTS).read_bytes() == before
+
+
+def test_statistics_alone_that_were_withdrawn_are_not_overlooked(three, hub, ok, run_cli, tmp_path):
+    ok("merge", hub.root, "--method", "fisher", "--out", tmp_path / "merged")
+    told = json.loads((tmp_path / "merged" / "provenance.json").read_text())
+    (fisher,) = [c["statistics"]["fisher"] for c in told["contributions"] if c["site"] == "south"]
+    before = (tmp_path / "merged" / WEIGHTS).read_bytes()
+    ok("withdraw", tmp_path / "south", fisher)
+    found = run_cli("remerge", hub.root, tmp_path / "merged")
+    assert found.exit_code == 1
+    assert (
+        f"{tmp_path / 'merged'} was made with the fisher {fisher[:12]} of site 'south', which is "
+        "withdrawn or refused while its vector is not: merge again with --exclude south"
+    ) in found.stderr
+    assert (tmp_path / "merged" / WEIGHTS).read_bytes() == before
+    shutil.rmtree(hub.root / "contributions" / "south" / fisher)
+    assert "which is not on the hub" in run_cli("remerge", hub.root, tmp_path / "merged").stderr
+    # With the vector gone too there is nothing to decide.
+    ok("withdraw", tmp_path / "south", "--all")
+    ok("remerge", hub.root, tmp_path / "merged")
+    assert sorted(ids(tmp_path / "merged")) == ["north", "west"]
+
+
+@pytest.mark.parametrize("where", ["the recipe", "a group"])
+def test_weights_of_sites_are_not_guessed(three, hub, ok, run_cli, tmp_path, where):
+    weights = "weights: {north: 0.5, south: 0.2, west: 0.3}"
+    text = f"method: sum\n{weights}\n"
+    if where == "a group":
+        text = f"method: sum\ngroups:\n- match: ['*conv1*']\n  method: sum\n  {weights}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    ok("merge", hub.root, "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "merged")
+    before = (tmp_path / "merged" / WEIGHTS).read_bytes()
+    assert "holds nothing that was withdrawn" in ok("remerge", hub.root, tmp_path / "merged")
+    ok("withdraw", tmp_path / "south", "--all")
+    found = run_cli("remerge", hub.root, tmp_path / "merged")
+    assert found.exit_code == 1
+    assert (
+        f"the recipe of {tmp_path / 'merged'} has a weight for site 'south', which is gone"
+        in found.stderr
+    )
+    assert (tmp_path / "merged" / WEIGHTS).read_bytes() == before
+
+
+def test_whoever_removes_a_signature_does_not_undo_a_revocation(three, hub, ok, tmp_path):
+    ok("merge", hub.root, "--out", tmp_path / "merged")
+    ok("revoke", hub.root, "west")
+    for signature in (hub.root / "contributions" / "west").rglob("manifest.sig"):
+        signature.unlink()
+    said = ok("remerge", hub.root, tmp_path / "merged")
+    assert "it does not carry the signature of an admitted site any more: ask 'west'" in said
+    assert sorted(ids(tmp_path / "merged")) == ["north", "south"]
+
+
+def test_what_was_merged_unsigned_stays(three, hub, ok, tmp_path):
+    """Whoever merged it had said that it was to be taken all the same."""
+    (signature,) = (
+        hub.root / "contributions" / "west" / three["west"].manifest.id
+    ).glob("*.sig")  # fmt: skip
+    signature.unlink()
+    ok("merge", hub.root, "--allow-unsigned", "--out", tmp_path / "merged")
+    assert "holds nothing that was withdrawn" in ok("remerge", hub.root, tmp_path / "merged")
+
+
+def test_a_running_sum_is_without_it_too(three, hub, ok, tmp_path):
+    ok("merge", hub.root, "--method", "sum", "--keep-sum", "--out", tmp_path / "merged")
+    ok("withdraw", tmp_path / "south", "--all")
+    ok("merge", hub.root, "--method", "sum", "--keep-sum", "--out", tmp_path / "rest")
+    ok("remerge", hub.root, tmp_path / "merged")
+    sums = "running-sum/sums.safetensors"
+    assert (tmp_path / "merged" / sums).read_bytes() == (tmp_path / "rest" / sums).read_bytes()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -11,8 +14,8 @@ from hypothesis import strategies as st
 
 from merge_kit import auditlog
 from merge_kit.errors import AuditError, MergeKitError
-from merge_kit.files import sha256_file
-from tests.merge_kit.helpers import quick
+from merge_kit.files import canonical_json, sha256_bytes, sha256_file
+from tests.merge_kit.helpers import quick, says
 
 DIGEST = "sha256:" + "1" * 64
 
@@ -153,3 +156,92 @@ def test_the_log_is_the_owners_alone(published):
 def test_without_room_for_the_line_nothing_leaves(read_only_disk):
     with pytest.raises(MergeKitError, match="Read-only file system"):
         auditlog.append(read_only_disk, "publishing", "hub", "place", {})
+
+
+@pytest.mark.parametrize("what", ["a folder", "a link", "a link to a file"])
+def test_something_else_in_the_place_of_the_log_is_no_empty_log(published, run_cli, hub, what):
+    path = published / auditlog.LOG
+    path.unlink()
+    target = "/dev/null" if what == "a link" else published / "other.jsonl"
+    path.mkdir() if what == "a folder" else path.symlink_to(target)
+    (published / "other.jsonl").touch()
+    before = sorted(hub.root.rglob("*"))
+    for command in (("audit-log", "verify"), ("audit-log", "show"), ("withdraw", "--all")):
+        found = run_cli(*command, published)
+        assert found.exit_code == 1
+        assert f"{path} is no file: somebody has put something else in its" in found.stderr
+    assert sorted(hub.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_line_without_its_end_is_named(published, ok, cut):
+    assert "part of a line" not in ok("audit-log", "verify", published)
+    path = published / auditlog.LOG
+    path.write_bytes(path.read_bytes()[:-cut])
+    said = ok("audit-log", "verify", published)
+    assert "The chain of 3 lines is whole" in said
+    assert f"{path} ends in a part of a line, which does not count" in said
+    auditlog.append(published, "publishing", "hub", "place", {})
+    assert "part of a line" not in ok("audit-log", "verify", published)
+    path.write_bytes(b"")
+    assert "part of a line" not in ok("audit-log", "verify", published)
+
+
+def test_two_processes_write_one_chain(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from merge_kit import auditlog\n"
+        "for n in range(20): auditlog.append(Path(sys.argv[1]), 'publishing', 'h', str(n), {})"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(auditlog.read(tmp_path)) == 40
+
+
+def record_of(number, previous, **changes):
+    told = {
+        "format": 1, "number": number, "time": "2026-01-01T00:00:00Z", "action": "published",
+        "hub": "hub", "place": "place", "files": {}, "previous": previous, **changes,
+    }  # fmt: skip
+    return canonical_json(told) + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (lambda first: record_of(3, sha256_bytes(first[:-1])), "it is not as it was written"),
+        (lambda first: record_of(2, auditlog.START), "it does not follow from the line before it"),
+        (
+            lambda first: record_of(2, sha256_bytes(first[:-1])).replace(b":2,", b": 2,"),
+            "it is not as it was written",
+        ),
+        (lambda first: record_of(2, sha256_bytes(first[:-1]), more=1), "it is no record"),
+        (lambda first: b"\xff\n", "it is no JSON"),
+        (lambda first: b"\n", "it is no JSON"),
+    ],
+    ids=["number", "chain", "spaces", "more keys", "bytes", "empty"],
+)
+def test_the_line_and_the_reason_are_named(tmp_path, second, reason):
+    first = record_of(1, auditlog.START)
+    path = tmp_path / auditlog.LOG
+    path.write_bytes(first + second(first))
+    sentence = (
+        f"{path}, line 2 has been changed, or was never written by merge-kit ({reason}): keep the "
+        "file for whoever looks into it, and move it away to start a new one."
+    )
+    with says(AuditError, sentence):
+        auditlog.read(tmp_path)
+    with says(AuditError, sentence):
+        auditlog.append(tmp_path, "publishing", "hub", "place", {})
+    path.write_bytes(first + record_of(2, sha256_bytes(first[:-1])))
+    assert len(auditlog.read(tmp_path)) == 2
+
+
+def test_a_line_is_on_the_disk_before_anything_leaves(tmp_path, monkeypatch):
+    sizes = []
+    sync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: sizes.append(os.fstat(file).st_size) or sync(file)
+    )
+    auditlog.append(tmp_path, "publishing", "hub", "place", {})
+    assert sizes == [(tmp_path / auditlog.LOG).stat().st_size]

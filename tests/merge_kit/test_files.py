@@ -51,6 +51,30 @@ def test_write_atomic_makes_parents_and_replaces(tmp_path):
     assert listing(target.parent) == ["text"]
 
 
+def test_writers_of_one_file_do_not_trip_over_each_other(tmp_path):
+    """As commands of several processes do that keep the same fact about a hub."""
+    texts = [letter * 100_000 for letter in "abcdefgh"]
+    together, faults, seen = threading.Barrier(len(texts)), [], set()
+
+    def write(text):
+        for _ in range(10):
+            together.wait()
+            try:
+                write_atomic(tmp_path / "text", text)
+                seen.add((tmp_path / "text").read_text())
+            except Exception as error:
+                faults.append(error)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert seen <= set(texts)
+    assert listing(tmp_path) == ["text"]
+
+
 def test_write_atomic_replaces_what_a_killed_run_left(tmp_path):
     (tmp_path / ".text.partial").write_bytes(b"half of a much longer tex")
     write_atomic(tmp_path / "text", "whole")

@@ -15,6 +15,8 @@ from merge_kit.manifest import Manifest
 from merge_kit.policies import POLICY_FILE
 from tests.conftest import write_run
 
+OTHER = "ed25519:11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="
+
 
 @pytest.fixture
 def north(hub, tmp_path):
@@ -50,7 +52,8 @@ def nothing_left(hub, north):
         ("allowed_kinds: [moments]", "does not let vector leave the site; it allows moments"),
         ("allowed_kinds: []", "it allows nothing: nothing was sent."),
         ("forbidden_fields: [training]", "does not let the field 'training' of a manifest leave"),
-        ("second_signature: [KEY]", "has to be approved by a second person before it leaves"),
+        ("second_signature: [OTHER]", "has to be approved by a second person before it leaves"),
+        ("second_signature: [KEY]", "names the site's own key under 'second_signature'"),
         ("maximum_nrom: 1", "unknown key 'maximum_nrom'; did you mean 'maximum_norm'?"),
         ("maximum_norm: none", "'maximum_norm': input should be a valid number"),
         ("maximum_norm: -1", "'maximum_norm': input should be greater than 0"),
@@ -63,7 +66,7 @@ def nothing_left(hub, north):
 )
 def test_what_the_site_does_not_allow_does_not_leave_it(hub, north, publish, text, sentence):
     key = signing.public_key(north / "keys" / "site.pem")
-    (north / POLICY_FILE).write_text(text.replace("KEY", key) + "\n")
+    (north / POLICY_FILE).write_text(text.replace("KEY", key).replace("OTHER", OTHER) + "\n")
     for arguments in ((), ("--dry-run",)):
         code, said = publish(*arguments)
         if arguments and "second" in text and "me" not in text:
@@ -155,16 +158,43 @@ def test_a_stated_epsilon_is_held_against_the_bound(contribute):
         ("s3://a", "s3://a/b", False),
         ("/srv/hub", "/srv", True),
         ("/srv2/hub", "/srv", False),
+        ("/srv/../etc/hub", "/srv", False),
+        ("/etc/../srv/hub", "/srv", True),
+        ("/srv/hub", "file:///srv", True),
+        ("/srv/hub", "srv", False),
+        ("/srv/hub", "", False),
+        ("s3://a/b/../c", "s3://a/b", False),
+        ("s3://a/b/./c", "s3://a/b", False),
+        ("sftp://me@host/b/../c", "sftp://me@host/b", False),
     ],
 )
 def test_hubs_are_allowed_by_whole_parts(contribute, place, allowed, fits):
     manifest = contribute("north").manifest
-    policy = policies.SitePolicy(allowed_hubs=(allowed,))
+    policy = policies.SitePolicy.model_construct(allowed_hubs=(allowed,))
     if fits:
         policies.check_site(manifest, policy, place)
     else:
         with pytest.raises(PolicyError):
             policies.check_site(manifest, policy, place)
+
+
+@pytest.mark.parametrize("way", ["dots", "link"])
+def test_no_way_round_leads_to_a_hub_that_is_not_allowed(hub, north, publish, tmp_path, way):
+    (tmp_path / "allowed").mkdir()
+    (tmp_path / "allowed" / "link").symlink_to(hub.root)
+    place = tmp_path / "allowed" / ("link" if way == "link" else f"../{hub.root.name}")
+    (north / POLICY_FILE).write_text(f"allowed_hubs: [{tmp_path / 'allowed'}]\n")
+    code, said = publish("--hub", place)
+    assert code == 1
+    assert "the site's own policy lets nothing go to" in said
+    assert nothing_left(hub, north)
+
+
+def test_a_link_to_an_allowed_hub_is_allowed(hub, north, publish, tmp_path):
+    (tmp_path / "link").symlink_to(hub.root)
+    (north / POLICY_FILE).write_text(f"allowed_hubs: [{tmp_path / 'link'}]\n")
+    code, said = publish()
+    assert code == 0, said
 
 
 # A second person
@@ -216,6 +246,36 @@ def test_only_whom_the_policy_names_approves(north, publish, second, run_cli, ok
     assert "has to be approved by a second person" in publish()[1]
 
 
+def test_the_sites_own_signature_is_no_second_one(north, second, run_cli, publish, hub):
+    own = signing.public_key(north / "keys" / "site.pem")
+    (north / POLICY_FILE).write_text(f"second_signature: [{signing.public_key(second)}, {own}]\n")
+    for key in (second, north / "keys" / "site.pem"):
+        found = run_cli("approve", north, "--run", north / "runs" / "a", "--key", key)
+        assert found.exit_code == 1
+        assert (
+            f"{north / POLICY_FILE} names the site's own key under 'second_signature': let a second"
+            in found.stderr
+        )
+    assert not (north / policies.APPROVALS).exists()
+
+
+def test_the_commands_of_two_people_are_named_with_all_their_options(
+    hub, north, publish, second, ok, run_cli
+):
+    run = north / "runs" / "a"
+    code, said = publish("--compress", "topk:0.5")
+    assert code == 1
+    assert f"run 'merge-kit approve {north} --run {run} --key <their key>'" in said
+    said = ok(
+        "approve", north, "--run", run, "--key", second, "--hub", hub.root, "--alongside",
+        "--no-statistics", "--compress", "topk:0.5",
+    )  # fmt: skip
+    command = f"merge-kit publish {north} --run {run} --hub {hub.root} --alongside --no-statistics"
+    assert f"{command} --compress topk:0.5\n" in said
+    shown = said.split("merge-kit publish ")[1].split()
+    assert run_cli("publish", *shown).exit_code == 0
+
+
 def test_what_was_approved_and_published_stays_so(hub, north, publish, second, ok):
     ok("approve", north, "--run", north / "runs" / "a", "--key", second)
     assert publish()[0] == 0
@@ -224,3 +284,44 @@ def test_what_was_approved_and_published_stays_so(hub, north, publish, second, o
     assert "Already published" in said
     (entry,) = list_entries(hub, read_federation(hub.root))
     assert folder_of(entry.contribution.manifest).endswith(entry.id)
+
+
+def test_what_a_count_is_of_is_summed_by_kind(contribute):
+    """Groups and images of no class count; of images with several classes each counts once."""
+    manifest = contribute("north").manifest
+    told = manifest.model_copy(update={"group_counts": {"white": 7, "odd": "<5"}})
+    assert policies.examples_of(told) == policies.examples_of(manifest) + 8
+    told = manifest.model_copy(update={"other_images": 9})
+    assert policies.examples_of(told) == policies.examples_of(manifest) + 9
+    assert policies.examples_of(manifest.model_copy(update={"images": 40})) == 40
+    assert policies.examples_of(manifest.model_copy(update={"images": "<5"})) == 1
+
+
+def test_the_largest_norm_is_of_vectors_alone(contribute):
+    """A Fisher diagonal has no step length."""
+    manifest = contribute("north").manifest
+    bounds = Bounds(maximum_norm=manifest.payload.norm / 2)
+    assert policies.breach(manifest, bounds, "x")
+    assert policies.breach(manifest.model_copy(update={"kind": "fisher"}), bounds, "x") is None
+
+
+def test_an_approval_is_signed_as_one(north, second, ok, publish):
+    """A signature that the second person has given to something else is none."""
+    ok("approve", north, "--run", north / "runs" / "a", "--key", second)
+    joined = site.open_site(north)
+    parcel = publishing.prepare(joined, north / "runs" / "a", open_hub(joined.config.hub))
+    (path,) = (north / policies.APPROVALS).iterdir()
+    signed = signing.sign(second, signing.MANIFEST_CONTEXT, parcel.manifest.to_bytes())
+    path.write_text(json.dumps({"key": signed.key, "signature": signed.signature}))
+    code, said = publish()
+    assert code == 1
+    assert "has to be approved by a second person" in said
+
+
+def test_the_policy_is_read_again_before_anything_leaves(hub, north):
+    joined = site.open_site(north)
+    parcel = publishing.prepare(joined, north / "runs" / "a", hub)
+    (north / POLICY_FILE).write_text("allowed_kinds: []\n")
+    with pytest.raises(PolicyError, match="it allows nothing: nothing was sent"):
+        publishing.publish(joined, north / "runs" / "a", hub, parcel)
+    assert nothing_left(hub, north)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import time
 
 import pytest
 
-from merge_kit.contributions import MANIFEST, PAYLOAD, folder_of, list_entries, live
-from merge_kit.federation import FEDERATION_FILE, read_federation
+from merge_kit.contributions import MANIFEST, PAYLOAD, SIGNATURE, folder_of, list_entries, live
+from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE, read_federation
 from merge_kit.hub import FolderHub
 from merge_kit.pulling import pull
+from merge_kit.tensorfile import write_tensors
 from tests.merge_kit.helpers import load
 
 
@@ -122,3 +124,95 @@ def test_the_federation_file_comes_last(full, tmp_path):
     pull(full, copy.root, lambda label: seen.append(copy.has(FEDERATION_FILE)))
     assert seen == [False] * 4
     assert copy.has(FEDERATION_FILE)
+
+
+@pytest.mark.parametrize("direction", ["into a newer copy", "into the hub itself"])
+def test_an_older_federation_file_is_never_written_over_a_newer_one(
+    ok, run_cli, tmp_path, direction
+):
+    """It would bring a revoked site back."""
+    ok("init", tmp_path / "hub", "--backbone", "test_resnet", "--weights", "none",
+       "--input-size", 32, "--classes", "a,b")  # fmt: skip
+    ok("join", tmp_path / "hub", "--site", "north", "--folder", tmp_path / "north")
+    ok("admit", tmp_path / "hub", "north", tmp_path / "north" / "keys" / "site.pub")
+    ok("pull", tmp_path / "hub", tmp_path / "old")
+    ok("revoke", tmp_path / "hub", "north")
+    target = tmp_path / "hub"
+    if direction == "into a newer copy":
+        target = tmp_path / "new"
+        ok("pull", tmp_path / "hub", target)
+    before = content(target)
+    found = run_cli("pull", tmp_path / "old", target)
+    assert found.exit_code == 2
+    assert f"{target} holds the federation file with the serial number 3, and" in found.stderr
+    assert f"{tmp_path / 'old'} an older one with 2" in found.stderr
+    assert content(target) == before
+    ok("pull", tmp_path / "hub", tmp_path / "old")
+    assert content(tmp_path / "old") == content(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("how", ["manifest", "signature", "no signature", "no tensors"])
+def test_every_file_of_a_copy_is_checked(full, ok, run_cli, tmp_path, how):
+    ok("pull", full.root, tmp_path / "copy")
+    entry = next((tmp_path / "copy").rglob(PAYLOAD)).parent
+    if how == "no tensors":
+        (entry / PAYLOAD).unlink()
+    elif how == "no signature":
+        (entry / SIGNATURE).unlink()
+    else:
+        (entry / (MANIFEST if how == "manifest" else SIGNATURE)).write_text("{}")
+    found = run_cli("pull", full.root, tmp_path / "copy")
+    assert found.exit_code == 1
+    assert f"{entry} was damaged since it was copied" in found.stderr
+    shutil.rmtree(entry)
+    ok("pull", full.root, tmp_path / "copy")
+    assert content(tmp_path / "copy") == content(full.root)
+
+
+def test_what_is_withdrawn_in_the_copy_does_not_come_back(full, ok, run_cli, tmp_path):
+    """Somebody has removed the note from the hub, and put the tensors there again."""
+    shutil.copytree(full.root, tmp_path / "before")
+    ok("withdraw", tmp_path / "south", "--all")
+    ok("pull", full.root, tmp_path / "copy")
+    before = content(tmp_path / "copy")
+    found = run_cli("pull", tmp_path / "before", tmp_path / "copy")
+    assert found.exit_code == 0
+    assert "contribution south/" in found.stderr
+    assert "it stays withdrawn here; ask site 'south'." in found.stderr
+    assert content(tmp_path / "copy") == before
+
+
+def test_a_copy_of_a_copy_is_a_hub_and_keeps_what_its_hub_has_lost(full, ok, tmp_path):
+    ok("pull", full.root, tmp_path / "copy")
+    ok("pull", tmp_path / "copy", tmp_path / "second")
+    whole = content(full.root)
+    assert content(tmp_path / "second") == whole
+    shutil.rmtree(tmp_path / "copy" / "contributions" / "west")
+    said = ok("pull", tmp_path / "copy", tmp_path / "second")
+    assert "0 new, 3 that were there" in said
+    assert content(tmp_path / "second") == whole
+
+
+@pytest.mark.parametrize("whose", ["hub", "copy"])
+def test_another_base_is_not_taken(full, ok, run_cli, tmp_path, whose):
+    copy = tmp_path / "copy"
+    if whose == "copy":
+        ok("pull", full.root, copy)
+    path = (full.root if whose == "hub" else copy) / BASE_WEIGHTS
+    tensors = {name: tensor + 1 for name, tensor in load(path).items()}
+    write_tensors(path, tensors, ("format", "pt"))
+    found = run_cli("pull", full.root, copy)
+    assert found.exit_code == 1
+    assert f"{path} has the fingerprint" in found.stderr
+    if whose == "hub":
+        assert not (copy / "base").exists()
+        assert not (copy / FEDERATION_FILE).exists()
+
+
+def test_what_a_revoked_key_has_signed_is_not_copied(full, run_cli, ok, tmp_path):
+    ok("revoke", full.root, "west")
+    found = run_cli("pull", full.root, tmp_path / "copy")
+    assert found.exit_code == 0
+    assert "Left out: contributions/west/" in found.stderr
+    assert not (tmp_path / "copy" / "contributions" / "west").exists()
+    assert "3 new, 0 that were there" in found.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from merge_kit.creation import create
 from merge_kit.errors import FederationError, HubError, SignatureError
 from merge_kit.federation import FEDERATION_FILE, Policy, parse_federation
 from merge_kit.hub import FolderHub
+from merge_kit.keys import RetiredKey
 from merge_kit.yamlfile import parse_yaml
 from tests.conftest import CLASSES, write_run
 from tests.merge_kit.helpers import says
@@ -105,8 +107,8 @@ def test_a_file_without_its_coordinator_is_another_contract(place, north, run_cl
     path.write_text("\n".join(kept) + "\n")
     found = run_cli("publish", north, "--run", north / "runs" / "seed1")
     assert found.exit_code == 1
-    assert "holds the contract" in found.stderr
-    assert all(e.problem for e in entries_of(place))
+    assert "was seen there from this machine" in found.stderr
+    assert all(e.problem for e in list_entries(place, trust.unchecked_on(place)[1]))
 
 
 def test_the_coordinator_signs_what_was_changed_by_hand(place, north, ok, run_cli, tmp_path):
@@ -139,6 +141,19 @@ def test_an_older_file_is_not_taken_for_the_present_one(place, north, ok, run_cl
     found = run_cli("status", place.root)
     assert found.exit_code == 1
     assert "has the serial number 2, and 3 was seen from this machine" in found.stderr
+
+
+def test_an_older_file_is_not_signed_as_the_next_one(place, north, ok, run_cli):
+    """Its coordinator would undo a revocation without knowing."""
+    old = place.read(FEDERATION_FILE)
+    ok("revoke", place.root, "north")
+    changed = old.replace(b"minimum_class_count: 5", b"minimum_class_count: 7")
+    for text in (changed, old.replace(b"serial: 2", b"serial: 1")):
+        (place.root / FEDERATION_FILE).write_bytes(text)
+        found = run_cli("sign", place.root)
+        assert found.exit_code == 1
+        assert "and 3 was seen from this machine" in found.stderr
+        assert place.read(FEDERATION_FILE) == text
 
 
 def test_a_copy_may_lag_behind(place, north, ok, tmp_path):
@@ -300,3 +315,130 @@ def test_commands_side_by_side_see_the_same_file(place):
         for thread in threads:
             thread.join()
     assert faults == []
+
+
+def test_revoking_the_present_key_twice_changes_nothing(place, north, ok):
+    ok("revoke", place.root, "north")
+    assert "was revoked before" in ok("revoke", place.root, "north")
+    assert site.federation_on(place).serial == 3
+
+
+def test_a_key_is_replaced_twice_within_a_second(north, ok):
+    before = ok("key", "show", north).strip()
+    for _ in range(3):
+        ok("key", "rotate", north)
+    kept = sorted((north / "keys").glob("site-until-*.pem"))
+    assert len(kept) == 3
+    keys = {signing.public_key(path) for path in kept}
+    assert before in keys
+    assert ok("key", "show", north).strip() not in keys
+    assert not list((north / "keys").glob("site-new-*"))
+
+
+@pytest.mark.parametrize("how", ["revoked", "replaced", "never admitted"])
+def test_what_lies_there_under_a_key_that_does_not_count_is_not_taken_for_published(
+    place, ok, run_cli, tmp_path, how
+):
+    root = tmp_path / "north"
+    ok("join", place.root, "--site", "north", "--folder", root)
+    if how != "never admitted":
+        ok("admit", place.root, "north", root / "keys" / "site.pub")
+    if how == "replaced":
+        ok("key", "rotate", root)  # signs before the keys are exchanged, and gives way again
+    publish(ok, root, 1)
+    if how == "revoked":
+        ok("revoke", place.root, "north")
+    ok("key", "rotate", root)
+    if how != "never admitted":
+        rotate = ("--rotate",) if how == "replaced" else ()
+        ok("admit", place.root, "north", root / "keys" / "site.pub", *rotate)
+    found = run_cli("publish", root, "--run", root / "runs" / "seed1")
+    assert found.exit_code == 1
+    (entry,) = entries_of(place)
+    assert f"{place.root}/contributions/north/{entry.id} is there already, but " in found.stderr
+    assert "ask the coordinator to remove this folder, then publish again." in found.stderr
+    shutil.rmtree(place.root / "contributions" / "north" / entry.id)
+    ok("publish", root, "--run", root / "runs" / "seed1")
+    (entry,) = entries_of(place)
+    assert entry.contribution.key == ok("key", "show", root).strip()
+
+
+def test_a_file_that_changes_between_two_looks_is_not_signed(place, north, monkeypatch):
+    """What is decided upon, checked and replaced is one and the same reading of the file."""
+    reads = []
+    read = FolderHub.read
+    monkeypatch.setattr(FolderHub, "read", lambda hub, name: reads.append(name) or read(hub, name))
+    data, federation = site.federation_file_on(place)
+    assert reads == [FEDERATION_FILE]
+    assert parse_federation(parse_yaml(data, "here", FederationError).data, "here") == federation
+
+
+@pytest.mark.parametrize("name", ["north", "south"])
+def test_a_key_that_was_replaced_is_nobodys_again(place, north, ok, run_cli, name):
+    old = ok("key", "show", north).strip()
+    ok("key", "rotate", north)
+    ok("admit", place.root, "north", north / "keys" / "site.pub", "--rotate")
+    before = place.read(FEDERATION_FILE)
+    rotate = ("--rotate",) if name == "north" else ()
+    found = run_cli("admit", place.root, name, old, *rotate)
+    assert found.exit_code == 1
+    assert "is known as one of the site 'north': a key is used once" in found.stderr
+    assert place.read(FEDERATION_FILE) == before
+
+
+def test_another_federation_in_the_same_place_has_serial_numbers_of_its_own(place, north, ok):
+    shutil.rmtree(place.root)
+    ok(
+        "init", place.root, "--name", "others", "--backbone", "test_resnet", "--weights", "none",
+        "--input-size", 32, "--classes", "a,b",
+    )  # fmt: skip
+    assert site.federation_on(place).serial == 1
+
+
+def test_a_key_to_revoke_may_be_given_as_its_file(place, north, ok, run_cli):
+    pub = north / "keys" / "site.pub"
+    first = pub.read_text().strip()
+    pub.rename(north / "old.pub")
+    ok("key", "rotate", north)
+    ok("admit", place.root, "north", pub, "--rotate")
+    ok("revoke", place.root, "north", "--public-key", north / "old.pub")
+    assert [one.public_key for one in site.federation_on(place).revoked] == [first]
+    (north / "old.pub").write_bytes(b"\xff\xfe")
+    found = run_cli("revoke", place.root, "north", "--public-key", north / "old.pub")
+    assert found.exit_code == 1
+    assert f"{north / 'old.pub'} cannot be read as a public key's file" in found.stderr
+
+
+def test_a_replaced_key_never_speaks_for_another_site(place, north, ok, tmp_path):
+    old = (north / "keys" / "site.pem").read_bytes()
+    ok("key", "rotate", north)
+    ok("admit", place.root, "north", north / "keys" / "site.pub", "--rotate")
+    south = tmp_path / "south"
+    ok("join", place.root, "--site", "south", "--folder", south)
+    ok("admit", place.root, "south", south / "keys" / "site.pub")
+    (south / "keys" / "site.pem").write_bytes(old)
+    publish(ok, south, 2)
+    (entry,) = [entry for entry in entries_of(place) if entry.site == "south"]
+    assert "but site 'south' is admitted with" in entry.problem
+
+
+def test_what_is_of_the_very_second_in_which_a_key_was_replaced_counts(place, north):
+    before, federation = trust.unchecked_on(place)
+    (entry,) = entries_of(place)
+    second = entry.contribution.manifest.created_at
+    retired = RetiredKey(name="north", public_key=entry.contribution.key, until=second)
+    told = federation.model_copy(update={"sites": (), "retired": (retired,)})
+    trust.change(place, before, told, None)
+    assert [c.id for c in live(entries_of(place))] == [entry.id]
+
+
+def test_what_a_new_key_publishes_before_it_is_admitted_replaces_what_the_old_one_did(
+    place, north, ok
+):
+    (before,) = live(entries_of(place))
+    ok("key", "rotate", north)
+    publish(ok, north, 2)
+    assert [c.id for c in live(entries_of(place))] == [before.id]  # it does not count yet
+    ok("admit", place.root, "north", north / "keys" / "site.pub", "--rotate")
+    (after,) = live(entries_of(place))  # and not both
+    assert after.manifest.supersedes == f"sha256:{before.id}"

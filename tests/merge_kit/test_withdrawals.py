@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -214,3 +215,98 @@ def test_statistics_and_the_vector_are_withdrawn_together(hub, contribute, withd
     assert "Withdrawn: fisher" in said
     assert "Withdrawn: vector" in said
     assert [c.site for c in live(entries())] == ["south"]
+
+
+def test_what_a_key_has_withdrawn_stays_withdrawn_when_the_key_is_replaced(
+    hub, contribute, withdraw, entries, ok, tmp_path
+):
+    contribute("north", seed=1)
+    second = contribute("north", seed=2)
+    rotate = ("admit", hub.root, "north", tmp_path / "north" / "keys" / "site.pub", "--rotate")
+    for _ in range(2):
+        ok("key", "rotate", tmp_path / "north")
+        ok(*rotate)
+        if not any(entry.withdrawn for entry in entries()):
+            withdraw("north", second.manifest.id[:10])
+    (gone,) = [entry for entry in entries() if entry.id == second.manifest.id]
+    assert gone.withdrawn is not None
+    assert live(entries()) == []  # and what it had replaced does not come back
+
+
+def test_what_a_revoked_key_has_signed_is_withdrawn_too(hub, contribute, withdraw, ok, tmp_path):
+    """Its tensors lie on the hub all the same."""
+    parcel = contribute("north", seed=1)
+    ok("revoke", hub.root, "north")
+    ok("key", "rotate", tmp_path / "north")
+    said = withdraw("north", "--all")
+    assert f"Withdrawn: vector {parcel.manifest.id[:12]}" in said
+    assert not hub.has(f"{folder_of(parcel.manifest)}/{PAYLOAD}")
+
+
+@pytest.mark.parametrize("whose", ["nobody's", "another site's"])
+def test_a_false_note_in_its_place_is_not_taken_for_a_withdrawal(
+    hub, contribute, withdraw, tmp_path, whose
+):
+    parcel = contribute("north", seed=1)
+    other = contribute("north", seed=2)
+    contribute("south", seed=3)
+    place = f"{withdrawals.ROOT}/north/{parcel.manifest.id}"
+    if whose == "nobody's":
+        hub.publish(place, {withdrawals.FILE: b"{}"})
+    else:
+        note_of(hub, parcel, tmp_path / "south" / "keys" / "site.pem")
+    said = withdraw("north", parcel.manifest.id[:10], code=1)
+    assert f"{hub.uri}/{place} is there already and withdraws nothing (" in said
+    assert "ask the coordinator to remove this folder, then withdraw again." in said
+    withdraw("north", "--all", code=1)
+    assert not hub.has(f"{folder_of(other.manifest)}/{PAYLOAD}")  # the others are taken back
+
+
+def test_what_a_note_speaks_of_is_not_said_to_be_published(hub, contribute, run_cli, tmp_path):
+    parcel = contribute("north", seed=1)
+    contribute("south", seed=2)
+    note_of(hub, parcel, tmp_path / "south" / "keys" / "site.pem")
+    found = run_cli("publish", tmp_path / "north", "--run", tmp_path / "north" / "runs" / "seed1")
+    assert found.exit_code == 1
+    note = f"{withdrawals.ROOT}/north/{parcel.manifest.id}"
+    assert f"is there already, and {note} says that it has been withdrawn" in found.stderr
+
+
+def test_an_attempt_that_was_broken_off_goes_on_with_the_same_note(
+    hub, contribute, withdraw, tmp_path, monkeypatch
+):
+    """A hub that takes the files one by one would refuse other bytes."""
+    parcel = contribute("north", seed=1)
+    place = f"{withdrawals.ROOT}/north/{parcel.manifest.id}"
+    monkeypatch.setattr(withdrawals, "now", lambda: "2026-01-01T00:00:00Z")
+    withdraw("north", "--all")
+    first = hub.read(f"{place}/{withdrawals.FILE}")
+    shutil.rmtree(hub.root / withdrawals.ROOT)
+    monkeypatch.setattr(withdrawals, "now", lambda: "2026-01-02T00:00:00Z")
+    withdraw("north", "--all")
+    assert hub.read(f"{place}/{withdrawals.FILE}") == first
+    # A note of another federation in the site's folder is not sent.
+    kept = tmp_path / "north" / withdrawals.ROOT / f"{parcel.manifest.id}.json"
+    kept.write_bytes(kept.read_bytes().replace(b'"federation":"sha256:', b'"federation":"sha256:0')
+                     [:-1] + b" }")  # fmt: skip
+    shutil.rmtree(hub.root / withdrawals.ROOT)
+    withdraw("north", "--all")
+    assert b"2026-01-02" in hub.read(f"{place}/{withdrawals.FILE}")
+
+
+def test_what_is_no_contributions_name_is_passed_over(hub, contribute, withdraw):
+    parcel = contribute("north", seed=1)
+    (hub.root / "contributions" / "north" / "notes").mkdir()
+    said = withdraw("north", "--all")
+    assert said.count("Withdrawn: ") == 1
+    assert not (hub.root / withdrawals.ROOT / "north" / "notes").exists()
+    assert parcel.manifest.id[:12] in said
+
+
+def test_a_hub_of_another_federation_is_not_written_to(hub, contribute, withdraw, ok, tmp_path):
+    contribute("north", seed=1)
+    ok("init", tmp_path / "other", "--backbone", "test_resnet", "--weights", "none",
+       "--input-size", 32, "--classes", "a,b")  # fmt: skip
+    said = withdraw("north", "--all", "--hub", tmp_path / "other", code=1)
+    assert "holds the contract" in said
+    assert not (tmp_path / "other" / withdrawals.ROOT).exists()

@@ -218,6 +218,7 @@ def test_a_missing_hub_is_named(tmp_path):
 def test_an_unknown_kind_of_hub_is_named(scheme):
     with says(
         HubError,
-        f"'{scheme}://place/x': hubs of the kind '{scheme}' are not supported; use a folder.",
+        f"'{scheme}://place/x': there are no hubs of the kind '{scheme}'; there are folders (a "
+        "path, or file://), hf://, s3://, gs://, az:// and sftp://.",
     ):
         open_hub(f"{scheme}://place/x")

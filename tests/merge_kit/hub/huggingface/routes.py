@@ -126,6 +126,25 @@ async def tree_below(
     return JSONResponse(page, headers=headers)
 
 
+@route("GET", f"/api/models/{ID}/commits/{REV}")
+async def commits(hub: HubServer, request: Request, name: str, revision: str) -> Response:
+    repo = hub.repo(request, name)
+    oid: str | None = hub.at(repo, revision)[0]
+    rows: list[dict[str, object]] = []
+    while oid:
+        commit = repo.commits[oid]
+        rows.append({"id": oid, "title": commit.title, "message": "", "authors": [],
+                     "date": "2026-11-23T12:00:00.000Z"})  # fmt: skip
+        oid = commit.parent
+    start = int(request.query_params.get("p", 0)) * 50
+    headers = {}
+    if start + 50 < len(rows):
+        url = request.url.include_query_params(p=start // 50 + 1)
+        root = f"http://{hub.host}:{hub.port}"
+        headers["Link"] = f'<{root}{url.path}?{url.query}>; rel="next"'
+    return JSONResponse(rows[start : start + 50], headers=headers)
+
+
 @route("POST", f"/api/models/{ID}/preupload/{REV}")
 async def preupload(hub: HubServer, request: Request, name: str, revision: str) -> Response:
     proposed = request.query_params.get("create_pr") == "1"

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from merge_kit.hub.objects import PIECE
-from tests.merge_kit.hub.objects.killing import publish_all, unbroken
+from tests.merge_kit.hub.killing import publish_all, unbroken
 
 
 @pytest.mark.parametrize("size", [200_000, PIECE + 100_000], ids=["small", "large"])

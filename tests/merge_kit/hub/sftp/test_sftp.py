@@ -13,7 +13,7 @@ from merge_kit.errors import HubError
 from merge_kit.remembered import VARIABLE
 from tests.merge_kit.helpers import listing, says
 from tests.merge_kit.hub.contract import ENTRY, FILE, RemoteContract, digest_of, publish
-from tests.merge_kit.hub.objects.killing import begin, publish_all, start, unbroken
+from tests.merge_kit.hub.killing import begin, publish_all, start, unbroken
 from tests.merge_kit.hub.sftp.sshd import running
 
 PAYLOAD = f"{ENTRY}/payload.safetensors"

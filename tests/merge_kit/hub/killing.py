@@ -28,7 +28,7 @@ class Story:
 def start(uri: str, folder: str, payload: Path) -> subprocess.Popen[str]:
     """A publisher that waits for its signal to begin."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.merge_kit.hub.objects.publisher", uri, folder, str(payload)],
+        [sys.executable, "-m", "tests.merge_kit.hub.publisher", uri, folder, str(payload)],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout

@@ -1,0 +1,329 @@
+"""Random faults between a client and a hub: nothing may be lost, and nothing damaged accepted.
+
+    python -m tests.benchmarks.faults objects|huggingface --faults 1000 --seed 0
+
+A proxy breaks about every sixth request, in the ways of `Chaos`, while entries are published,
+listed and fetched. After each operation a second client, which nothing is broken for, looks at what
+is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from merge_kit.errors import MergeKitError
+from merge_kit.files import sha256_bytes
+from merge_kit.hub import repository
+from merge_kit.hub.endpoint import Endpoint
+from merge_kit.hub.huggingface import HuggingFaceHub
+from merge_kit.hub.objects import ObjectHub
+from merge_kit.hub.remote import RemoteHub
+from merge_kit.hub.repository import Repository
+from tests.merge_kit.hub.huggingface.server import HubServer
+from tests.merge_kit.hub.objects.conftest import QUICK, client, start_server, stop_server
+from tests.merge_kit.hub.objects.proxy import Answer, Handler, Proxy, Request, status
+
+SHARE = 1 / 6
+"""Of all requests, those that are broken."""
+STATUSES = (500, 502, 503, 429)
+YEARS_AGO = "Thu, 01 Jan 2015 00:00:00 GMT"
+SECRET = "the-secret-of-a-benchmark"
+NAMES = ("payload.safetensors", "manifest.sig", "manifest.json")
+
+
+class Chaos:
+    """Breaks requests at random, in one of the ways that have methods below."""
+
+    def __init__(self, seed: int, end: int) -> None:
+        self.random, self.end = random.Random(seed), end
+        self.counts: Counter[str] = Counter()
+        self.damaged = 0
+        """Answers whose bytes were others than the server's, and whole by all signs."""
+        self.kinds: list[Callable[[Handler, Request], None]] = [
+            self.request_cut, self.answer_lost, self.answer_cut, self.body_truncated,
+            self.bit_flipped, self.upload_bit_flipped, self.refused, self.refused_when_done,
+            self.date_wrong, self.clock_skewed,
+        ]  # fmt: skip
+
+    def __call__(self, handler: Handler, request: Request) -> bool:
+        if self.counts.total() >= self.end or self.random.random() > SHARE:
+            return self._sound(handler, request)
+        kinds = self.kinds if request.body else [
+            kind for kind in self.kinds if kind not in (self.request_cut, self.upload_bit_flipped)
+        ]  # fmt: skip
+        kind = self.random.choice(kinds)
+        self.counts[kind.__name__.replace("_", " ")] += 1
+        kind(handler, request)
+        return True
+
+    def _sound(self, handler: Handler, request: Request) -> bool:
+        """A store checks the digest that an upload comes with; moto does not."""
+        said = {k.lower(): v for k, v in request.headers.items()}.get("x-amz-content-sha256", "")
+        if len(said) == 64 and said != hashlib.sha256(request.body).hexdigest():
+            return status(400, "XAmzContentSHA256Mismatch")(handler, request)
+        return False
+
+    def request_cut(self, handler: Handler, request: Request) -> None:
+        """The line breaks before the server has all of a request, so it does nothing."""
+        handler.cut()
+
+    def answer_lost(self, handler: Handler, request: Request) -> None:
+        """The server does what was asked, and the line breaks."""
+        handler.server.proxy.ask(request)
+        handler.cut()
+
+    def answer_cut(self, handler: Handler, request: Request) -> None:
+        """The line breaks at any byte of the answer's body."""
+        answer = handler.server.proxy.ask(request)
+        handler.answer(answer, until=self.random.randint(0, len(answer.body)))
+
+    def body_truncated(self, handler: Handler, request: Request) -> None:
+        """The answer is shorter, and says that it is whole."""
+        answer = handler.server.proxy.ask(request)
+        self._damage(handler, answer, answer.body[: self.random.randint(0, len(answer.body))])
+
+    def bit_flipped(self, handler: Handler, request: Request) -> None:
+        """One bit of the answer's body is another."""
+        answer = handler.server.proxy.ask(request)
+        self._damage(handler, answer, self._flipped(answer.body))
+
+    def upload_bit_flipped(self, handler: Handler, request: Request) -> None:
+        """One bit of an uploaded file is another; uploads come with a digest, questions do not."""
+        if request.method == "PUT":
+            request.body = self._flipped(request.body)
+        if not self._sound(handler, request):
+            handler.answer(handler.server.proxy.ask(request))
+
+    def refused(self, handler: Handler, request: Request) -> None:
+        """The server is busy, or fails."""
+        status(self.random.choice(STATUSES))(handler, request)
+
+    def refused_when_done(self, handler: Handler, request: Request) -> None:
+        """The server fails after it has done what was asked."""
+        status(self.random.choice(STATUSES), after=True)(handler, request)
+
+    def date_wrong(self, handler: Handler, request: Request) -> None:
+        """The server's clock is years behind."""
+        answer = handler.server.proxy.ask(request)
+        kept = [(k, v) for k, v in answer.headers if k.lower() not in ("date", "last-modified")]
+        dates = [("Date", YEARS_AGO), ("Last-Modified", YEARS_AGO)]
+        handler.answer(Answer(answer.status, [*kept, *dates], answer.body))
+
+    def clock_skewed(self, handler: Handler, request: Request) -> None:
+        """The server finds our clock wrong."""
+        status(403, "RequestTimeTooSkewed")(handler, request)
+
+    def _flipped(self, body: bytes) -> bytes:
+        changed = bytearray(body)
+        if changed:
+            changed[self.random.randrange(len(changed))] ^= 1 << self.random.randrange(8)
+        return bytes(changed)
+
+    def _damage(self, handler: Handler, answer: Answer, body: bytes) -> None:
+        self.damaged += body != answer.body
+        handler.answer(Answer(answer.status, answer.headers, body))
+
+
+@dataclass
+class Hubs:
+    """One hub over two lines."""
+
+    line: Proxy
+    faulty: Callable[[], RemoteHub]
+    sound: Callable[[], RemoteHub]
+
+
+@contextmanager
+def objects(patch: pytest.MonkeyPatch) -> Iterator[Hubs]:
+    """A bucket of moto's S3 server."""
+    process, port = start_server()
+    try:
+        client(port).create_bucket(Bucket="bucket")
+        with Proxy(port) as line:
+            for name, value in (("ALLOW_HTTP", "true"), ("ACCESS_KEY_ID", "a-benchmark"),
+                                ("SECRET_ACCESS_KEY", SECRET)):  # fmt: skip
+                patch.setenv(f"AWS_{name}", value)
+
+            def opened(url: str) -> ObjectHub:
+                patch.setenv("AWS_ENDPOINT_URL", url)
+                return ObjectHub("s3://bucket/hub", QUICK)
+
+            direct = f"http://127.0.0.1:{port}"
+            yield Hubs(line, lambda: opened(line.url), lambda: opened(direct))
+    finally:
+        stop_server(process)
+
+
+@contextmanager
+def huggingface(patch: pytest.MonkeyPatch) -> Iterator[Hubs]:
+    """A repository of the tests' server, which follows the Hugging Face Hub's protocol."""
+    with HubServer() as server, Proxy(server.port) as line:
+        server.tokens = {SECRET: "hospital"}
+        server.create("hospital/federation", writers="hospital")
+        patch.setattr(repository, "PAUSES", (0.01, 0.01, 0.02, 0.02))
+        patch.setattr(repository, "FIRST_PAUSE", 0.02)
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
+        at_once = SimpleNamespace(sleep=lambda seconds: None)
+        patch.setattr("huggingface_hub.utils._http.time", at_once)
+
+        def opened(url: str) -> HuggingFaceHub:
+            server.upload_root = url  # what is large goes over the same line
+            return HuggingFaceHub(Repository("hospital/federation", Endpoint(url, SECRET)))
+
+        yield Hubs(line, lambda: opened(line.url), lambda: opened(server.url))
+
+
+KINDS: dict[str, Callable[[pytest.MonkeyPatch], AbstractContextManager[Hubs]]] = {
+    "objects": objects, "huggingface": huggingface,
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """Operations at random on a hub whose line breaks, and what must hold after each."""
+
+    hubs: Hubs
+    chaos: Chaos
+    wanted: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """The entries that were to be published, with their files."""
+    there: set[str] = field(default_factory=set)
+    """Those that have been seen."""
+    told: Counter[str] = field(default_factory=Counter)
+    """How operations ended."""
+    said: Counter[str] = field(default_factory=Counter)
+    """The sentences, without what differs."""
+
+    def go(self) -> None:
+        """Until all faults have been."""
+        while self.chaos.counts.total() < self.chaos.end:
+            action = self.chaos.random.choice((self.publish, self.publish, self.fetch, self.list))
+            hub, damaged = self.hubs.faulty(), self.chaos.damaged
+            try:
+                action(hub, lambda before=damaged: self.chaos.damaged > before)
+            except MergeKitError as error:
+                text = str(error)
+                assert "\n" not in text, text
+                assert text.endswith((".", "?")), text
+                assert SECRET not in text, text
+                self.told[f"{action.__name__}: an error"] += 1
+                self.said[text] += 1
+            finally:
+                hub.close()
+            self.check()
+        for folder, files in self.wanted.items():  # who was told of an error tries again
+            if folder not in self.there:
+                with contextlib.closing(self.hubs.sound()) as hub:
+                    hub.publish(folder, files)
+        self.check(all_there=True)
+
+    def publish(self, hub: RemoteHub, damaged: Callable[[], bool]) -> None:
+        """A new entry, or one whose publication ended with an error."""
+        rng = self.chaos.random
+        left = sorted(self.wanted.keys() - self.there)
+        if left and rng.random() < 0.5:
+            folder = rng.choice(left)
+        else:
+            number = len(self.wanted)
+            folder = f"contributions/s{number % 7}/e{number}"
+            size = rng.choice((1_000, 50_000, 300_000, 1_500_000))
+            self.wanted[folder] = dict(zip(NAMES, (
+                rng.randbytes(size), rng.randbytes(100), f"the manifest of {number}".encode(),
+            ), strict=True))  # fmt: skip
+        new = hub.publish(folder, self.wanted[folder])
+        with contextlib.closing(self.hubs.sound()) as sound:
+            assert whole(sound, folder, self.wanted[folder]), (folder, new)
+        self.there.add(folder)
+        self.told[f"publish: {new}"] += 1
+
+    def fetch(self, hub: RemoteHub, damaged: Callable[[], bool]) -> None:
+        """One file of an entry that is there."""
+        if self.there:
+            folder = self.chaos.random.choice(sorted(self.there))
+            name, data = self.chaos.random.choice(list(self.wanted[folder].items()))
+            found = hub.fetch(f"{folder}/{name}", sha256_bytes(data)).read_bytes()
+            assert found == data
+            self.told["fetch: right"] += 1
+
+    def list(self, hub: RemoteHub, damaged: Callable[[], bool]) -> None:
+        """All entries; a listing has no digest, so a damaged one may be wrong at that moment."""
+        if listing(hub) == self.there:
+            self.told["list: right"] += 1
+            return
+        assert damaged(), "a listing is wrong though nothing was damaged"
+        self.told["list: wrong while its bytes were damaged"] += 1
+
+    def check(self, *, all_there: bool = False) -> None:
+        """What is to be seen are whole entries that were to be published, and none is lost."""
+        with contextlib.closing(self.hubs.sound()) as sound:
+            seen = listing(sound)
+            assert seen >= self.there, f"lost: {self.there - seen}"
+            assert seen <= self.wanted.keys(), f"unknown: {seen - self.wanted.keys()}"
+            assert not all_there or seen == self.wanted.keys()
+            for folder in seen if all_there else seen - self.there:
+                assert whole(sound, folder, self.wanted[folder]), f"not whole: {folder}"
+            self.there = seen
+
+
+def listing(hub: RemoteHub) -> set[str]:
+    """The entries' folders."""
+    return {f"contributions/{site}/{entry}" for site in hub.list("contributions")
+            for entry in hub.list(f"contributions/{site}")}  # fmt: skip
+
+
+def whole(hub: RemoteHub, folder: str, files: dict[str, bytes]) -> bool:
+    """Whether an entry has just these files."""
+    there = set(hub.list(folder))
+    if there != files.keys():
+        return False
+    return all(hub.fetch(f"{folder}/{n}").read_bytes() == data for n, data in files.items())
+
+
+def run(kind: str, faults: int, seed: int) -> dict[str, object]:
+    """The figures, once all that must hold has been checked after each operation."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as scratch:
+        patch.setenv("MERGE_KIT_CACHE", "off")
+        patch.setenv("TMPDIR", scratch)
+        chaos = Chaos(seed, faults)
+        with KINDS[kind](patch) as hubs, hubs.line.faulty("", chaos):
+            found, begun = Run(hubs, chaos), time.monotonic()
+            found.go()
+            return {
+                "faults": dict(sorted(chaos.counts.items())),
+                "faults in all": chaos.counts.total(),
+                "requests": len(hubs.line.seen),
+                "entries published, whole, once": len(found.there),
+                "operations": dict(sorted(found.told.items())),
+                "seconds": round(time.monotonic() - begun, 1),
+                "sentences": dict(found.said.most_common(12)),
+            }
+
+
+def main() -> None:
+    """Run it, check it, and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--faults", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    for name in [*os.environ]:  # nothing of the user's own
+        if name.startswith(("AWS_", "HF_")):
+            del os.environ[name]
+    print(json.dumps(run(given.kind, given.faults, given.seed), indent=2))
+
+
+if __name__ == "__main__":
+    main()
