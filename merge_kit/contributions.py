@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 from merge_kit import signing, vector
+from merge_kit.blocks import in_order
 from merge_kit.errors import (
     ContributionError,
     MergeKitError,
@@ -17,7 +18,7 @@ from merge_kit.errors import (
 )
 from merge_kit.federation import Federation
 from merge_kit.files import canonical_json
-from merge_kit.hub import FolderHub, Hub
+from merge_kit.hub import READERS, FolderHub, Hub, places
 from merge_kit.manifest import Kind, Manifest, parse_manifest
 from merge_kit.policies import breach
 from merge_kit.remembered import Checked
@@ -118,21 +119,24 @@ def folder_of(manifest: Manifest) -> str:
     return f"{ROOT}/{manifest.site}/{manifest.id}"
 
 
-def list_entries(hub: Hub, federation: Federation) -> list[Entry]:
-    """Every contribution on the hub with its manifest and signature checked, sorted by id.
+def list_entries(hub: Hub, federation: Federation, site: str | None = None) -> list[Entry]:
+    """Every contribution on the hub, or those of one site, with manifest and signature checked,
+    sorted by id.
 
     Payloads are not read: `payloads.check_payload` does. What a site has withdrawn is
     `Entry.withdrawn`.
     """
-    return sorted(walk_entries(hub, federation), key=lambda entry: entry.id)
+    return sorted(walk_entries(hub, federation, site), key=lambda entry: entry.id)
 
 
-def walk_entries(hub: Hub, federation: Federation) -> Iterator[Entry]:
-    """The same one after the other, as the hub names them."""
-    tombstones = read_tombstones(hub, federation.contract_hash)
-    for site in hub.list(ROOT):
-        for name in hub.list(f"{ROOT}/{site}"):
-            yield entry_at(hub, federation, site, name, tombstones.get((site, name)))
+def walk_entries(hub: Hub, federation: Federation, site: str | None = None) -> Iterator[Entry]:
+    """The same one after the other, as the hub names them; a few are read ahead."""
+    tombstones = read_tombstones(hub, federation.contract_hash, site)
+
+    def look(place: tuple[str, str]) -> Entry:
+        return entry_at(hub, federation, *place, tombstones.get(place))
+
+    return in_order(look, places(hub, ROOT, site), READERS)
 
 
 def entry_at(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from merge_kit.errors import MergeKitError, UsageError
 
@@ -34,10 +34,15 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_file(path: Path) -> str:
     """Digest of a file's bytes, as ``sha256:<64 hex digits>``."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        return sha256_open(file)
+
+
+def sha256_open(file: BinaryIO) -> str:
+    """The same of what is left to read of an open file."""
+    digest = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
     return "sha256:" + digest.hexdigest()
 
 

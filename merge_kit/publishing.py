@@ -150,7 +150,7 @@ def prepare(
     if how:
         payload, draft = _compressed(run, payload, draft, federation, how)
     key = signing.public_key(site.key_file)
-    entries = [entry for entry in list_entries(hub, federation) if entry.site == site.name]
+    entries = list_entries(hub, federation, site.name)
     # A key that is still to be exchanged replaces nothing before, but what it publishes has to say
     # now what it will replace then.
     own = [

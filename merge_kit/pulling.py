@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from merge_kit import withdrawals
+from merge_kit.blocks import in_order
 from merge_kit.contributions import (
     MANIFEST,
     PAYLOAD,
@@ -15,13 +16,14 @@ from merge_kit.contributions import (
     SIGNATURE,
     Contribution,
     Entry,
+    Trust,
     entry_at,
-    walk_entries,
 )
 from merge_kit.errors import HubError, MergeKitError, UsageError
 from merge_kit.federation import BASE_CONFIG, BASE_WEIGHTS, FEDERATION_FILE, Federation, check_base
 from merge_kit.files import canonical_json, sha256_file, storage_errors
-from merge_kit.hub import FolderHub, Hub
+from merge_kit.hub import READERS, FolderHub, Hub, places
+from merge_kit.remembered import look_at_content
 from merge_kit.site import federation_file_on, federation_on
 
 
@@ -54,59 +56,74 @@ def pull(hub: Hub, folder: Path, progress: Callable[[str], None] = lambda label:
     data, federation = federation_file_on(hub)
     copy = _opened(hub, folder, federation)
     _copy_base(hub, copy, federation)
-    done = Pulled()
-    for entry in walk_entries(hub, federation):
+    done, notes = Pulled(), withdrawals.read_tombstones(hub, federation.contract_hash)
+
+    def look(at: tuple[str, str]) -> tuple[Entry, bool]:
+        """What lies in a place, and whether it is in the copy. Of what is there, signed by a site
+        that is admitted, the hub is not asked."""
+        mine = None if at in notes else _whole(copy, federation, *at)
+        if mine and mine.trust is Trust.ADMITTED:
+            return Entry(*at, mine, None, mine.kind), True
+        entry = entry_at(hub, federation, *at, notes.get(at))
+        theirs = entry.contribution
+        return entry, bool(mine and theirs and mine.signature == theirs.signature)
+
+    for entry, there in in_order(look, places(hub, ROOT), READERS):
         progress(f"{entry.site}/{entry.id[:12]}")
-        place = f"{ROOT}/{entry.site}/{entry.id}"
-        found = entry.stated
-        if entry.problem or found is None:
-            done.left_out.append(str(entry.problem))
-            continue
-        if entry.withdrawn:
-            _withdraw(hub, copy, entry, place)
-            done.withdrawn += 1
-            continue
-        if copy.has(f"{withdrawals.ROOT}/{entry.site}/{entry.id}/{withdrawals.FILE}"):
-            done.left_out.append(
-                f"{found.label} is withdrawn in {folder}, and {hub.uri} lacks the note that says "
-                f"so: it stays withdrawn here; ask site '{entry.site}'."
-            )
-            continue
-        digest = found.manifest.payload.sha256
-        if copy.has(f"{place}/{MANIFEST}"):
-            if not _is_whole(copy, federation, entry, found.signature):
-                raise HubError(
-                    f"{folder}/{place} was damaged since it was copied: remove this folder, and "
-                    "pull again."
-                )
+        if there:
             done.there += 1
-            continue
-        try:
-            payload = hub.fetch(f"{place}/{PAYLOAD}", digest)
-            if sha256_file(payload) != digest:  # a folder's file is not copied before
-                raise HubError(f"{hub.uri}/{place}/{PAYLOAD} is not what its manifest names.")
-        except MergeKitError as error:
-            done.left_out.append(str(error))
-            continue
-        copy.publish(place, {PAYLOAD: payload, **_small(found)})
-        there = copy.fetch(f"{place}/{PAYLOAD}")
-        if sha256_file(there) != digest:  # a folder's file may be exchanged while it is copied
-            shutil.rmtree(there.parent)
-            done.left_out.append(f"{hub.uri}/{place}/{PAYLOAD} changed while it was copied.")
-            continue
-        done.new += 1
+        elif entry.withdrawn:
+            _withdraw(hub, copy, entry, f"{ROOT}/{entry.site}/{entry.id}")
+            done.withdrawn += 1
+        elif entry.contribution is None:
+            done.left_out.append(str(entry.problem))
+        elif why := _copied(hub, copy, entry.contribution):
+            done.left_out.append(why)
+        else:
+            done.new += 1
     before = copy.read(FEDERATION_FILE) if copy.has(FEDERATION_FILE) else None
     if before != data:
         copy.replace(FEDERATION_FILE, data, before)
     return done
 
 
-def _is_whole(copy: Hub, federation: Federation, entry: Entry, signature: str | None) -> bool:
-    """Whether the copy of an entry is still what was copied; asks nothing of the hub."""
-    mine = entry_at(copy, federation, entry.site, entry.id).contribution
-    if mine is None or mine.signature != signature:
-        return False
-    return sha256_file(mine.payload) == mine.manifest.payload.sha256
+def _whole(copy: FolderHub, federation: Federation, site: str, name: str) -> Contribution | None:
+    """A contribution that is in the copy and still counts, with the very bytes that its manifest
+    names; a file that was read before is not read again."""
+    if not copy.has(f"{ROOT}/{site}/{name}/{MANIFEST}"):
+        return None
+    found = entry_at(copy, federation, site, name).contribution
+    if found is None or look_at_content(found.payload).sha256 != found.manifest.payload.sha256:
+        return None
+    return found
+
+
+def _copied(hub: Hub, copy: FolderHub, found: Contribution) -> str | None:
+    """Copy a contribution; a sentence where that is refused."""
+    place, digest = f"{ROOT}/{found.site}/{found.id}", found.manifest.payload.sha256
+    if copy.has(f"{withdrawals.ROOT}/{found.site}/{found.id}/{withdrawals.FILE}"):
+        return (
+            f"{found.label} is withdrawn in {copy.uri}, and {hub.uri} lacks the note that says so: "
+            f"it stays withdrawn here; ask site '{found.site}'."
+        )
+    if copy.has(f"{place}/{MANIFEST}"):
+        raise HubError(
+            f"{copy.uri}/{place} was damaged since it was copied: remove this folder, and pull "
+            "again."
+        )
+    try:
+        payload = hub.fetch(f"{place}/{PAYLOAD}", digest)
+        if sha256_file(payload) != digest:  # a folder's file is not copied before
+            raise HubError(f"{hub.uri}/{place}/{PAYLOAD} is not what its manifest names.")
+    except MergeKitError as error:
+        return str(error)
+    copy.publish(place, {PAYLOAD: payload, **_small(found)})
+    hub.forget(f"{place}/{PAYLOAD}")
+    there = copy.fetch(f"{place}/{PAYLOAD}")
+    if sha256_file(there) != digest:  # a folder's file may be exchanged while it is copied
+        shutil.rmtree(there.parent)
+        return f"{hub.uri}/{place}/{PAYLOAD} changed while it was copied."
+    return None
 
 
 def _small(found: Contribution) -> dict[str, Path | bytes]:

@@ -18,13 +18,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 
 from pydantic import ValidationError
 
 from merge_kit.errors import MergeKitError, TensorFileError
-from merge_kit.files import canonical_json, sha256_bytes, write_atomic
-from merge_kit.schema import Document
+from merge_kit.files import canonical_json, sha256_bytes, sha256_open, write_atomic
+from merge_kit.schema import Digest, Document
+from merge_kit.tensorfile import identity_of
 
 VARIABLE = "MERGE_KIT_CACHE"
 LIMIT = 10_000
@@ -49,6 +50,34 @@ class Identified(Protocol):
 
 
 I = TypeVar("I", bound=Identified)  # noqa: E741
+
+
+class Content(Document):
+    """What a file of any kind holds."""
+
+    sha256: Digest
+
+
+def look_at_content(path: Path) -> Content:
+    """The digest of a file, read now or as it is remembered.
+
+    Raises
+    ------
+    TensorFileError
+        The file changed while it was read.
+    """
+    with path.open("rb") as file:
+        found, _ = look(_Open(path, file), Content, lambda it: Content(sha256=sha256_open(it.file)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    path: Path
+    file: BinaryIO
+
+    def identity(self) -> tuple[int, ...]:
+        return identity_of(os.fstat(self.file.fileno()))
 
 
 @dataclass(frozen=True, slots=True)

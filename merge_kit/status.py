@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import torch
 
 from merge_kit import vector
+from merge_kit.blocks import in_order, one_thread_each
 from merge_kit.contributions import Contribution, Entry, Trust, list_entries, live, speaks_of
 from merge_kit.federation import BASE_WEIGHTS, Federation
+from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.hub import Hub
 from merge_kit.manifest import Kind
+from merge_kit.notes import Notes
 from merge_kit.parameters import Role, roles_of
 from merge_kit.payloads import check_payloads
+from merge_kit.remembered import cache_folder
 from merge_kit.tensorfile import TensorFile
+from merge_kit.tensorheader import TensorSpec
+
+_TOGETHER = 1 << 23
+"""Values of a vector that are held in memory at once, in float64."""
 
 
 def checked(hub: Hub, federation: Federation) -> list[Entry]:
@@ -42,14 +50,33 @@ def survey(
     weights = hub.fetch(BASE_WEIGHTS)
     entries = checked(hub, federation) if entries is None else entries
     with TensorFile(weights) as base:
-        roles = roles_of(base.specs, federation.classifier)
+        specs, roles = base.specs, roles_of(base.specs, federation.classifier)
     counted = live(entries)
     vectors = [c for c in counted if c.kind == "vector"]
     beside = [c for c in counted if c.kind != "vector"]
-    cosines = dict(zip([c.id for c in vectors], cosines_to_mean(vectors, roles), strict=True))
+    cosines = _cosines(vectors, specs, roles, federation)
     shown = [entry for entry in entries if entry.problem or entry.kind == "vector"]
     rows = [_row(entry, cosines, beside, now) for entry in shown]
     return sorted(rows, key=lambda row: (row["problem"] is not None, row["site"], row["created"]))
+
+
+def _cosines(
+    vectors: Sequence[Contribution],
+    specs: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
+    federation: Federation,
+) -> dict[str, float]:
+    """By the vectors' ids, as measured now or when the same vectors were there before."""
+    folder, ids = cache_folder("cosines"), [c.id for c in vectors]
+    notes = Notes(folder, federation.base_fingerprint) if folder else None
+    subject = ["cosine to the mean", sha256_bytes(canonical_json(sorted(ids)))]
+    known = notes.read(subject) if notes else {}
+    if known.keys() == set(ids):
+        return {name: known[name][0] for name in ids}
+    found = dict(zip(ids, cosines_to_mean(vectors, specs, roles), strict=True))
+    if notes and len(ids) > 1:
+        notes.add(subject, {name: [value] for name, value in found.items()})
+    return found
 
 
 def _row(
@@ -127,21 +154,51 @@ def calibrations(
 
 
 def cosines_to_mean(
-    contributions: Sequence[Contribution], roles: Mapping[str, Role]
+    contributions: Sequence[Contribution],
+    specs: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
 ) -> list[float]:
-    """Cosine of each vector's weights to the plain mean of all, from one pass over the files.
+    """Cosine of each vector's weights to the plain mean of all; nan for a vector of zeros.
 
-    With the Gram matrix G_ij = tau_i . tau_j the cosine is sum_j G_ij / sqrt(G_ii sum_jk G_jk), so
-    no vector is held in memory. nan for a vector of zeros.
+    Each file is read twice, for the sum of all and for its products with it, so that a thousand
+    vectors take no more memory and no more open files than a few.
     """
-    size = len(contributions)
-    gram = torch.zeros((size, size), dtype=torch.float64)
-    with ExitStack() as stack:
-        files = [stack.enter_context(vector.opened(c.payload)) for c in contributions]
-        for name, role in roles.items():
-            if role is Role.WEIGHT and files:
-                block = torch.stack([file.read(name).reshape(-1) for file in files]).double()
-                gram += block @ block.T
-    total = float(gram.sum())
-    scales = [math.sqrt(max(float(gram[i, i]) * total, 0.0)) for i in range(size)]
-    return [float(gram[i].sum()) / scale if scale else math.nan for i, scale in enumerate(scales)]
+    products, total = torch.zeros((len(contributions), 2), dtype=torch.float64), 0.0
+    weights = [name for name, role in roles.items() if role is Role.WEIGHT]
+    with one_thread_each() as workers:
+        for names in _groups(weights, specs):
+            size = sum(specs[name].elements for name in names)
+            mean = torch.zeros(size, dtype=torch.float64)  # but for a factor
+            for values in in_order(partial(_values, names), contributions, workers, ahead=1):
+                mean += values
+            total += float(mean @ mean)
+            measured = in_order(partial(_products, names, mean), contributions, workers)
+            for row, told in zip(products, measured, strict=True):
+                row += told
+    with_mean, with_itself = products.unbind(1)
+    cosines = with_mean / (with_itself * total).sqrt()
+    return [value if math.isfinite(value) else math.nan for value in cosines.tolist()]
+
+
+def _groups(names: Sequence[str], specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
+    """Tensors that are held in memory together."""
+    group, held = list[str](), 0
+    for name in names:
+        held += specs[name].elements
+        if group and held > _TOGETHER:
+            yield group
+            group, held = [], specs[name].elements
+        group.append(name)
+    if group:
+        yield group
+
+
+def _values(names: Sequence[str], one: Contribution) -> torch.Tensor:
+    with vector.opened(one.payload) as file:
+        return torch.cat([file.read(name).reshape(-1) for name in names]).double()
+
+
+def _products(names: Sequence[str], mean: torch.Tensor, one: Contribution) -> torch.Tensor:
+    """With the mean of all, and with itself."""
+    values = _values(names, one)
+    return torch.stack([values @ mean, values @ values])

@@ -17,9 +17,10 @@ from typing import Annotated, Literal
 from pydantic import StringConstraints, ValidationError
 
 from merge_kit import auditlog, signing
+from merge_kit.blocks import in_order
 from merge_kit.errors import ContributionError, MergeKitError, SignatureError, UnreachableError
 from merge_kit.files import canonical_json, sha256_bytes, write_atomic
-from merge_kit.hub import Hub
+from merge_kit.hub import READERS, Hub, places
 from merge_kit.schema import Digest, Document, SiteName, Timestamp, now, parse
 from merge_kit.site import Site
 
@@ -59,13 +60,13 @@ class Tombstone:
     problem: str | None
 
 
-def read_tombstones(hub: Hub, contract: str) -> dict[tuple[str, str], Tombstone]:
+def read_tombstones(
+    hub: Hub, contract: str, site: str | None = None
+) -> dict[tuple[str, str], Tombstone]:
     """What lies on a hub, by site and contribution; each is signed by the key that it names."""
-    return {
-        (site, name): _read(hub, contract, site, name)
-        for site in hub.list(ROOT)
-        for name in hub.list(f"{ROOT}/{site}")
-    }
+    found = list(places(hub, ROOT, site))
+    read = in_order(lambda place: _read(hub, contract, *place), found, READERS)
+    return dict(zip(found, read, strict=True))
 
 
 def _read(hub: Hub, contract: str, site: str, name: str) -> Tombstone:

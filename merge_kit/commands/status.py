@@ -22,6 +22,9 @@ from merge_kit.reheading import find_model
 from merge_kit.site import federation_on
 from merge_kit.status import calibrations, checked, survey
 
+_ABREAST = 8
+"""Contributions whose counts stand side by side; of more, one stands below the other."""
+
 
 @click.command()
 @click.argument("hub")
@@ -193,15 +196,24 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Table:
 def _counts(federation: Federation, rows: list[dict[str, Any]]) -> Table:
     of = " that have / lack" if federation.multi_label else " of"
     table = Table(title=f"training images{of} each class", title_justify="left", box=box.SIMPLE)
-    table.add_column("class")
-    for row in rows:
-        table.add_column(f"{row['site']} {row['id'][:4]}", justify="right")
-    for name in federation.classes:
-        table.add_row(name, *[_count(row, name) for row in rows])
+    names = [f"{row['site']} {row['id'][:4]}" for row in rows]
+    lines = {name: [_count(row, name) for row in rows] for name in federation.classes}
     for name in federation.groups:
-        table.add_row(f"{name} (group)", *[str(row["group_counts"].get(name, 0)) for row in rows])
+        lines[f"{name} (group)"] = [str(row["group_counts"].get(name, 0)) for row in rows]
     if any(row["other_images"] for row in rows):
-        table.add_row("of other classes", *[str(row["other_images"]) for row in rows])
+        lines["of other classes"] = [str(row["other_images"]) for row in rows]
+    if len(rows) <= _ABREAST:
+        table.add_column("class")
+        for name in names:
+            table.add_column(name, justify="right")
+        for name, counts in lines.items():
+            table.add_row(name, *counts)
+        return table
+    table.add_column("site")
+    for name in lines:
+        table.add_column(name, justify="right")
+    for name, *counts in zip(names, *lines.values(), strict=True):
+        table.add_row(name, *counts)
     return table
 
 

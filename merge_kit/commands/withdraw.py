@@ -82,8 +82,7 @@ def _chosen(site: Site, hub: Hub, federation: Federation, ids: Sequence[str]) ->
 
     Also what is refused, because a key was revoked for instance: its tensors lie there as well.
     """
-    entries = list_entries(hub, federation)
-    own = [entry for entry in entries if entry.site == site.name and is_id(entry.id)]
+    own = [entry for entry in list_entries(hub, federation, site.name) if is_id(entry.id)]
     if not own:
         raise UsageError(f"site '{site.name}' has published nothing on {hub.uri}.")
     for part in ids:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from merge_kit.errors import HubError, MissingExtraError, UsageError
-from merge_kit.hub.base import Hub
+from merge_kit.hub.base import READERS, Hub, places
 from merge_kit.hub.folder import FolderHub
 
-__all__ = ["FolderHub", "Hub", "by_pull_request", "create_hub", "open_hub", "pull_request_of"]
+__all__ = [
+    "READERS",
+    "FolderHub",
+    "Hub",
+    "by_pull_request",
+    "create_hub",
+    "open_hub",
+    "places",
+    "pull_request_of",
+]
 
 _OBJECT_STORES = ("s3", "gs", "az")
 

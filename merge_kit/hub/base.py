@@ -10,6 +10,9 @@ from merge_kit.errors import HubError
 
 SMALL = 8 * 2**20
 """Bytes above which no file is small."""
+READERS = 8
+"""Entries that are read at the same time: each takes a few requests, and a hub elsewhere takes its
+time to answer them."""
 
 
 class Hub(Protocol):
@@ -42,6 +45,9 @@ class Hub(Protocol):
         With a `digest` (``sha256:<hex>``) of a file that is copied here, other bytes are refused.
         """
 
+    def forget(self, name: str) -> None:
+        """Give up the copy that `fetch` has made of a file, where it has made one."""
+
     def publish(self, folder: str, files: Mapping[str, Path | bytes]) -> bool:
         """Put a whole folder in place, all files or none; False when it is there already.
 
@@ -57,6 +63,13 @@ class Hub(Protocol):
 
     def remove(self, name: str) -> bool:
         """Remove a file; False where the storage keeps its bytes all the same."""
+
+
+def places(hub: Hub, root: str, site: str | None = None) -> Iterator[tuple[str, str]]:
+    """The entries below a folder of the hub, or those of one site there: sites and names."""
+    for one in hub.list(root) if site is None else [site]:
+        for name in hub.list(f"{root}/{one}"):
+            yield one, name
 
 
 def check_name(name: str) -> list[str]:

@@ -86,6 +86,9 @@ class FolderHub:
             raise HubError(f"{self.root} has no file {name}: is it the right hub, and complete?")
         return path
 
+    def forget(self, name: str) -> None:
+        """Nothing to do: nothing was copied."""
+
     def publish(self, folder: str, files: Mapping[str, Path | bytes]) -> bool:
         """Write beside, then rename the folder into place.
 

@@ -110,9 +110,7 @@ class RemoteHub(ABC):
         HubError
             The file is not there, or its bytes are not those that were promised.
         """
-        check_name(name)
-        path = self._cache.joinpath("files", *name.split("/"))
-        seal = path.with_name(f"{path.name}.seal")
+        path, seal = self._local(name)
         promised = digest or ""
         if not digest:
             size, stamp = self._found(name)
@@ -133,6 +131,18 @@ class RemoteHub(ABC):
         finally:
             fresh.unlink(missing_ok=True)
         return path
+
+    def forget(self, name: str) -> None:
+        """Remove the local copy of a file."""
+        path, seal = self._local(name)
+        seal.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+    def _local(self, name: str) -> tuple[Path, Path]:
+        """Where the copy of a file lies, and the note of what it is a copy of."""
+        check_name(name)
+        path = self._cache.joinpath("files", *name.split("/"))
+        return path, path.with_name(f"{path.name}.seal")
 
     def _fresh(self, name: str) -> Path:
         """The file's bytes in a new local file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +19,24 @@ from merge_kit.contributions import (
     Trust,
     bundle,
     current,
+    entry_at,
     folder_of,
     list_entries,
     read_local,
     speaks_of,
+    walk_entries,
     without_superseded,
 )
-from merge_kit.errors import BaseMismatchError, ContributionError, NonFiniteError, VectorError
+from merge_kit.errors import (
+    BaseMismatchError,
+    ContributionError,
+    NonFiniteError,
+    UnreachableError,
+    VectorError,
+)
 from merge_kit.federation import FEDERATION_FILE, Policy, read_federation
 from merge_kit.files import canonical_json, sha256_file
+from merge_kit.hub import FolderHub
 from merge_kit.manifest import Manifest
 from merge_kit.parameters import roles_of, vector_specs
 from merge_kit.payloads import check_payload, check_payloads
@@ -693,3 +703,51 @@ def test_payloads_are_checked_alike_by_several_threads(contribute, hub, place):
     assert [(e.id, e.problem) for e in found[0]] == [(e.id, e.problem) for e in found[1]]
     assert [e.id for e in found[0]] == [e.id for e in entries]
     assert [e.id for e in found[0] if e.problem] == [damaged.id]
+
+
+class Recorded(FolderHub):
+    """Says what it was asked for, takes its time, and does not answer in one place."""
+
+    def __init__(self, root, silent=None):
+        super().__init__(root)
+        self.silent, self.asked = silent, []
+
+    def list(self, folder):
+        self.asked.append(folder)
+        return super().list(folder)
+
+    def read(self, name):
+        self.asked.append(name)
+        time.sleep(0.02 * (len(self.asked) % 3))  # what was asked last is answered first
+        if self.silent and name.startswith(self.silent):
+            raise UnreachableError("the line is down.")
+        return super().read(name)
+
+
+def test_entries_read_side_by_side_are_those_that_are_there_in_order(hub, contribute, federation):
+    parcels = [contribute(f"s{seed:02d}", seed=seed) for seed in range(12)]
+    (hub.root / folder_of(parcels[5].manifest) / MANIFEST).write_text("{}")
+    federation = read_federation(hub.root)
+    found = list(walk_entries(Recorded(hub.root), federation))
+    assert [entry.site for entry in found] == [f"s{seed:02d}" for seed in range(12)]
+    assert [entry.site for entry in found if entry.problem] == ["s05"]
+    for entry in found:
+        assert entry == entry_at(hub, federation, entry.site, entry.id)
+
+
+def test_a_hub_that_falls_silent_is_not_taken_for_an_empty_one(hub, contribute):
+    parcels = [contribute(f"s{seed}", seed=seed) for seed in range(4)]
+    silent = Recorded(hub.root, folder_of(parcels[2].manifest))
+    with says(UnreachableError, "the line is down."):
+        list_entries(silent, read_federation(hub.root))
+
+
+def test_a_publisher_reads_its_own_entries_alone(hub, contribute, tmp_path):
+    contribute("north", seed=1)
+    contribute("south", seed=2)
+    joined = site.open_site(tmp_path / "north")
+    write_run(joined, tmp_path / "north" / "runs" / "seed3", seed=3)
+    recorded = Recorded(hub.root)
+    parcel = publishing.prepare(joined, tmp_path / "north" / "runs" / "seed3", recorded)
+    assert parcel.replaces.site == "north"
+    assert not [name for name in recorded.asked if "south" in name]

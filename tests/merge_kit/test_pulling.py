@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
 
+from merge_kit import remembered
 from merge_kit.contributions import MANIFEST, PAYLOAD, SIGNATURE, folder_of, list_entries, live
 from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE, read_federation
 from merge_kit.hub import FolderHub
 from merge_kit.pulling import pull
 from merge_kit.tensorfile import write_tensors
-from tests.merge_kit.helpers import load
+from tests.merge_kit.helpers import load, settle
 
 
 @pytest.fixture
@@ -53,6 +55,34 @@ def test_again_only_what_is_missing_is_copied(full, contribute, ok, tmp_path):
     assert "1 new, 4 that were there" in said
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert content(tmp_path / "copy") == content(full.root)  # with the new federation file
+
+
+def test_of_what_is_in_the_copy_the_hub_is_asked_nothing_and_nothing_is_read_again(
+    full, contribute, tmp_path, monkeypatch
+):
+    class Asked(FolderHub):
+        asked: ClassVar[list[str]] = []
+
+        def fetch(self, name, digest=None):
+            self.asked.append(name)
+            return super().fetch(name, digest)
+
+    for path in full.root.rglob(PAYLOAD):
+        settle(path.parent)
+    pull(full, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob(PAYLOAD):
+        settle(path.parent)
+    pull(full, tmp_path / "copy")  # reads all, and remembers it
+    parcel, hashed = contribute("east", seed=4), []
+    digest = remembered.sha256_open
+    monkeypatch.setattr(remembered, "sha256_open", lambda f: hashed.append(f.name) or digest(f))
+    done = pull(Asked(full.root), tmp_path / "copy")
+    assert (done.new, done.there) == (1, 4)
+    assert hashed == []
+    named = {name for name in Asked.asked if name.startswith("contributions")}
+    assert named == {
+        f"{folder_of(parcel.manifest)}/{file}" for file in (MANIFEST, SIGNATURE, PAYLOAD)
+    }
 
 
 def test_what_was_withdrawn_leaves_the_copy(full, ok, tmp_path):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import resource
 from datetime import datetime, timezone
 
 import numpy as np
 import pytest
 import torch
 
-from merge_kit.contributions import PAYLOAD, SIGNATURE, folder_of
-from merge_kit.federation import read_federation
+from merge_kit import status
+from merge_kit.contributions import PAYLOAD, SIGNATURE, folder_of, list_entries, live
+from merge_kit.federation import BASE_WEIGHTS, read_federation
 from merge_kit.parameters import Role, roles_of
 from merge_kit.status import survey
-from merge_kit.tensorfile import specs_of
+from merge_kit.tensorfile import TensorFile, specs_of
 from tests.merge_kit.helpers import load
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=timezone.utc)
@@ -79,6 +82,58 @@ def test_cosines_are_to_the_mean_of_the_current_vectors(contribute, rows):
         for name, tau in vectors.items()
     }
     assert {row["site"]: row["cosine"] for row in rows()} == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("together", [1, 1000, 5000])
+def test_cosines_are_the_same_however_few_tensors_are_held_at_once(
+    hub, contribute, monkeypatch, together
+):
+    """And however many vectors there are, only a few files are open."""
+    for seed in (1, 2, 3):
+        contribute(f"s{seed}", seed=seed)
+    federation = read_federation(hub.root)
+    with TensorFile(hub.fetch(BASE_WEIGHTS)) as base:
+        specs, roles = base.specs, roles_of(base.specs, federation.classifier)
+    three = live(list_entries(hub, federation))
+    expected = status.cosines_to_mean(three, specs, roles)
+    monkeypatch.setattr(status, "_TOGETHER", together)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, before[1]))
+    try:
+        found = status.cosines_to_mean(three * 10, specs, roles)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert found == pytest.approx(expected * 10, rel=1e-12)
+
+
+def test_cosines_are_remembered_until_the_vectors_are_others(hub, contribute, rows, monkeypatch):
+    contribute("north", seed=1)
+    contribute("south", seed=2)
+    before, read = rows(), []
+    measure = status.cosines_to_mean
+    monkeypatch.setattr(status, "cosines_to_mean", lambda *a: read.append(1) or measure(*a))
+    assert rows() == before
+    assert read == []
+    contribute("west", seed=3)
+    after = {row["site"]: row["cosine"] for row in rows()}
+    assert read == [1]
+    assert after["north"] != {row["site"]: row["cosine"] for row in before}["north"]
+    south, away = hub.root / "contributions" / "south", hub.root / "away"
+    south.rename(away)
+    two = {row["site"]: row["cosine"] for row in rows()}
+    assert two["north"] not in (after["north"], before[0]["cosine"])
+    away.rename(south)
+    assert {row["site"]: row["cosine"] for row in rows()} == after
+
+
+def test_the_counts_of_many_stand_below_each_other(hub, contribute, ok):
+    for number in range(9):
+        contribute(f"site-{number}", counts={"round": 30 + number, "lobed": 7, "granular": 9})
+    said = ok("status", hub.root)
+    table = said[said.index("training images of each class") :].splitlines()
+    assert table[2].split() == ["site", "round", "lobed", "granular"]
+    assert [line.split()[0] for line in table[4:13]] == [f"site-{n}" for n in range(9)]
+    assert [line.split()[2:] for line in table[4:13]] == [[f"{30 + n}", "7", "9"] for n in range(9)]
 
 
 def test_an_opposite_vector_shows_a_negative_cosine(contribute, rows):

@@ -178,3 +178,12 @@ class RemoteContract(HubContract):
         path.write_bytes(b"broken")
         path.with_name(f"{path.name}.seal").write_text("")
         assert hub.fetch(name, digest_of(b"payload")).read_bytes() == b"payload"
+
+    def test_a_copy_that_was_given_up_is_gone_and_can_be_had_again(self, hub: Hub):
+        publish(hub)
+        name = f"{ENTRY}/payload.safetensors"
+        path = hub.fetch(name, digest_of(b"payload"))
+        hub.forget(name)
+        hub.forget(name)
+        assert list(path.parent.glob("payload*")) == []
+        assert hub.fetch(name, digest_of(b"payload")).read_bytes() == b"payload"

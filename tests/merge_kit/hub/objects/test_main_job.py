@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_kit import signing, site
+from merge_kit import remembered, signing, site
 from merge_kit.hub import objects, open_hub
 from merge_kit.site import federation_on
 from tests.conftest import write_run
@@ -72,7 +72,11 @@ def test_the_same_merge_as_from_a_copy_of_another_program_or_ours(place, sites, 
             path = Path("copy", one["Key"])
             path.parent.mkdir(parents=True, exist_ok=True)
             other.download_file(bucket, one["Key"], str(path))
+    kept = remembered.cache_folder("hubs")
+    before = set(kept.rglob("payload.safetensors"))
     ok("pull", place, "pulled")
+    # What is in the folder that was asked for need not lie here too.
+    assert set(kept.rglob("payload.safetensors")) < before
     for number, hub in enumerate(("copy/some/folder", "pulled")):
         ok("merge", hub, "--method", "mean", "--out", f"merged-{number}")
         for name in ("model.safetensors", "config.json"):
