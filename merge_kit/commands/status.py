@@ -17,13 +17,14 @@ from rich.table import Table
 from merge_kit.commands.options import next_step, shown
 from merge_kit.federation import Federation
 from merge_kit.hub import open_hub
+from merge_kit.manifest import count_of
 from merge_kit.proposals import proposals
 from merge_kit.reheading import find_model
 from merge_kit.site import federation_on
 from merge_kit.status import calibrations, checked, survey
 
 _ABREAST = 8
-"""Contributions whose counts stand side by side; of more, one stands below the other."""
+"""Contributions whose counts stand side by side; of more, they are added up."""
 
 
 @click.command()
@@ -196,25 +197,33 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Table:
 def _counts(federation: Federation, rows: list[dict[str, Any]]) -> Table:
     of = " that have / lack" if federation.multi_label else " of"
     table = Table(title=f"training images{of} each class", title_justify="left", box=box.SIMPLE)
-    names = [f"{row['site']} {row['id'][:4]}" for row in rows]
-    lines = {name: [_count(row, name) for row in rows] for name in federation.classes}
-    for name in federation.groups:
-        lines[f"{name} (group)"] = [str(row["group_counts"].get(name, 0)) for row in rows]
-    if any(row["other_images"] for row in rows):
-        lines["of other classes"] = [str(row["other_images"]) for row in rows]
-    if len(rows) <= _ABREAST:
-        table.add_column("class")
-        for name in names:
-            table.add_column(name, justify="right")
-        for name, counts in lines.items():
-            table.add_row(name, *counts)
+    table.add_column("class")
+    if len(rows) > _ABREAST:
+        _add_up(table, federation, rows)
         return table
-    table.add_column("site")
-    for name in lines:
-        table.add_column(name, justify="right")
-    for name, *counts in zip(names, *lines.values(), strict=True):
-        table.add_row(name, *counts)
+    for row in rows:
+        table.add_column(f"{row['site']} {row['id'][:4]}", justify="right")
+    for name in federation.classes:
+        table.add_row(name, *[_count(row, name) for row in rows])
+    for name in federation.groups:
+        table.add_row(f"{name} (group)", *[str(row["group_counts"].get(name, 0)) for row in rows])
+    if any(row["other_images"] for row in rows):
+        table.add_row("of other classes", *[str(row["other_images"]) for row in rows])
     return table
+
+
+def _add_up(table: Table, federation: Federation, rows: list[dict[str, Any]]) -> None:
+    """Of many contributions: how many images there are of each class, and who has any."""
+    for column in ("images", "contributions with any", "most in one"):
+        table.add_column(column, justify="right")
+    for name in federation.classes:
+        counts = [row["class_counts"][name] for row in rows]
+        about = "~" if any(isinstance(count, str) for count in counts) else ""
+        total = f"{about}{sum(map(count_of, counts)):.0f}"
+        if federation.multi_label:
+            total += f" / {sum(count_of(row['absent_counts'].get(name, 0)) for row in rows):.0f}"
+        some = f"{sum(count_of(count) > 0 for count in counts)} of {len(rows)}"
+        table.add_row(name, total, some, str(max(counts, key=count_of)))
 
 
 def _count(row: Mapping[str, Any], name: str) -> str:
