@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +25,7 @@ from merge_kit.runs import latest_run
 from merge_kit.tensorfile import TensorFile
 from tests.conftest import CLASSES, write_run
 from tests.finetune.pictures import write_table
+from tests.forked import Forked
 
 KILLS = 10
 PATIENCE = 120.0
@@ -43,40 +41,32 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
-    """The program as a process of its own."""
-    command = [sys.executable, "-m", "merge_kit", *[str(a) for a in arguments]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Forked]:
+    """Start the program as a process of its own."""
+    folder = tmp_path_factory.mktemp("said")
+    return lambda *arguments: Forked(arguments, folder / f"{time.monotonic_ns()}.txt")
 
 
-def wait(process: subprocess.Popen[bytes]) -> str:
-    """Wait for the end; what it said on stderr."""
-    _, said = process.communicate(timeout=PATIENCE)
-    return said.decode()
-
-
-def kill(process: subprocess.Popen[bytes], ready: Ready, delay: float) -> bool:
+def kill(process: Forked, ready: Ready, delay: float) -> bool:
     """Kill `delay` seconds after `ready`; False when the process had ended by itself."""
     deadline = time.monotonic() + PATIENCE
-    while process.poll() is None and not ready() and time.monotonic() < deadline:
+    while process.running and not ready() and time.monotonic() < deadline:
         time.sleep(0.0005)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    said = wait(process)
-    assert process.returncode in (0, -signal.SIGKILL), said
-    return process.returncode != 0
+    process.kill()
+    status, said = process.wait(PATIENCE)
+    assert status in (0, -signal.SIGKILL), said
+    return status != 0
 
 
-def window(process: subprocess.Popen[bytes], ready: Ready) -> float:
+def window(process: Forked, ready: Ready) -> float:
     """Seconds from `ready` to the end of an unbroken run: where kills are worth their while."""
-    while process.poll() is None and not ready():
+    while process.running and not ready():
         time.sleep(0.0005)
     begun = time.monotonic()
-    said = wait(process)
-    assert process.returncode == 0, said
+    status, said = process.wait(PATIENCE)
+    assert status == 0, said
     return time.monotonic() - begun
 
 
@@ -108,7 +98,7 @@ def moments(root: Path, rng: random.Random) -> list[tuple[Ready, float]]:
 
     steps = [rng.randrange(first + 1, first + EVERY) for first in range(0, STEPS, EVERY)]
     return [
-        (lambda: True, rng.uniform(0, 2)),
+        (lambda: True, rng.uniform(0, 0.1)),
         (exists("cache/.*.partial"), rng.uniform(0, 0.01)),
         *[(logged(step), rng.uniform(0, 0.03)) for step in steps],
         (exists("runs/*/model"), rng.uniform(0, 0.01)),
@@ -130,7 +120,7 @@ def assert_nothing_half_done(root: Path) -> None:
         ).keys()
 
 
-def test_a_killed_finetune_goes_on_to_the_same_vector(hub, tmp_path, run_cli):
+def test_a_killed_finetune_goes_on_to_the_same_vector(hub, tmp_path, run_cli, start):
     table = write_table(tmp_path / "images", {"round": 11, "lobed": 8, "granular": 0})
     root, whole = (sites.join(hub, "north", tmp_path / name).root for name in ("killed", "whole"))
     killed = 0
@@ -179,7 +169,7 @@ def assert_hub_is_whole(hub: FolderHub) -> None:
         check_payload(entry.contribution, federation, expected, roles)
 
 
-def test_a_killed_publish_leaves_a_whole_contribution_or_none(big, run_cli):
+def test_a_killed_publish_leaves_a_whole_contribution_or_none(big, run_cli, start):
     rng, root = random.Random(20), big.root.parent / "north"
     place, note = big.root / "contributions", root / "runs" / "a" / "manifest.json"
 
@@ -204,7 +194,7 @@ def test_a_killed_publish_leaves_a_whole_contribution_or_none(big, run_cli):
     shutil.rmtree(place)
 
 
-def test_a_killed_merge_leaves_a_whole_model_or_none(big, tmp_path):
+def test_a_killed_merge_leaves_a_whole_model_or_none(big, tmp_path, start):
     rng, out = random.Random(20), tmp_path / "merged"
     for name in ("north", "south"):
         joined = sites.open_site(big.root.parent / name)
@@ -227,7 +217,6 @@ def test_a_killed_merge_leaves_a_whole_model_or_none(big, tmp_path):
         assert not out.exists() or contents(out) == expected
     assert killed > KILLS // 2
     shutil.rmtree(out, ignore_errors=True)
-    last = start(*command)
-    said = wait(last)
-    assert last.returncode == 0, said
+    status, said = start(*command).wait(PATIENCE)
+    assert status == 0, said
     assert contents(tmp_path) == {f"merged/{name}": data for name, data in expected.items()}
