@@ -123,12 +123,14 @@ class Experiment(Document):
     unseen: tuple[SiteName, ...] = ()
     """Merges for which every site is left out once, from its first day on, and tested on; of the
     first seed."""
+    personal: tuple[SiteName, ...] = ()
+    """Merges whose model every site makes its own (`merge-kit personalise`)."""
     arrivals: Arrivals | None = None
     means: int | None = Field(default=None, ge=1)
     """Images of a group whose means sites send in the place of moments (`calibrate --means`)."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
 
-    @field_validator("seeds", "baselines", "strategies", "unseen")
+    @field_validator("seeds", "baselines", "strategies", "unseen", "personal")
     @classmethod
     def _each_once(cls, found: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(found)) != len(found):
@@ -137,7 +139,7 @@ class Experiment(Document):
 
     @model_validator(mode="after")
     def _merges_are_there(self) -> Experiment:
-        named = [*self.unseen, *([self.arrivals.merge] if self.arrivals else [])]
+        named = [*self.unseen, *self.personal, *([self.arrivals.merge] if self.arrivals else [])]
         if odd := [name for name in named if name not in self.merges]:
             raise ValueError(f"'{odd[0]}' is none of the merges")
         for name in self.unseen:

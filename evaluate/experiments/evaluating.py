@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from evaluate.experiments import combined, running
 from evaluate.experiments.config import Experiment
 from evaluate.experiments.jobs import Fold
-from evaluate.experiments.plan import POOLED
+from evaluate.experiments.plan import PERSONAL, POOLED
 from evaluate.experiments.tables import Union
 from evaluate.processes import Group
 from finetune.run import TEACHER
@@ -70,6 +70,8 @@ def _combinations(fold: Fold, experiment: Experiment) -> list[str]:
         found.append("ensemble")
     if fold.whole and "fedbn" in experiment.strategies:
         found.append("fedbn")
+    if fold.whole and experiment.personal:
+        found.append(PERSONAL)
     if fold.left_out is None and fold.teacher:
         found += [SHARED, TAUGHT]
     elif fold.whole and any("mutual" in v for v in experiment.variants.values()):
@@ -82,10 +84,15 @@ def _models(fold: Fold, experiment: Experiment, union: Union) -> dict[str, Path]
     found = {name: path for name, path in fold.models.items() if name not in there}
     if fold.whole or fold.teacher:
         found |= members_of(fold, union) | teachers_of(fold, union)
-    if "fedbn" in found:
-        folder = found.pop("fedbn")
-        found |= {f"fedbn-{site}": folder / site for site in union.sites}
+    for name in [name for name in found if _is_of_each_site(name)]:
+        folder = found.pop(name)
+        found |= {f"{name}-{site}": folder / site for site in union.sites}
     return found
+
+
+def _is_of_each_site(name: str) -> bool:
+    """Whether a model is one for every site."""
+    return name == "fedbn" or name.endswith(PERSONAL)
 
 
 def _folder(fold: Fold, kind: str, models: Mapping[str, Path]) -> Path:
@@ -134,9 +141,9 @@ def _combined(fold: Fold, experiment: Experiment, union: Union, group: Group) ->
         for name, weigh in (("uniform", lambda n: 1.0), ("sqrt", math.sqrt)):
             weights = [weigh(sizes[site]) for site in union.sites]
             found[f"ensemble-{name}"] = combined.ensemble(outputs, list(members), weights)
-    if "fedbn" in wanted:
-        own = {site: f"fedbn-{site}" for site in union.sites}
-        found["fedbn"] = combined.by_site(outputs, own)
+    for name in filter(_is_of_each_site, fold.models):
+        own = {site: f"{name}-{site}" for site in union.sites}
+        found[name] = combined.by_site(outputs, own)
     for kind, name in OWN.items():
         if kind in wanted:
             own = {site: f"{site}-{kind}" for site in union.sites}

@@ -19,6 +19,8 @@ from merge_kit.trust import default_key
 
 FIRST = "first"
 UNCALIBRATED = "-uncalibrated"
+PERSONAL = "-personal"
+"""Ends the name of a merge that every site has made its own."""
 SITES = "sites"
 """Where norm statistics are measured again: by the sites."""
 POOLED = "pooled"
@@ -52,6 +54,8 @@ class Planner:
         wanted = self._told.merges if self.fold.left_out is None else self._told.unseen
         for name in wanted:
             self._merge(name, name, self._sites)
+            if self.fold.whole and name in self._told.personal:
+                self._personalise(name, self.fold.jobs[-1])
         if self.fold.whole:
             self._baselines(measured)
             if self._told.arrivals and self.fold.seed == self._told.seeds[0]:
@@ -243,6 +247,23 @@ class Planner:
             after=self._visits(sites, plain, [done], hub),
         )
         self.fold.models[name] = out
+
+    def _personalise(self, name: str, merged: Job) -> None:
+        """Every site makes a merged model its own; nothing of that leaves it."""
+        told = self._told.merges[name].model_dump(mode="json", exclude_defaults=True)
+        own = f"{name}{PERSONAL}"
+        self.fold.models[own] = self._model(own, told)
+        for site in self._sites:
+            self.fold.add(
+                "personalise",
+                self._site(site),
+                *self._images(site),
+                "--model",
+                self.fold.models[name],
+                "--out",
+                self.fold.models[own] / site,
+                after=[merged],
+            )
 
     def _tune(
         self, hub: Path, merge: Merge, only: Sequence[str], recipe: Path, published: Sequence[Job]

@@ -14,7 +14,7 @@ from typing import Any
 from evaluate.experiments.config import Experiment
 from evaluate.experiments.evaluating import OWN, REPORT, TAUGHT
 from evaluate.experiments.jobs import Fold, wire_hub
-from evaluate.experiments.plan import FIRST, POOLED, SITES, UNCALIBRATED
+from evaluate.experiments.plan import FIRST, PERSONAL, POOLED, SITES, UNCALIBRATED
 from evaluate.experiments.rounds import RECORD
 from evaluate.experiments.tables import Union
 from merge_kit.contributions import list_entries
@@ -103,6 +103,7 @@ def _rows(
     costs = _Costs(fold, experiment)
     found = {}
     parts = {f"{site}-{kind}" for site in union.sites for kind in OWN}
+    parts |= {f"{name}{PERSONAL}-{site}" for name in experiment.personal for site in union.sites}
     for model in _report(fold.reports[REPORT])["models"]:
         name = model["name"]
         if name in parts or name.startswith("fedbn-"):
@@ -148,6 +149,7 @@ class _Costs:
         if name.startswith("fed"):
             record = json.loads((self._fold.models[name] / RECORD).read_text(encoding="utf-8"))
             return record["bytes_per_site"] / 1e6, record["rounds"]
+        name = name.removesuffix(PERSONAL)
         merge = self._told.merges.get(name)
         if name.endswith(UNCALIBRATED):
             merge = self._told.merges.get(name.removesuffix(UNCALIBRATED))

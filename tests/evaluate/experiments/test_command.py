@@ -38,6 +38,7 @@ merges:
 rounds: 2
 strategies: [fedavg, fedavg-common, fedprox, fedsgd, fedbn]
 unseen: [sum]
+personal: [sum]
 arrivals: {merge: sum, orders: 1}
 """
 
@@ -86,10 +87,34 @@ def table(out):
         return {row["model"]: row for row in csv.DictReader(file)}
 
 
+def predicted(report, model):
+    """Probabilities of a model for each image, by the file."""
+    with (report / "predictions.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == model]
+    return {row["file"]: [float(row[f"p_{name}"]) for name in CLASSES] for row in rows}
+
+
 def whole(out):
     """The federation that no site is left out of."""
     (folder,) = [path for path in out.glob("seed-*") if "without" not in path.name]
     return folder
+
+
+def test_what_every_site_has_made_its_own_is_asked_about_its_own_images(cells, done, tmp_path):
+    (report,) = whole(done).glob("report-*")
+    found, expected = predicted(report, "sum-personal"), {}
+    for site in ("north", "south"):
+        (own,) = whole(done).glob(f"models/sum-personal-*/{site}")
+        (table,) = done.glob("tables/*/all.csv")
+        assert run(
+            "evaluate", whole(done) / "hub", f"mine={own}", "--data", table, "--images", cells,
+            "--where", f"site={site}", "--out", tmp_path / site,
+        ) == 0  # fmt: skip
+        expected |= predicted(tmp_path / site, "mine")
+    assert found.keys() == expected.keys()
+    for file, row in found.items():
+        assert row == pytest.approx(expected[file], abs=1e-6)
+    assert found != predicted(report, "sum")
 
 
 def test_the_table_has_every_way_with_its_cost(done):
@@ -98,11 +123,13 @@ def test_the_table_has_every_way_with_its_cost(done):
         "north", "south", "best single site", "mean single site", "hub", "base", "first", "mean",
         "sum", "sum-uncalibrated", "sum-small", "sum-small-uncalibrated", "pooled", "fedavg",
         "fedavg-common", "fedprox", "fedsgd", "fedbn", "ensemble-uniform", "ensemble-sqrt",
+        "sum-personal",
     } - {"hub"}  # fmt: skip
     assert all(0 <= float(row["union"]) <= 1 for row in found.values())
     assert {name for name, row in found.items() if row["unseen"]} >= {"first", "sum"}
     assert found["fedsgd"]["rounds"] == "2"  # as many as steps
     assert float(found["sum"]["megabytes_per_site"]) > float(found["mean"]["megabytes_per_site"])
+    assert found["sum-personal"]["megabytes_per_site"] == found["sum"]["megabytes_per_site"]
     small, all_of_it = (float(found[n]["megabytes_per_site"]) for n in ("sum-small", "sum"))
     assert small < all_of_it
     for name in ("table.md", "table.html", "arrivals.png", "bytes.png"):
