@@ -34,7 +34,7 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed in a moment."""
     status = status_of(error)
     if status is not None:
-        return status in AGAIN or _has_expired(error)
+        return status in AGAIN or _has_expired(error) or _is_spoilt_upload(error)
     if isinstance(error, OfflineModeIsEnabled) or _reason(error, socket.gaierror):
         return False
     if "client has been closed" in str(error):  # by another thread, which lost its connection
@@ -129,7 +129,7 @@ def _answered(status: int, error: Exception, where: Endpoint, name: str, doing: 
         }[doing]
     if isinstance(error, RevisionNotFoundError):
         return f"{uri} on {host} has no branch 'main': is it the right repository?"
-    if status == 400 or (status == 404 and "/info/lfs/" in str(_response(error).url)):
+    if status == 400 or _is_spoilt_upload(error):
         return (
             f"{host} finds a request wrong ({status}, {_first_line(error)}): run the same command "
             "again, it may have been damaged on its way; ask whoever runs it if it stays so."
@@ -175,6 +175,14 @@ def _has_expired(error: BaseException) -> bool:
         return b"expired" in response.content
     except RuntimeError:  # of an answer that was not read to its end
         return False
+
+
+def _is_spoilt_upload(error: BaseException) -> bool:
+    """Whether a file, or the address that it was to go to, was damaged on its way."""
+    response = _response(error)
+    if response is None or response.status_code not in (400, 404):
+        return False
+    return response.request.method == "PUT" or "/info/lfs/verify" in response.url.path
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -82,7 +82,7 @@ def explained(error: Exception, uri: str, name: str, done: str, seconds: float) 
     if _MACHINE.search(text):
         hint = _WHERE_KEYS_ARE[uri.partition(":")[0]]
         return UnreachableError(f"there are no credentials for {uri}: {hint}.")
-    if not status and code not in _MISSING:
+    if not status and not code:
         return UnreachableError(_unheard(text, host, seconds))
     if told := _closed(status, code, host, uri):
         return UnreachableError(told)

@@ -248,7 +248,6 @@ def test_an_answer_to_a_part_that_was_damaged_is_asked_for_again(server):
     ("part", "old", "new", "told"),
     [
         ("preupload", b'"files"', b'"filex"', "400, Malformed request (KeyError)"),
-        ("info/lfs/verify", b'"size":7', b'"size":8', "404, the object is not there"),
         ("/commit/", b'"base64"', b'"base64 ', "400, Malformed request (JSONDecodeError)"),
     ],
 )
@@ -264,3 +263,34 @@ def test_a_request_that_arrived_damaged_is_named(server, line, hub, part, old, n
     ):
         publish(hub)
     assert files(server) == {}
+
+
+def test_a_file_that_arrived_damaged_is_sent_again(server, line, hub):
+    server.upload_root = line.url
+    with line.faulty("PUT .*/lfs/", changed(b"payload", b"paYload"), times=1):
+        assert publish(hub) is True
+    assert files(server) == FILES
+
+
+def test_a_question_whether_a_file_is_there_that_arrived_damaged_is_no_end(server, line, hub):
+    server.upload_root = line.url
+    with line.faulty("POST .*/info/lfs/verify", changed(b'"size":7', b'"size":8'), times=1):
+        assert publish(hub) is True
+    assert files(server) == FILES
+
+
+def test_an_address_that_arrived_damaged_is_asked_for_anew(server, line, hub):
+    def damaged(handler, request):
+        answer = handler.server.proxy.ask(request)
+        answer.body = answer.body.replace(b"/lfs/", b"/lfS/")
+        handler.answer(answer)
+        return True
+
+    with line.faulty("POST .*/objects/batch", damaged, times=1):
+        assert publish(hub) is True
+    assert files(server) == FILES
+    with (
+        line.faulty("POST .*/objects/batch", damaged),
+        pytest.raises(UnreachableError, match=r"finds a request wrong \(404, .*\): run the same"),
+    ):
+        publish(hub, b"other", "contributions/s/e")

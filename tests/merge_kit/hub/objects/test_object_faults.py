@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from merge_kit.errors import HubError, MergeKitError
+from merge_kit.errors import HubError, MergeKitError, UnreachableError
 from merge_kit.hub.objectstores import Patience
 from tests.merge_kit.helpers import listing, says
 from tests.merge_kit.hub.contract import ENTRY, FILE, digest_of, publish
@@ -155,7 +155,7 @@ def test_a_download_that_stays_broken_is_named_and_leaves_nothing(line, hub, lar
     with (
         line.faulty(f"GET .*{PAYLOAD}", cut_download, skip=1),
         says(
-            HubError,
+            UnreachableError,
             f"the connection to {hub.uri} broke off again and again: run the same command again.",
         ),
     ):
@@ -228,7 +228,9 @@ def test_a_server_that_does_not_answer_in_time_is_named(line, open_apart):
     hub = open_apart(patience=Patience(0.2, 1, 1, 0.01))
     with line.faulty("", slow(0.5)):
         for use in USES.values():
-            with says(HubError, f"{line.host} did not answer in 0.2 seconds: try again later."):
+            with says(
+                UnreachableError, f"{line.host} did not answer in 0.2 seconds: try again later."
+            ):
                 use(hub)
 
 

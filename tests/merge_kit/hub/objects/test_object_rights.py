@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from merge_kit.errors import HubError
+from merge_kit.errors import HubError, UnreachableError
 from merge_kit.hub.objects import PIECE, ObjectHub
 from merge_kit.hub.objectstores import Patience
 from tests.merge_kit.helpers import says
@@ -78,7 +78,7 @@ def as_user(strict_server, surroundings, monkeypatch):
 )
 def test_credentials_that_are_not_accepted_are_named(as_user, strict_server, user, code, use):
     with says(
-        HubError,
+        UnreachableError,
         f"127.0.0.1:{strict_server[0]} does not accept the credentials for s3://bucket/h "
         f"(403 {code}): check or renew them.",
     ):
@@ -135,7 +135,7 @@ def test_without_credentials_the_variables_are_named(line, open_apart, monkeypat
     hub = open_apart()
     for use in USES.values():
         with says(
-            HubError,
+            UnreachableError,
             f"there are no credentials for {hub.uri}: set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
         ):
@@ -148,7 +148,7 @@ def test_a_token_that_has_expired_is_named(line, hub, code):
     with (
         line.faulty("GET", status(400, code)),
         says(
-            HubError,
+            UnreachableError,
             f"{line.host} does not accept the credentials for {hub.uri} (400 {code}): check or "
             "renew them.",
         ),
@@ -163,7 +163,7 @@ def test_a_bucket_that_is_not_there_is_named(line, open_apart):
     hub = open_apart("s3://no-such-bucket/h")
     for use in USES.values():
         with says(
-            HubError,
+            UnreachableError,
             f"{line.host} has no bucket 'no-such-bucket': check the name, or have it created.",
         ):
             use(hub)
@@ -173,7 +173,7 @@ def test_a_host_that_does_not_answer_is_named(line, open_apart, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     for use in USES.values():
         with says(
-            HubError,
+            UnreachableError,
             "127.0.0.1:9 cannot be reached: check the address, the network and the firewall.",
         ):
             use(open_apart())
@@ -182,7 +182,7 @@ def test_a_host_that_does_not_answer_is_named(line, open_apart, monkeypatch):
 def test_a_host_that_there_is_not_is_named(line, open_apart, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hush@no-such-host.invalid")
     with says(
-        HubError,
+        UnreachableError,
         "no-such-host.invalid cannot be reached: check the address, the network and the firewall.",
     ):
         open_apart().has(FILE)
@@ -191,7 +191,7 @@ def test_a_host_that_there_is_not_is_named(line, open_apart, monkeypatch):
 def test_a_line_without_encryption_must_be_wanted(line, open_apart, monkeypatch):
     monkeypatch.delenv("AWS_ALLOW_HTTP")
     with says(
-        HubError,
+        UnreachableError,
         f"{line.host} would be asked without encryption: give an https:// address, or set "
         "AWS_ALLOW_HTTP=true where you trust the network.",
     ):
@@ -232,7 +232,7 @@ def test_a_certificate_of_ones_own_organisation(
     with Proxy(server, own) as encrypted:
         monkeypatch.setenv("AWS_ENDPOINT_URL", encrypted.url)
         with says(
-            HubError,
+            UnreachableError,
             f"{encrypted.host} shows a certificate that this machine does not trust: check the "
             "address, or have SSL_CERT_FILE name the file with your organisation's certificate.",
         ):
@@ -245,7 +245,7 @@ def test_a_bucket_in_another_region_is_named(line, hub):
     with (
         line.faulty("GET", status(400, "AuthorizationHeaderMalformed")),
         says(
-            HubError,
+            UnreachableError,
             f"{hub.uri} lies in another region than was asked (400 AuthorizationHeaderMalformed): "
             "set AWS_REGION to it.",
         ),
@@ -257,7 +257,7 @@ def test_a_clock_that_is_wrong_is_named(line, hub):
     with (
         line.faulty("GET", status(403, "RequestTimeTooSkewed")),
         says(
-            HubError,
+            UnreachableError,
             f"{line.host} says that this machine's clock is wrong: set it, then try again.",
         ),
     ):
