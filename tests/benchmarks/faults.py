@@ -34,10 +34,11 @@ from merge_kit.hub import repository
 from merge_kit.hub.endpoint import Endpoint
 from merge_kit.hub.huggingface import HuggingFaceHub
 from merge_kit.hub.objects import ObjectHub
+from merge_kit.hub.objectstores import Patience
 from merge_kit.hub.remote import RemoteHub
 from merge_kit.hub.repository import Repository
 from tests.merge_kit.hub.huggingface.server import HubServer
-from tests.merge_kit.hub.objects.conftest import QUICK, client, start_server, stop_server
+from tests.merge_kit.hub.objects.conftest import client, start_server, stop_server
 from tests.merge_kit.hub.objects.proxy import Answer, Fault, Handler, Proxy, Request, status
 
 SHARE = 1 / 6
@@ -45,8 +46,11 @@ SHARE = 1 / 6
 STATUSES = (500, 502, 503, 504, 429)
 RETRY_AFTER = ("", "0", "1", "soon", "\xb2")
 """What busy servers ask to wait, in seconds; and what is no number, and still arrives."""
+SOON = Patience(timeout=3, connect=1, pause=0.02)
+"""As often as by default, and soon after another."""
 SECRET = "the-secret-of-a-benchmark"
 NAMES = ("payload.safetensors", "manifest.sig", "manifest.json")
+GRAVE = ("answer_truncated", "answer_changed", "upload_changed", "clock_refused")
 DATES = ("date", "last-modified", "expires")
 
 
@@ -58,6 +62,8 @@ class Chaos:
         self.counts: Counter[str] = Counter()
         self.damaged = 0
         """Answers whose bytes were others than the server's, and whole by all signs."""
+        self.grave = 0
+        """Faults that nobody can live through unseen: bytes are others, or a clock is refused."""
         self.taken = 0
         """Requests whose bytes were others than the client's, and that the server took."""
         self.kinds: list[Callable[[Handler, Request], None]] = [
@@ -75,6 +81,7 @@ class Chaos:
             kinds += [self.clock_refused] * (1 if "x-amz-date" in request.headers else 4)
         kind = self.random.choice(kinds)
         self.counts[kind.__name__.replace("_", " ")] += 1
+        self.grave += kind.__name__ in GRAVE
         kind(handler, request)
         return True
 
@@ -211,7 +218,7 @@ def objects(patch: pytest.MonkeyPatch) -> Iterator[Hubs]:
 
             def opened(url: str) -> ObjectHub:
                 patch.setenv("AWS_ENDPOINT_URL", url)
-                return ObjectHub("s3://bucket/hub", QUICK)
+                return ObjectHub("s3://bucket/hub", SOON)
 
             direct = f"http://127.0.0.1:{port}"
             yield Hubs(line, lambda: opened(line.url), lambda: opened(direct), files)
@@ -265,12 +272,15 @@ class Run:
     """How operations ended."""
     said: Counter[str] = field(default_factory=Counter)
     """The sentences, without what differs."""
+    given_up: int = 0
+    """Operations that ended with an error though the line only broke, or the server was busy."""
 
     def go(self) -> None:
         """Until all faults have been."""
         while self.chaos.counts.total() < self.chaos.end:
             action = self.chaos.random.choice((self.publish, self.publish, self.fetch, self.list))
             hub, damaged, taken = self.hubs.faulty(), self.chaos.damaged, self.chaos.taken
+            grave = self.chaos.grave
             failed = False
             try:
                 action(hub, lambda before=damaged: self.chaos.damaged > before)
@@ -280,6 +290,7 @@ class Run:
                 assert text.endswith((".", "?")), text
                 assert SECRET not in text, text
                 self.told[f"{action.__name__}: an error"] += 1
+                self.given_up += self.chaos.grave == grave
                 self.said[re.sub(r"contributions/\S+?(?=[\s:,]|$)", "<name>", text).replace(
                     self.hubs.line.host, "<host>")] += 1  # fmt: skip
             finally:
@@ -393,6 +404,7 @@ def run(kind: str, faults: int, seed: int) -> dict[str, object]:
                 "entries published, whole, once": len(found.there),
                 "operations": dict(sorted(found.told.items())),
                 "seconds": round(time.monotonic() - begun, 1),
+                "given up though nothing was damaged": found.given_up,
                 **hubs.more(),
                 "sentences": dict(found.said.most_common(20)),
             }
