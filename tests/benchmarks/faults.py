@@ -263,6 +263,8 @@ class Run:
     """Operations at random on a hub whose line breaks, and what must hold after each."""
 
     hubs: Hubs
+    sound: RemoteHub
+    """Who looks at what is there."""
     chaos: Chaos
     wanted: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """The entries that were to be published, with their files."""
@@ -300,28 +302,25 @@ class Run:
             self.check()
         for folder, files in self.wanted.items():  # who was told of an error tries again
             if folder not in self.there:
-                with contextlib.closing(self.hubs.sound()) as hub:
-                    hub.publish(folder, files)
+                self.sound.publish(folder, files)
         self.check(all_there=True)
 
     def put_right(self) -> None:
         """A publisher was told of an error, and the server has taken what the line had changed:
         whoever may remove files does so, and what was published whole is left alone."""
-        with contextlib.closing(self.hubs.sound()) as sound:
-            for path in self.hubs.files():
-                folder, _, name = path.rpartition("/")
-                files = self.wanted.get(folder, {})
-                if name in files and (
-                    folder in self.there or sound.fetch(path).read_bytes() == files[name]
-                ):
-                    continue
-                self.told["damaged, told so, removed by hand"] += 1
-                sound.remove(path)
-            left = {folder for folder in listing(sound) if folder not in self.there}
-            for folder in left:
-                if not whole(sound, folder, self.wanted[folder]):
-                    for name in sound.list(folder):
-                        sound.remove(f"{folder}/{name}")
+        for path in self.hubs.files():
+            folder, _, name = path.rpartition("/")
+            files = self.wanted.get(folder, {})
+            if name in files and (
+                folder in self.there or self.sound.fetch(path).read_bytes() == files[name]
+            ):
+                continue
+            self.told["damaged, told so, removed by hand"] += 1
+            self.sound.remove(path)
+        for folder in listing(self.sound) - self.there:
+            if not whole(self.sound, folder, self.wanted[folder]):
+                for name in self.sound.list(folder):
+                    self.sound.remove(f"{folder}/{name}")
 
     def publish(self, hub: RemoteHub, damaged: Callable[[], bool]) -> None:
         """A new entry, or one whose publication ended with an error."""
@@ -337,8 +336,8 @@ class Run:
                 rng.randbytes(size), rng.randbytes(100), f"the manifest of {number}".encode(),
             ), strict=True))  # fmt: skip
         new = hub.publish(folder, self.wanted[folder])
-        with contextlib.closing(self.hubs.sound()) as sound:
-            assert whole(sound, folder, self.wanted[folder]), (folder, new)
+        assert listing(self.sound) >= {folder}, folder
+        assert whole(self.sound, folder, self.wanted[folder]), (folder, new)
         self.there.add(folder)
         self.told[f"publish: {new}"] += 1
 
@@ -361,17 +360,16 @@ class Run:
 
     def check(self, *, all_there: bool = False) -> None:
         """What is to be seen are whole entries that were to be published, and none is lost."""
-        with contextlib.closing(self.hubs.sound()) as sound:
-            seen = listing(sound)
-            assert seen >= self.there, f"lost: {self.there - seen}"
-            assert seen <= self.wanted.keys(), f"unknown: {seen - self.wanted.keys()}"
-            if all_there:
-                assert seen == self.wanted.keys()
-                files = {f"{place}/{n}" for place, files in self.wanted.items() for n in files}
-                assert self.hubs.files() == files
-            for folder in seen if all_there else seen - self.there:
-                assert whole(sound, folder, self.wanted[folder]), f"not whole: {folder}"
-            self.there = seen
+        seen = listing(self.sound)
+        assert seen >= self.there, f"lost: {self.there - seen}"
+        assert seen <= self.wanted.keys(), f"unknown: {seen - self.wanted.keys()}"
+        if all_there:
+            assert seen == self.wanted.keys()
+            files = {f"{place}/{n}" for place, files in self.wanted.items() for n in files}
+            assert self.hubs.files() == files
+        for folder in seen if all_there else seen - self.there:
+            assert whole(self.sound, folder, self.wanted[folder]), f"not whole: {folder}"
+        self.there = seen
 
 
 def listing(hub: RemoteHub) -> set[str]:
@@ -394,8 +392,12 @@ def run(kind: str, faults: int, seed: int) -> dict[str, object]:
         patch.setenv("MERGE_KIT_CACHE", "off")
         patch.setenv("TMPDIR", scratch)
         chaos = Chaos(seed, faults)
-        with KINDS[kind](patch) as hubs, hubs.line.faulty("", chaos):
-            found, begun = Run(hubs, chaos), time.monotonic()
+        with (
+            KINDS[kind](patch) as hubs,
+            hubs.line.faulty("", chaos),
+            contextlib.closing(hubs.sound()) as sound,
+        ):
+            found, begun = Run(hubs, sound, chaos), time.monotonic()
             found.go()
             return {
                 "faults": dict(sorted(chaos.counts.items())),
