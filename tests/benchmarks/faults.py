@@ -220,8 +220,8 @@ def objects(patch: pytest.MonkeyPatch) -> Iterator[Hubs]:
                 patch.setenv("AWS_ENDPOINT_URL", url)
                 return ObjectHub("s3://bucket/hub", SOON)
 
-            direct = f"http://127.0.0.1:{port}"
-            yield Hubs(line, lambda: opened(line.url), lambda: opened(direct), files)
+            with contextlib.closing(opened(f"http://127.0.0.1:{port}")) as sound:
+                yield Hubs(line, lambda: opened(line.url), lambda: sound, files)
     finally:
         stop_server(process)
 
@@ -263,8 +263,6 @@ class Run:
     """Operations at random on a hub whose line breaks, and what must hold after each."""
 
     hubs: Hubs
-    sound: RemoteHub
-    """Who looks at what is there."""
     chaos: Chaos
     wanted: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """The entries that were to be published, with their files."""
@@ -274,8 +272,15 @@ class Run:
     """How operations ended."""
     said: Counter[str] = field(default_factory=Counter)
     """The sentences, without what differs."""
+    latest: str = ""
+    """The entry that was to be published at last."""
     given_up: int = 0
     """Operations that ended with an error though the line only broke, or the server was busy."""
+
+    @property
+    def sound(self) -> RemoteHub:
+        """Who looks at what is there."""
+        return self.hubs.sound()
 
     def go(self) -> None:
         """Until all faults have been."""
@@ -297,6 +302,11 @@ class Run:
                     self.hubs.line.host, "<host>")] += 1  # fmt: skip
             finally:
                 hub.close()
+            if action == self.publish and not failed:
+                folder = self.latest
+                assert folder in listing(self.sound), f"lost: {folder}"
+                assert whole(self.sound, folder, self.wanted[folder]), f"not whole: {folder}"
+                self.there.add(folder)
             if failed and self.chaos.taken > taken:
                 self.put_right()
             self.check()
@@ -335,10 +345,8 @@ class Run:
             self.wanted[folder] = dict(zip(NAMES, (
                 rng.randbytes(size), rng.randbytes(100), f"the manifest of {number}".encode(),
             ), strict=True))  # fmt: skip
+        self.latest = folder
         new = hub.publish(folder, self.wanted[folder])
-        assert listing(self.sound) >= {folder}, folder
-        assert whole(self.sound, folder, self.wanted[folder]), (folder, new)
-        self.there.add(folder)
         self.told[f"publish: {new}"] += 1
 
     def fetch(self, hub: RemoteHub, damaged: Callable[[], bool]) -> None:
@@ -392,12 +400,8 @@ def run(kind: str, faults: int, seed: int) -> dict[str, object]:
         patch.setenv("MERGE_KIT_CACHE", "off")
         patch.setenv("TMPDIR", scratch)
         chaos = Chaos(seed, faults)
-        with (
-            KINDS[kind](patch) as hubs,
-            hubs.line.faulty("", chaos),
-            contextlib.closing(hubs.sound()) as sound,
-        ):
-            found, begun = Run(hubs, sound, chaos), time.monotonic()
+        with KINDS[kind](patch) as hubs, hubs.line.faulty("", chaos):
+            found, begun = Run(hubs, chaos), time.monotonic()
             found.go()
             return {
                 "faults": dict(sorted(chaos.counts.items())),
