@@ -14,7 +14,8 @@ from merge_kit.configuration import CONFIG, read_config
 from merge_kit.contributions import ROOT
 from merge_kit.errors import ProvenanceError, UsageError
 from merge_kit.federation import FEDERATION_FILE
-from merge_kit.hub.repository import Operation, Repository
+from merge_kit.hub.commits import Operation
+from merge_kit.hub.repository import Repository
 from merge_kit.merging import CARD
 from merge_kit.provenance import PROVENANCE, read_provenance
 from merge_kit.tensorfile import fingerprint_file

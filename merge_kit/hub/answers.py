@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Iterator
-from json import JSONDecodeError
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from huggingface_hub import __version__
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
@@ -18,6 +17,8 @@ from merge_kit.hub.endpoint import Endpoint, without_secrets
 AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 """Answers after which the same request may succeed."""
 LONGEST_WAIT = 300.0
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError)
+"""What the library lets through where an answer is no JSON, or other JSON than it expects."""
 Doing: TypeAlias = Literal["read", "write", "make"]
 OVERTAKEN = frozenset({409, 412})
 """Answers to a commit whose parent is not the head any more."""
@@ -25,35 +26,33 @@ OVERTAKEN = frozenset({409, 412})
 
 def status_of(error: BaseException) -> int | None:
     """The server's answer, where there is one."""
-    for one in _chain(error):
-        response = getattr(one, "response", None)
-        if response is not None:
-            return int(response.status_code)
-    return None
+    response = _response(error)
+    return None if response is None else int(response.status_code)
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed in a moment."""
     status = status_of(error)
     if status is not None:
-        return status in AGAIN
+        return status in AGAIN or _has_expired(error) or _is_spoilt_upload(error)
     if isinstance(error, OfflineModeIsEnabled) or _reason(error, socket.gaierror):
         return False
     if "client has been closed" in str(error):  # by another thread, which lost its connection
         return True
-    if _reason(error, JSONDecodeError):  # an answer was damaged on its way
-        return True
-    return "certificate" not in str(error) and "TransportError" in _kinds(error)
+    if "certificate" in str(error):
+        return False
+    # An answer may be damaged on its way: the library reads them as if they never were.
+    return _reason(error, _DAMAGED) or bool({"TransportError", "DecodingError"} & _kinds(error))
 
 
 def asked_pause(error: BaseException) -> float:
     """Seconds that the server asks to wait, at most `LONGEST_WAIT`; 0 where it does not ask."""
-    response = next((r for one in _chain(error) if (r := getattr(one, "response", None))), None)
+    response = _response(error)
     if response is None or status_of(error) not in AGAIN:
         return 0.0
     asked = response.headers.get("retry-after", "")
-    if not asked.isdigit():
-        found = re.search(r"\br=0;\s*t=(\d+)", response.headers.get("ratelimit", ""))
+    if not re.fullmatch("[0-9]{1,9}", asked):
+        found = re.search(r"\br=0;\s*t=([0-9]{1,9})", response.headers.get("ratelimit", ""))
         asked = found[1] if found else "0"
     return min(float(asked), LONGEST_WAIT)
 
@@ -115,6 +114,11 @@ def _answered(status: int, error: Exception, where: Endpoint, name: str, doing: 
         )
     if status == 401:
         return f"{host} does not know the token: make a new one there and set HF_TOKEN to it."
+    if _has_expired(error):
+        return (
+            f"{host} gives addresses that have expired when they are used: its clock, or that of "
+            "its storage, is wrong; ask whoever runs it."
+        )
     if status == 403:
         return {
             "read": f"you may not read {uri}: ask its owner.",
@@ -125,6 +129,11 @@ def _answered(status: int, error: Exception, where: Endpoint, name: str, doing: 
         }[doing]
     if isinstance(error, RevisionNotFoundError):
         return f"{uri} on {host} has no branch 'main': is it the right repository?"
+    if status == 400 or _is_spoilt_upload(error):
+        return (
+            f"{host} finds a request wrong ({status}, {_first_line(error)}): run the same command "
+            "again, it may have been damaged on its way; ask whoever runs it if it stays so."
+        )
     if status == 404:
         return (
             f"{host} has no repository {name} that you may see: check the name, and ask its owner "
@@ -151,6 +160,31 @@ def _first_line(error: BaseException, number: int = 0) -> str:
     return without_secrets(lines[min(number, len(lines) - 1)]).strip()[:200]
 
 
+def _response(error: BaseException) -> Any:
+    # One that is an error is false, so it is compared with None.
+    found = (getattr(one, "response", None) for one in _chain(error))
+    return next((response for response in found if response is not None), None)
+
+
+def _has_expired(error: BaseException) -> bool:
+    """Whether a storage did not take an address any more that was signed for a time."""
+    response = _response(error)
+    if response is None or response.status_code != 403:
+        return False
+    try:
+        return b"expired" in response.content
+    except RuntimeError:  # of an answer that was not read to its end
+        return False
+
+
+def _is_spoilt_upload(error: BaseException) -> bool:
+    """Whether a file, or the address that it was to go to, was damaged on its way."""
+    response = _response(error)
+    if response is None or response.status_code not in (400, 404):
+        return False
+    return response.request.method == "PUT" or "/info/lfs/verify" in response.url.path
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """An error, and those that it came from."""
     one: BaseException | None = error
@@ -159,7 +193,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         one = one.__cause__ or one.__context__
 
 
-def _reason(error: BaseException, kind: type[BaseException]) -> bool:
+def _reason(
+    error: BaseException, kind: type[BaseException] | tuple[type[BaseException], ...]
+) -> bool:
     return any(isinstance(one, kind) for one in _chain(error))
 
 

@@ -16,8 +16,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from merge_kit.errors import HubError
 from merge_kit.hub.base import SMALL, changed_meanwhile, check_name, is_plain
+from merge_kit.hub.commits import Found, Operation
 from merge_kit.hub.remote import RemoteHub
-from merge_kit.hub.repository import Found, Operation, Repository, named
+from merge_kit.hub.repository import Repository, named
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +133,10 @@ class HuggingFaceHub(RemoteHub):
         self._seen = None
         if done.pull_request:
             self.proposed[folder] = done.pull_request
-        missing = paths.keys() - self.repository.files(done.revision, folder).keys()
-        if missing:
+        if done.left_out:
             raise HubError(
-                f"{self.uri} has left out {min(missing)}: remove the rule that does so from the "
-                f"repository's .gitignore, remove {folder}, and publish again."
+                f"{self.uri} has left out {done.left_out[0]}: remove the rule that does so from "
+                f"the repository's .gitignore, remove {folder}, and publish again."
             )
         return done.ours
 

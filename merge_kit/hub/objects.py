@@ -20,6 +20,7 @@ from uuid import uuid4
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
+    InvalidPathError,
     PermissionDeniedError,
     PreconditionError,
 )
@@ -30,6 +31,7 @@ from merge_kit.hub.base import SMALL, changed_meanwhile, check_name, is_plain
 from merge_kit.hub.objecterrors import explained, timed_out, unconditional
 from merge_kit.hub.objectstores import Patience, open_store, parts_of
 from merge_kit.hub.remote import RemoteHub, content_size
+from merge_kit.hub.s3list import lister
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
@@ -53,6 +55,8 @@ class ObjectHub(RemoteHub):
         super().__init__("/".join(filter(None, (f"{scheme}://{bucket}", prefix))))
         self._patience = patience or Patience()
         self._store = open_store(scheme, bucket, prefix, self._patience)
+        self._lister = lister(bucket) if scheme == "s3" else None
+        self._prefix = f"{prefix}/" if prefix else ""
         self._listed: dict[str, Names] = {}
         self._proven: set[str] = set()
         self._answered = False
@@ -197,7 +201,10 @@ class ObjectHub(RemoteHub):
                     return self._store.get(name).meta
         except FileNotFoundError:
             if not self._answered:  # without a bucket no file is there either, and nobody says why
-                with self._asking("", "listed"):
+                with (
+                    suppress(InvalidPathError),
+                    self._asking("", "listed", passing=(InvalidPathError,)),
+                ):
                     self._store.list_with_delimiter()
                 self._answered = True
             return None
@@ -211,28 +218,37 @@ class ObjectHub(RemoteHub):
         root, *below = folder.split("/")
         if root in LAST and len(below) < 2:
             return self._entries(folder)
-        with self._asking(folder, "listed"):
-            found = self._store.list_with_delimiter(folder)
-        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
-        names = {path.rpartition("/")[2] for path in paths if path != folder}
+        start = f"{folder}/"  # a folder may be an object, too
+        found = (path for path in self._paths(folder) if path.startswith(start))
+        names = {path.removeprefix(start).partition("/")[0] for path in found}
         if root in LAST and len(below) == 2 and LAST[root] not in names:
             return []
-        return sorted(filter(is_plain, names))
+        return sorted(filter(_is_sound, names))
 
     def _entries(self, folder: str) -> Names:
         """Sites that have entries, or the entries of one."""
         root = folder.partition("/")[0]
-        found: dict[str, Names] = {}
-        with self._asking(folder, "listed"):
-            for page in self._store.list(folder, chunk_size=1000):
-                for meta in page:
-                    _, *parts = meta["path"].split("/")
-                    if len(parts) == 3 and parts[2] == LAST[root] and all(map(is_plain, parts)):
-                        found.setdefault(f"{root}/{parts[0]}", []).append(parts[1])
+        found: dict[str, set[str]] = {}
+        for path in self._paths(folder):
+            _, *parts = path.split("/")
+            if len(parts) == 3 and parts[2] == LAST[root] and all(map(_is_sound, parts)):
+                found.setdefault(f"{root}/{parts[0]}", set()).add(parts[1])
         if folder != root:
-            return sorted(found.get(folder, []))
+            return sorted(found.get(folder, ()))
         self._listed.update((site, sorted(names)) for site, names in found.items())
         return sorted(site.rpartition("/")[2] for site in found)
+
+    def _paths(self, folder: str) -> Iterator[str]:
+        """All objects below a folder, some perhaps twice, whatever they are called."""
+        with self._asking(folder, "listed"):
+            try:
+                for page in self._store.list(folder, chunk_size=1000):
+                    yield from (meta["path"] for meta in page)
+            except InvalidPathError:
+                if self._lister is None:
+                    raise
+                for key in self._lister.keys(f"{self._prefix}{folder}/", self._patience):
+                    yield key.removeprefix(self._prefix)
 
     def _create(self, name: str, content: Path | bytes) -> bool:
         """Write a new file; False when one is there, perhaps by a try that was not heard of."""
@@ -313,11 +329,11 @@ class ObjectHub(RemoteHub):
 
     def _tidy(self, folder: str) -> None:
         """Remove hidden files that killed publishers left; who may not leaves them."""
-        with suppress(BaseError, FileNotFoundError):
-            for page in self._store.list(folder, chunk_size=1000):
-                for meta in page:
-                    if meta["path"].removeprefix(f"{folder}/").startswith("."):
-                        self._discard(meta["path"])
+        with suppress(HubError):
+            for path in [*self._paths(folder)]:
+                name = path.removeprefix(f"{folder}/")
+                if name.startswith(".") and "/" not in name and _is_sound(name[1:]):
+                    self._discard(path)
 
     def _discard(self, name: str) -> None:
         with suppress(BaseError, FileNotFoundError):
@@ -340,6 +356,10 @@ class ObjectHub(RemoteHub):
             raise
         except (BaseError, FileNotFoundError) as error:
             raise self._explained(error, name, done) from None
+
+
+def _is_sound(name: str) -> bool:
+    return bool(name) and is_plain(name)
 
 
 def _check_sources(where: str, files: Mapping[str, Path | bytes]) -> bool:

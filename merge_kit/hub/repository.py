@@ -14,10 +14,9 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from hashlib import sha1
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, TypeAlias, TypeVar
+from typing import BinaryIO, TypeVar
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -31,7 +30,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError
 
 from merge_kit.errors import HubError, MergeKitError, UnreachableError
-from merge_kit.files import sha256_bytes, sha256_file, storage_errors
+from merge_kit.files import storage_errors
 from merge_kit.hub.answers import (
     OVERTAKEN,
     Doing,
@@ -43,6 +42,7 @@ from merge_kit.hub.answers import (
     status_of,
 )
 from merge_kit.hub.base import changed_meanwhile
+from merge_kit.hub.commits import Done, Found, Operation, Plan, afresh, unlike
 from merge_kit.hub.endpoint import Endpoint, at, chosen, prepare_session
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)
@@ -51,40 +51,14 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.2, 8.0
 """Bounds of the seconds, drawn at random, after which one whom others overtook tries again."""
 PATIENCE = 900.0
 """Seconds after which one whom others always overtake gives up."""
+MENDS = 3
+"""Further commits for one that arrived damaged."""
+_MEND = "Mend: "
 _NAME = re.compile(r"\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
 
+_COMMIT = re.compile("[0-9a-f]{40}")
+
 T = TypeVar("T")
-Operation: TypeAlias = CommitOperationAdd | CommitOperationDelete
-Plan: TypeAlias = Callable[[str], Sequence[Operation] | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A file at a commit; `digest` is ``sha256:<hex>`` or, of a small one, ``git:<hex>``."""
-
-    size: int
-    digest: str
-
-    def is_of(self, content: Path | bytes) -> bool:
-        """Whether a file here has the same bytes."""
-        if self.digest.startswith("git:"):
-            data = content if isinstance(content, bytes) else content.read_bytes()
-            blob = sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
-            return self.digest == f"git:{blob.hexdigest()}"
-        found = sha256_bytes(content) if isinstance(content, bytes) else sha256_file(content)
-        return self.digest == found
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """What became of a change."""
-
-    revision: str
-    """A commit, or a pull request's reference, with it."""
-    ours: bool
-    """Whether it was, or may have been, a commit of ours that did it."""
-    pull_request: str | None = None
-    """Where it waits to be let in."""
 
 
 class Repository:
@@ -106,8 +80,14 @@ class Repository:
 
     def head(self) -> str:
         """The latest commit."""
-        info = self._ask(lambda: self._api.model_info(self.name, expand=["sha"]))
-        return str(info.sha)
+
+        def ask() -> str:
+            found = str(self._api.model_info(self.name, expand=["sha"]).sha)
+            if not _COMMIT.fullmatch(found):
+                raise ValueError("no commit")
+            return found
+
+        return self._ask(ask)
 
     def files(
         self, commit: str, folder: str | None = None, *, deep: bool = True
@@ -131,6 +111,27 @@ class Repository:
             return self._ask(ask)
         except _Absent:
             return {}
+
+    def settled(self, commit: str) -> dict[str, Found]:
+        """All files at a commit, as they are listed twice: a listing has no digest of its own.
+
+        Raises
+        ------
+        HubError
+            It is another one each time.
+        """
+        return self._twice(lambda: self.files(commit))
+
+    def _twice(self, look: Callable[[], T]) -> T:
+        seen = look()
+        for _ in PAUSES:
+            before, seen = seen, look()
+            if seen == before:
+                return seen
+        raise HubError(
+            f"{self.endpoint.shown} lists {self.name} in another way each time: the connection "
+            "damages what it says; take another one."
+        )
 
     def download(self, path: str, commit: str, found: Found, target: Path) -> None:
         """Write a file's bytes to a new local file, going on where a connection broke off.
@@ -195,11 +196,19 @@ class Repository:
             self._ask(upload, "write", pauses=PAUSES[:2])  # the library tries again by itself
             yield list(operations)
 
-    def change(self, message: str, plan: Plan, *, pull_request: bool = False) -> Done:
+    def change(
+        self, message: str, plan: Plan, *, pull_request: bool = False, mends: int = MENDS
+    ) -> Done:
         """One commit on top of the head, however often others are faster.
 
         `plan` looks at a commit and gives the operations to put on top of it, or None when nothing
         is left to be done. It is asked again whenever the head has moved, or an answer was lost.
+        What a line has made of the commit is looked at, and mended by at most `mends` further ones.
+
+        Raises
+        ------
+        HubError
+            The server cannot be reached or does not let us, or the line damages what is sent.
         """
         self.check_writable()
         lost, end, bound = 0, time.monotonic() + PATIENCE, FIRST_PAUSE
@@ -227,7 +236,10 @@ class Repository:
             else:
                 if made.oid == head:  # the library found nothing new, as somebody has undone it
                     raise changed_meanwhile(self.uri)
-                return Done(made.pr_revision or made.oid, True, made.pr_url)
+                done = Done(made.pr_revision or made.oid, True, made.pr_url)
+                if wrong := self._wrong(done.revision, operations):
+                    return self._mended(message, head, done, operations, wrong, mends)
+                return done
             if time.monotonic() > end:
                 raise HubError(
                     f"others are always faster with {self.uri}: run the same command again "
@@ -235,6 +247,57 @@ class Repository:
                 )
             time.sleep(wait + random.uniform(0, bound))
             bound = min(2 * bound, LONGEST_PAUSE)
+
+    def _wrong(self, revision: str, operations: Sequence[Operation]) -> list[Operation]:
+        """Those of the operations that have not come out as they were meant."""
+        folders = {operation.path_in_repo.rpartition("/")[0] for operation in operations}
+
+        def look() -> dict[str, Found]:
+            listings = [self.files(revision, f or None, deep=False) for f in sorted(folders)]
+            return dict(item for listing in listings for item in listing.items())
+
+        wrong = unlike(look(), operations)
+        return unlike(self._twice(look), operations) if wrong else []
+
+    def _mended(
+        self, message: str, before: str, done: Done, operations: Sequence[Operation],
+        wrong: Sequence[Operation], mends: int,
+    ) -> Done:  # fmt: skip
+        """What becomes of a commit on top of `before` that is not what was sent.
+
+        Nothing but TLS guards a commit on its way, and its server cannot know what was meant.
+        """
+        old, new = self.settled(before), self.settled(done.revision)
+        sent = {operation.path_in_repo for operation in operations}
+        strays = sorted(new.keys() - old.keys() - sent)
+        paths = [operation.path_in_repo for operation in wrong]
+        if not strays and not new.keys() & set(paths):  # the repository wants none of these
+            return replace(done, left_out=tuple(sorted(paths)))
+        if done.pull_request:
+            raise HubError(
+                f"{done.pull_request} arrived damaged, with other bytes than were sent: close it, "
+                "and run the same command again."
+            )
+        for path in sorted(old.keys() - sent):
+            if old[path] != new.get(path):
+                raise HubError(
+                    f"commit {done.revision} of {self.uri} arrived damaged and has changed {path}: "
+                    "take it back from the commit before, then run the same command again."
+                )
+        if not mends:
+            raise HubError(
+                f"{self.uri} has {[*strays, *paths][0]} with other bytes than were sent, several "
+                "times: the connection damages them; take another one, have this file removed, "
+                "and run the command again."
+            )
+
+        def plan(head: str) -> Sequence[Operation] | None:
+            there = self.settled(head)
+            deletions = [CommitOperationDelete(p, is_folder=False) for p in strays if p in there]
+            return [*map(afresh, unlike(there, operations)), *deletions] or None
+
+        title = message if message.startswith(_MEND) else f"{_MEND}{message}"
+        return self.change(title, plan, mends=mends - 1)
 
     def check_writable(self) -> None:
         """Refuse to write without a token: the library would look for one of its own.

@@ -232,12 +232,16 @@ async def commit(hub: HubServer, request: Request, name: str, revision: str) -> 
     for line in lines[1:]:
         value = line["value"]
         path = value["path"]
+        if {"", ".", ".."} & {*path.split("/")}:
+            raise Refused(400, f"Invalid path: {path}")
         if line["key"] == "file":
-            files[path] = Blob(base64.b64decode(value["content"]))
+            files[path] = Blob(base64.b64decode(value["content"], validate=True))
         elif line["key"] == "lfsFile":
             if value["oid"] not in hub.objects:
                 raise Refused(400, f"LFS pointer pointed to a file that does not exist: {path}")
             files[path] = Blob(hub.objects[value["oid"]], value["oid"])
+        elif line["key"] != "deletedFile":
+            raise Refused(400, f"Invalid operation: {line['key']}")
         elif path in files:
             del files[path]
         else:

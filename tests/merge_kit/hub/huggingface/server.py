@@ -158,7 +158,12 @@ class HubServer:
         for (method, pattern), handler in ROUTES.items():
             found = re.fullmatch(pattern, path)
             if found and method == request.method:
-                return await handler(self, request, *map(unquote, found.groups()))
+                try:
+                    return await handler(self, request, *map(unquote, found.groups()))
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    if method != "POST":
+                        raise
+                    raise Refused(400, f"Malformed request ({type(error).__name__})") from error
         raise Refused(404, f"no such page: {request.method} {path}")
 
     def user(self, request: Request) -> str | None:

@@ -322,7 +322,7 @@ def test_being_offline_on_purpose_is_named(server, hub, monkeypatch):
 
 def test_a_page_of_something_else_is_not_taken_for_a_hub(server, hub):
     page = HTMLResponse("<html>Please log in</html>")
-    server.fault("GET", "/api/models/", "answer", page, times=99)
+    server.fault("GET", "/api/models/", "answer", page, times=100)
     with pytest.raises(
         UnreachableError, match=r"answers in a way that huggingface_hub .* does not"
     ):

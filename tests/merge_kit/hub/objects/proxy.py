@@ -8,24 +8,42 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "server", "date"}
+_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "server"}
 
 
 @dataclass
 class Request:
-    """What a client sent, and what is done with it."""
+    """What a client sends, and what is done with it."""
 
     method: str
     target: str
     headers: dict[str, str]
-    body: bytes
+    rest: BinaryIO
+    """Where the body arrives."""
+    length: int
+    """Bytes of the body."""
+    _body: bytes | None = None
+
+    @property
+    def body(self) -> bytes:
+        """The bytes; until they are asked for, the client may be sending them still."""
+        if self._body is None:
+            self._body = self.rest.read(self.length)
+            if len(self._body) < self.length:
+                raise ConnectionAbortedError("the client has hung up")
+        return self._body
+
+    @body.setter
+    def body(self, data: bytes) -> None:
+        assert self.body is not None  # what was sent has to be read, or it would be the next one
+        self._body = data
 
 
 @dataclass
@@ -151,47 +169,47 @@ class Handler(BaseHTTPRequestHandler):
     """One connection of a client."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: _Server
 
     def _any(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
-        request = Request(self.command, self.path, dict(self.headers.items()), b"")
+        headers = dict(self.headers.items())
+        request = Request(self.command, self.path, headers, self.rfile, length)
         fault = self.server.proxy._arrived(request)
-        if getattr(fault, "early", False):
-            self.rfile.read(length // 2)
-            self.cut()
-            return
-        request.body = self.rfile.read(length)
-        if len(request.body) < length:
-            self.close_connection = True
-            return
         if fault is None or not fault(self, request):
             self.answer(self.server.proxy.ask(request))
+        if not self.close_connection:
+            _ = request.body  # some faults answer before all has arrived
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any
 
     def answer(self, answer: Answer, *, until: int | None = None) -> None:
         """Send an answer, or only the first bytes of its body."""
-        self.send_response_only(answer.status)
-        length = len(answer.body)
-        for name, value in answer.headers:
-            if name.lower() == "content-length" and self.command == "HEAD":
-                length = int(value)
-            if name.lower() not in _HOP:
-                self.send_header(name, value)
-        if answer.status not in (204, 304):
-            self.send_header("Content-Length", str(length))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(answer.body[:until])
-            self.wfile.flush()
+        head, body = self.packed(answer)
+        self.wfile.write(head + body[:until])
         if until is not None:
             self.cut()
 
-    def cut(self) -> None:
-        """Break the connection off, as a dead line does."""
+    def packed(self, answer: Answer) -> tuple[bytes, bytes]:
+        """Status line with headers, and body, as they go over the line."""
+        head = self.command == "HEAD"
+        lines = [f"HTTP/1.1 {answer.status} {self.responses.get(answer.status, ['?'])[0]}"]
+        length = str(len(answer.body))
+        for name, value in answer.headers:
+            if name.lower() == "content-length" and head:
+                length = value
+            if name.lower() not in _HOP:
+                lines.append(f"{name}: {value}")
+        if answer.status not in (204, 304):
+            lines.append(f"Content-Length: {length}")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1"), b"" if head else answer.body
+
+    def cut(self, *, orderly: bool = False) -> None:
+        """Break the connection off, as a dead line does, or as one who hangs up."""
         self.close_connection = True
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        if not orderly:  # what was sent and not read yet is lost, too
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
 
@@ -201,10 +219,9 @@ class Handler(BaseHTTPRequestHandler):
 
 def cut_upload(handler: Handler, request: Request) -> bool:
     """The connection breaks in the middle of what the client sends."""
-    raise AssertionError("dealt with before the body is read")
-
-
-cut_upload.early = True  # type: ignore[attr-defined]
+    request.rest.read(request.length // 2)
+    handler.cut()
+    return True
 
 
 def cut_answer(handler: Handler, request: Request) -> bool:
@@ -230,14 +247,17 @@ def flip(handler: Handler, request: Request) -> bool:
     return True
 
 
-def status(code: int, error: str = "", *, after: bool = False) -> Fault:
+def status(
+    code: int, error: str = "", *, after: bool = False, headers: Mapping[str, str] | None = None
+) -> Fault:
     """An error of the server's, before or `after` it has done what was asked."""
 
     def fault(handler: Handler, request: Request) -> bool:
         if after:
             handler.server.proxy.ask(request)
         body = f"<Error><Code>{error}</Code><Message>m</Message></Error>".encode() if error else b""
-        handler.answer(Answer(code, [("Content-Type", "application/xml")], body))
+        said = [("Content-Type", "application/xml"), *(headers or {}).items()]
+        handler.answer(Answer(code, said, body))
         return True
 
     return fault

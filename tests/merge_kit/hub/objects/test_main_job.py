@@ -40,6 +40,10 @@ def sites(place, ok):
     return ("north", "river")
 
 
+CODE = {"manifest.json": " SlowDown", "manifest.sig": "", "payload": ""}
+"""Asked for by GET, or by HEAD, whose answer has no body to say why."""
+
+
 def published(sites, ok):
     for name in sites:
         ok("publish", name, "--run", f"{name}/runs/first")
@@ -117,6 +121,35 @@ def test_a_damaged_download_stops_a_merge_with_one_sentence(place, sites, ok, ru
     assert "Traceback" not in result.stderr
     assert not Path("merged").exists()
     ok("merge", place, "--out", "merged")
+
+
+@pytest.mark.parametrize("part", ["manifest.json", "manifest.sig", "payload"])
+def test_a_store_that_cannot_be_asked_makes_no_entry_unsound(
+    place, sites, ok, run_cli, line, monkeypatch, part
+):
+    """Else --skip-refused would merge without a site whose line was bad for a moment."""
+    published(sites, ok)
+    monkeypatch.setattr(objects, "Patience", lambda: QUICK)
+    with line.faulty(f"(GET|HEAD) .*north/.*{part}", status(503, "SlowDown")):
+        result = run_cli("merge", place, "--skip-refused", "--out", "merged")
+    assert result.exit_code == 1
+    assert (
+        result.stderr
+        == f"Error: {line.host} answers '503{CODE[part]}' each time: try again later.\n"
+    )
+    assert not Path("merged").exists()
+
+
+def test_a_file_that_one_may_not_read_makes_its_entry_refused(place, sites, ok, run_cli, line):
+    """It is of this entry alone, and stays so: others may be merged."""
+    published(sites, ok)
+    with line.faulty("(GET|HEAD) .*north/.*manifest.json", status(403, "AccessDenied")):
+        stopped = run_cli("merge", place, "--out", "merged")
+        assert stopped.exit_code == 1
+        assert "north" in stopped.stderr
+        said = ok("merge", place, "--skip-refused", "--out", "merged")
+    assert "may not be read with these credentials" in said
+    assert Path("merged").is_dir()
 
 
 # init

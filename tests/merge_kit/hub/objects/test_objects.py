@@ -334,23 +334,6 @@ def test_files_of_others_beside_ours_are_invisible(hub, other, bucket):
     assert list(hub.list(ENTRY)) == ["deep", *(name.rpartition("/")[2] for name in WHOLE)]
 
 
-@pytest.mark.parametrize(
-    ("key", "shown"),
-    [("north//x", "north//x"), ("../x", "../x"), ("no\x1b[2Jrth/x", "no?[2Jrth/x")],
-)
-def test_a_name_that_cannot_be_read_is_named(hub, other, bucket, key, shown):
-    """The library reads no list with such a name on it."""
-    publish(hub)
-    other.put_object(Bucket=bucket, Key=f"some/folder/contributions/{key}", Body=b"")
-    with says(
-        HubError,
-        f"{hub.uri}/contributions holds an object with a name that no publisher writes, "
-        f"'some/folder/contributions/{shown}': have it removed from the bucket.",
-    ):
-        list(hub.list("contributions"))
-    assert hub.read(MANIFEST) == b"m"
-
-
 def test_a_bucket_that_keeps_old_versions_says_so(hub, again, other, bucket):
     """What was removed can be brought back: a withdrawal must not claim otherwise."""
     other.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
