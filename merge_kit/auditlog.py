@@ -8,7 +8,6 @@ the last lines were cut off shows only to whoever has kept the digest that `veri
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import BinaryIO, Literal
 from merge_kit.errors import AuditError, ContributionError
 from merge_kit.files import canonical_json, sha256_bytes, storage_errors
 from merge_kit.schema import Digest, Document, Timestamp, now, parse
+from merge_kit.strictjson import loads
 
 LOG = "audit.jsonl"
 START = "sha256:" + "0" * 64
@@ -129,8 +129,8 @@ def _checked(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, Record]]:
             return
         line = whole.removesuffix(b"\n")
         try:
-            content = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            content = loads(line)
+        except ValueError as error:
             raise _broken(where, "it is no JSON") from error
         try:
             record = parse(Record, content, where, ContributionError)
