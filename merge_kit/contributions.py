@@ -212,12 +212,11 @@ def _check_signature(
     otherwise = f"{where} is no signature: publish again."
     signature = signing.parse_signature(hub.read(where), where, otherwise)
     signing.verify(signature, signing.MANIFEST_CONTEXT, data, f"{folder}/{MANIFEST}")
-    for gone in federation.revoked:
-        if gone.public_key == signature.key:
-            raise SignatureError(
-                f"{folder} is signed with {signature.key}, which was revoked on {gone.since}: it "
-                f"is refused; site '{gone.name}' publishes again with a new key."
-            )
+    if gone := federation.revocation_of(signature.key):
+        raise SignatureError(
+            f"{folder} is signed with {signature.key}, which was revoked on {gone.since}: it "
+            f"is refused; site '{gone.name}' publishes again with a new key."
+        )
     for old in federation.retired:
         if (old.name, old.public_key) == (manifest.site, signature.key):
             if manifest.created_at <= old.until:
