@@ -99,6 +99,26 @@ def heads(root: Path) -> list[str]:
         return [START, *(sha256_bytes(line) for line, _ in _checked(file, path))]
 
 
+def check_there(root: Path) -> bool:
+    """Whether there is a line at all; the site's folder tells whether there has to be one.
+
+    Raises
+    ------
+    AuditError
+        Something has left the site, and there is none: names what the folder still holds of it.
+    """
+    if len(heads(root)) > 1:
+        return True
+    # Both are written after the first line, and before anything leaves the site.
+    left = sorted([*root.glob("*/*/*manifest.json"), *root.glob("withdrawals/*.json")])
+    if left:
+        raise AuditError(
+            f"{root / LOG} holds no line, and {left[0]} has left this site: the log was removed or "
+            "emptied; find out who did it, and put the file back if there is a copy."
+        )
+    return False
+
+
 def is_unfinished(root: Path) -> bool:
     """Whether the log ends in a part of a line, which does not count and is written over."""
     path = root / LOG

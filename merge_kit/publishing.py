@@ -286,7 +286,6 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     key = signing.public_key(site.key_file)
     policies.check_approved(site.root, run, parcel.manifest, policy, key)
     data = parcel.manifest.to_bytes()
-    write_atomic(run / _manifest_file(parcel.manifest.kind), data)
     signature = signing.sign(site.key_file, signing.MANIFEST_CONTEXT, data)
     folder = folder_of(parcel.manifest)
     files = bundle(parcel.manifest, parcel.payload, signature)
@@ -295,6 +294,7 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
         for name, content in files.items()
     }
     auditlog.append(site.root, "publishing", hub.uri, folder, told)
+    write_atomic(run / _manifest_file(parcel.manifest.kind), data)
     if hub.publish(folder, files):
         auditlog.append(site.root, "published", hub.uri, folder, told)
         return True

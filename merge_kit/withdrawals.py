@@ -93,7 +93,7 @@ def _read(hub: Hub, contract: str, site: str, name: str) -> Tombstone:
 def _note(site: Site, contribution: str) -> Withdrawal:
     """What is said, as it was said first: where a hub takes the files of an entry one by one, an
     attempt that was broken off must go on with the very same bytes."""
-    path = site.root / ROOT / f"{contribution}.json"
+    path = _note_file(site, contribution)
     fresh = Withdrawal(
         federation=site.config.federation,
         site=site.name,
@@ -108,8 +108,11 @@ def _note(site: Site, contribution: str) -> Withdrawal:
     if kept and kept.to_bytes() == raw:
         if kept.model_copy(update={"created_at": fresh.created_at}) == fresh:
             return kept
-    write_atomic(path, fresh.to_bytes())
     return fresh
+
+
+def _note_file(site: Site, contribution: str) -> Path:
+    return site.root / ROOT / f"{contribution}.json"
 
 
 def withdraw(hub: Hub, site: Site, contribution: str, keys: Collection[str]) -> bool:
@@ -136,6 +139,7 @@ def withdraw(hub: Hub, site: Site, contribution: str, keys: Collection[str]) -> 
     place = f"{ROOT}/{site.name}/{contribution}"
     told = {FILE: sha256_bytes(data)}
     auditlog.append(site.root, "withdrawing", hub.uri, place, told)
+    write_atomic(_note_file(site, contribution), data)
     fresh = hub.publish(place, files)
     if fresh:
         auditlog.append(site.root, "withdrawn", hub.uri, place, told)
