@@ -16,7 +16,9 @@ from merge_kit.errors import FederationError, PolicyError, SignatureError
 from merge_kit.federation import Bounds
 from merge_kit.files import write_atomic
 from merge_kit.manifest import Kind, Manifest
+from merge_kit.misnamed import refuse_misnamed
 from merge_kit.schema import parse
+from merge_kit.site import COPY
 from merge_kit.yamlfile import read_yaml
 
 POLICY_FILE = "policy.yaml"
@@ -56,8 +58,12 @@ def site_policy(root: Path) -> SitePolicy:
     Raises
     ------
     PolicyError
-        The file cannot be read, or has an unknown key or a wrong value.
+        The file cannot be read, or has an unknown key or a wrong value; or another file looks as if
+        it was to be the policy.
     """
+    called = f"a site's policy is {root / POLICY_FILE}"
+    refuse_misnamed(root, f"{called}: rename it, or remove it.", POLICY_FILE)
+    refuse_misnamed(root / COPY, f"{called}: move it there, or remove it.")
     path = root / POLICY_FILE
     if not path.exists() and not path.is_symlink():
         return SitePolicy()
