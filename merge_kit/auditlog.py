@@ -8,7 +8,6 @@ the last lines were cut off shows only to whoever has kept the digest that `veri
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import BinaryIO, Literal
 from merge_kit.errors import AuditError, ContributionError
 from merge_kit.files import canonical_json, sha256_bytes, storage_errors
 from merge_kit.schema import Digest, Document, Timestamp, now, parse
+from merge_kit.strictjson import loads
 
 LOG = "audit.jsonl"
 START = "sha256:" + "0" * 64
@@ -99,6 +99,26 @@ def heads(root: Path) -> list[str]:
         return [START, *(sha256_bytes(line) for line, _ in _checked(file, path))]
 
 
+def check_there(root: Path) -> bool:
+    """Whether there is a line at all; the site's folder tells whether there has to be one.
+
+    Raises
+    ------
+    AuditError
+        Something has left the site, and there is none: names what the folder still holds of it.
+    """
+    if len(heads(root)) > 1:
+        return True
+    # Both are written after the first line, and before anything leaves the site.
+    left = sorted([*root.glob("*/*/*manifest.json"), *root.glob("withdrawals/*.json")])
+    if left:
+        raise AuditError(
+            f"{root / LOG} holds no line, and {left[0]} has left this site: the log was removed or "
+            "emptied; find out who did it, and put the file back if there is a copy."
+        )
+    return False
+
+
 def is_unfinished(root: Path) -> bool:
     """Whether the log ends in a part of a line, which does not count and is written over."""
     path = root / LOG
@@ -129,8 +149,8 @@ def _checked(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, Record]]:
             return
         line = whole.removesuffix(b"\n")
         try:
-            content = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            content = loads(line)
+        except ValueError as error:
             raise _broken(where, "it is no JSON") from error
         try:
             record = parse(Record, content, where, ContributionError)

@@ -6,20 +6,19 @@ like the task vector that `vector.subtract` would write.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from merge_kit import vector
 from merge_kit.errors import TensorFileError, VectorError
 from merge_kit.parameters import Role, is_carried, vector_specs
+from merge_kit.strictjson import read_json
 from merge_kit.tensorfile import Fingerprint, StoredTensors, TensorFile, Tensors, identity_of
 from merge_kit.tensorheader import HEADER_LIMIT, TensorSpec, is_safe
 
@@ -133,18 +132,10 @@ def _weights_of(path: Path) -> Path:
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     """The texts among the index's metadata, and the shard of each tensor."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise TensorFileError(f"{path} names a key twice: it is refused.")
-        return found
-
     if path.stat().st_size > HEADER_LIMIT:
         raise TensorFileError(f"{path} is larger than {HEADER_LIMIT} bytes: it is no index.")
-    try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise TensorFileError(f"{path} is not valid JSON: copy it again.") from error
+    otherwise = f"{path} is not valid JSON: copy it again."
+    content = read_json(path.read_bytes(), str(path), TensorFileError, otherwise)
     where = content.get("weight_map") if isinstance(content, dict) else None
     metadata = content.get("metadata") or {} if isinstance(content, dict) else {}
     if (

@@ -10,6 +10,7 @@ from typing import Any
 
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.errors import VectorError
+from merge_kit.strictjson import read_json
 
 CONFIG = "config.json"
 _IMAGES = ("input_size", "mean", "std", "interpolation", "crop_pct")
@@ -66,10 +67,8 @@ def read_config(path: Path) -> ModelConfig | None:
     file = (path.parent if path.name == WEIGHTS else path) / CONFIG
     if not file.is_file():
         return None
-    try:
-        data = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise VectorError(f"{file} is not valid JSON: copy it again, or remove it.") from error
+    otherwise = f"{file} is not valid JSON: copy it again, or remove it."
+    data = read_json(file.read_bytes(), str(file), VectorError, otherwise)
     nested = data.get("pretrained_cfg") or {} if isinstance(data, dict) else None
     if not isinstance(nested, dict):
         raise VectorError(f"{file} is no model configuration: remove it, or copy it again.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,7 +16,6 @@ from merge_kit.errors import (
     UnreachableError,
 )
 from merge_kit.federation import Federation
-from merge_kit.files import canonical_json
 from merge_kit.hub import READERS, FolderHub, Hub, places
 from merge_kit.manifest import Kind, Manifest, parse_manifest
 from merge_kit.policies import breach
@@ -106,10 +104,9 @@ def bundle(
     manifest: Manifest, payload: Path, signature: signing.Signature
 ) -> dict[str, Path | bytes]:
     """The files of a contribution, by name; the manifest comes last."""
-    signed = {"key": signature.key, "signature": signature.signature}
     return {
         PAYLOAD: payload,
-        SIGNATURE: canonical_json(signed),
+        SIGNATURE: signature.to_bytes(),
         MANIFEST: manifest.to_bytes(),
     }
 
@@ -215,18 +212,15 @@ def _check_signature(
 ) -> tuple[Trust, signing.Signature | None]:
     if not hub.has(f"{folder}/{SIGNATURE}"):
         return Trust.UNSIGNED, None
-    try:
-        content = json.loads(hub.read(f"{folder}/{SIGNATURE}"))
-        signature = signing.Signature(str(content["key"]), str(content["signature"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SignatureError(f"{folder}/{SIGNATURE} is no signature: publish again.") from error
+    where = f"{folder}/{SIGNATURE}"
+    otherwise = f"{where} is no signature: publish again."
+    signature = signing.parse_signature(hub.read(where), where, otherwise)
     signing.verify(signature, signing.MANIFEST_CONTEXT, data, f"{folder}/{MANIFEST}")
-    for gone in federation.revoked:
-        if gone.public_key == signature.key:
-            raise SignatureError(
-                f"{folder} is signed with {signature.key}, which was revoked on {gone.since}: it "
-                f"is refused; site '{gone.name}' publishes again with a new key."
-            )
+    if gone := federation.revocation_of(signature.key):
+        raise SignatureError(
+            f"{folder} is signed with {signature.key}, which was revoked on {gone.since}: it "
+            f"is refused; site '{gone.name}' publishes again with a new key."
+        )
     for old in federation.retired:
         if (old.name, old.public_key) == (manifest.site, signature.key):
             if manifest.created_at <= old.until:

@@ -271,6 +271,10 @@ class Federation(Document):
         known = (*self.sites, *self.retired)
         return frozenset(one.public_key for one in known if one.name == site)
 
+    def revocation_of(self, key: str) -> RevokedKey | None:
+        """When and whose a key was that counts no more; None where it was not revoked."""
+        return next((gone for gone in self.revoked if gone.public_key == key), None)
+
     def admit(self, site: str, key: str) -> Federation:
         """The federation with one more site.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ from pydantic import (
 from merge_kit.errors import ContributionError
 from merge_kit.files import canonical_json, sha256_bytes
 from merge_kit.schema import Digest, Document, SiteName, Timestamp, parse
+from merge_kit.strictjson import read_json
 
 Kind = Literal["vector", "fisher", "gram", "moments", "norms", "predictions"]
 OF_A_MODEL: tuple[Kind, ...] = ("moments", "norms", "predictions")
@@ -213,10 +213,8 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     """
     if len(data) > MANIFEST_LIMIT:
         raise ContributionError(f"{where} has {len(data)} bytes, above {MANIFEST_LIMIT}: refused.")
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ContributionError(f"{where} is not JSON: ask the site to publish again.") from error
+    otherwise = f"{where} is not JSON: ask the site to publish again."
+    content = read_json(data, where, ContributionError, otherwise)
     manifest = parse(Manifest, content, where, ContributionError)
     if manifest.to_bytes() != data:
         raise ContributionError(
@@ -229,11 +227,11 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 def read_draft(path: Path, command: str = "finetune") -> Draft:
     """Read the draft that a command left in a run folder."""
     try:
-        data = json.loads(path.read_bytes())
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise ContributionError(
             f"{path} does not exist: the run is not finished; run 'merge-kit {command}' again."
         ) from None
-    except ValueError as error:
-        raise ContributionError(f"{path} is not JSON: run 'merge-kit {command}' again.") from error
+    otherwise = f"{path} is not JSON: run 'merge-kit {command}' again."
+    data = read_json(raw, str(path), ContributionError, otherwise)
     return parse(Draft, data, str(path), ContributionError)

@@ -8,7 +8,6 @@ and a folder that belongs to somebody else, or that others may write to, is not 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from merge_kit.errors import MergeKitError
 from merge_kit.files import canonical_json, sha256_bytes, write_atomic
 from merge_kit.remembered import is_private
+from merge_kit.strictjson import loads
 
 LIMIT = 200
 """Notes that are kept; above it the oldest go."""
@@ -37,10 +37,10 @@ class Notes:
         try:
             if not is_private(self.folder):
                 return {}
-            note = json.loads(self._place(subject).read_bytes())
+            note = loads(self._place(subject).read_bytes())
             figures: dict[str, list[float]] = note["figures"]
             sound = note["digest"] == sha256_bytes(canonical_json(figures))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             return {}
         return figures if sound else {}
 

@@ -6,7 +6,6 @@ stated counts as a refusal: nothing leaves.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,9 +14,11 @@ from pydantic import Field, field_validator
 from merge_kit import signing
 from merge_kit.errors import FederationError, PolicyError, SignatureError
 from merge_kit.federation import Bounds
-from merge_kit.files import canonical_json, write_atomic
+from merge_kit.files import write_atomic
 from merge_kit.manifest import Kind, Manifest
+from merge_kit.misnamed import refuse_misnamed
 from merge_kit.schema import parse
+from merge_kit.site import COPY
 from merge_kit.yamlfile import read_yaml
 
 POLICY_FILE = "policy.yaml"
@@ -57,8 +58,12 @@ def site_policy(root: Path) -> SitePolicy:
     Raises
     ------
     PolicyError
-        The file cannot be read, or has an unknown key or a wrong value.
+        The file cannot be read, or has an unknown key or a wrong value; or another file looks as if
+        it was to be the policy.
     """
+    called = f"a site's policy is {root / POLICY_FILE}"
+    refuse_misnamed(root, f"{called}: rename it, or remove it.", POLICY_FILE)
+    refuse_misnamed(root / COPY, f"{called}: move it there, or remove it.")
     path = root / POLICY_FILE
     if not path.exists() and not path.is_symlink():
         return SitePolicy()
@@ -171,8 +176,7 @@ def approve(root: Path, manifest: Manifest, key_file: Path, site_key: str) -> st
             f"{key_file} is the key {signed.key}, which {root / POLICY_FILE} does not name under "
             "'second_signature'."
         )
-    text = canonical_json({"key": signed.key, "signature": signed.signature})
-    write_atomic(root / APPROVALS / f"{manifest.id}.json", text)
+    write_atomic(root / APPROVALS / f"{manifest.id}.json", signed.to_bytes())
     return signed.key
 
 
@@ -207,10 +211,9 @@ def check_approved(
     _check_second(root, policy, site_key)
     path = root / APPROVALS / f"{manifest.id}.json"
     try:
-        told = json.loads(path.read_bytes())
-        signature = signing.Signature(str(told["key"]), str(told["signature"]))
+        signature = signing.parse_signature(path.read_bytes(), str(path), "it is no signature")
         signing.verify(signature, signing.APPROVAL_CONTEXT, manifest.to_bytes(), str(path))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SignatureError) as error:
+    except (OSError, SignatureError) as error:
         raise PolicyError(
             f"the {manifest.kind} {manifest.id[:12]} has to be approved by a second person before "
             f"it leaves the site: run 'merge-kit approve {root} --run {run} --key <their key>', "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +13,7 @@ from merge_kit.errors import ProvenanceError
 from merge_kit.manifest import Version
 from merge_kit.methods.base import Statistics
 from merge_kit.schema import Digest, Document, SiteName, parse
+from merge_kit.strictjson import read_json
 
 PROVENANCE = "provenance.json"
 PROVENANCE_LIMIT = 64 << 20
@@ -273,21 +273,8 @@ def read_provenance(folder: Path) -> Provenance | PlainProvenance:
         raise ProvenanceError(f"{path} cannot be read: {error.strerror}.") from error
     if len(raw) > PROVENANCE_LIMIT:
         raise ProvenanceError(f"{path} has more than {PROVENANCE_LIMIT} bytes: it is refused.")
-    try:
-        data = json.loads(raw, object_pairs_hook=_once, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ProvenanceError(f"{path} is not sound JSON: it was changed or damaged.") from error
+    otherwise = f"{path} is not sound JSON: it was changed or damaged."
+    data = read_json(raw, str(path), ProvenanceError, otherwise)
     if isinstance(data, dict) and "federation" not in data:
         return parse(PlainProvenance, data, str(path), ProvenanceError)
     return parse(Provenance, data, str(path), ProvenanceError)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is named twice")
-    return found
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")

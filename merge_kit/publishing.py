@@ -10,6 +10,7 @@ from merge_kit import auditlog, manifest, policies, signing, vector
 from merge_kit.compressing import Compression, compress
 from merge_kit.contributions import (
     MANIFEST,
+    SIGNATURE,
     Contribution,
     Trust,
     bundle,
@@ -18,7 +19,7 @@ from merge_kit.contributions import (
     list_entries,
     without_superseded,
 )
-from merge_kit.errors import ContributionError, UsageError
+from merge_kit.errors import ContributionError, SignatureError, UsageError
 from merge_kit.federation import Federation
 from merge_kit.files import sha256_bytes, sha256_file, write_atomic
 from merge_kit.hub import Hub
@@ -116,10 +117,10 @@ def prepare(
     """Check a run against the contract on the hub and make its final manifest.
 
     Once it has been published the manifest stays as it was: publishing again gives the same
-    contribution. With `how` a smaller file of the vector is made beside it, and that is what leaves
-    the site. A vector replaces the site's latest one unless `alongside`; statistics replace
-    those of the same kind about the same vector, moments and norm statistics those of the same
-    backbone.
+    contribution, unless the key that had signed it was revoked: then it is dated by the revocation.
+    With `how` a smaller file of the vector is made beside it, and that is what leaves the site. A
+    vector replaces the site's latest one unless `alongside`; statistics replace those of the same
+    kind about the same vector, moments and norm statistics those of the same backbone.
 
     Raises
     ------
@@ -150,6 +151,12 @@ def prepare(
     if how:
         payload, draft = _compressed(run, payload, draft, federation, how)
     key = signing.public_key(site.key_file)
+    if gone := federation.revocation_of(key):
+        raise ContributionError(
+            f"the key of site '{site.name}' was revoked on {gone.since}, and nothing that it signs "
+            f"counts: make a new one with 'merge-kit key rotate {site.root}', and let the "
+            "coordinator admit it."
+        )
     entries = list_entries(hub, federation, site.name)
     # A key that is still to be exchanged replaces nothing before, but what it publishes has to say
     # now what it will replace then.
@@ -162,7 +169,7 @@ def prepare(
     own = [c for c in own if (c.kind, c.manifest.about) == (kind, draft.about)]
     minimum = federation.policy.minimum_class_count
     draft = Draft(**suppressed_counts(draft.model_dump(), minimum))
-    final = _manifest(run, draft, hub, [] if alongside and kind == "vector" else own)
+    final = _manifest(run, draft, hub, federation, [] if alongside and kind == "vector" else own)
     if any(entry.withdrawn and entry.id == final.id for entry in entries):
         raise ContributionError(
             f"{payload} was published as {final.id[:12]} and has been withdrawn, which is for "
@@ -226,16 +233,37 @@ def check_origin(site: Site, run: Path, draft: Draft) -> None:
         )
 
 
-def _manifest(run: Path, draft: Draft, hub: Hub, own: list[Contribution]) -> Manifest:
+def _manifest(
+    run: Path, draft: Draft, hub: Hub, federation: Federation, own: list[Contribution]
+) -> Manifest:
     path = run / _manifest_file(draft.kind)
     if path.is_file():
         final = parse_manifest(path.read_bytes(), str(path))
         # One that never arrived is made anew: meanwhile another run may have been published.
         if final.payload == draft.payload and hub.has(f"{folder_of(final)}/{MANIFEST}"):
-            return final
+            since = _revoked_since(hub, federation, final)
+            if since is None or since <= final.created_at:
+                return final
+            # What lies there counts no more and is never written over: the same tensors, dated by
+            # the revocation, have a place of their own, and the same one however often it is tried.
+            draft = draft.model_copy(update={"created_at": since})
     latest = max(without_superseded(own), key=lambda c: (c.manifest.created_at, c.id), default=None)
     supersedes = f"sha256:{latest.id}" if latest else None
     return Manifest(**draft.model_dump(), supersedes=supersedes)
+
+
+def _revoked_since(hub: Hub, federation: Federation, sent: Manifest) -> str | None:
+    """Since when the key counts no more that has signed what lies on a hub; None where it counts,
+    or where its site has withdrawn the contribution, which is for good."""
+    where = f"{folder_of(sent)}/{SIGNATURE}"
+    if not hub.has(where) or next(hub.list(f"{WITHDRAWALS}/{sent.site}/{sent.id}"), None):
+        return None
+    try:
+        signature = signing.parse_signature(hub.read(where), where, "it is no signature")
+    except SignatureError:
+        return None  # `publish` says what is wrong with it
+    gone = federation.revocation_of(signature.key)
+    return gone.since if gone else None
 
 
 def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
@@ -258,7 +286,6 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     key = signing.public_key(site.key_file)
     policies.check_approved(site.root, run, parcel.manifest, policy, key)
     data = parcel.manifest.to_bytes()
-    write_atomic(run / _manifest_file(parcel.manifest.kind), data)
     signature = signing.sign(site.key_file, signing.MANIFEST_CONTEXT, data)
     folder = folder_of(parcel.manifest)
     files = bundle(parcel.manifest, parcel.payload, signature)
@@ -267,6 +294,7 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
         for name, content in files.items()
     }
     auditlog.append(site.root, "publishing", hub.uri, folder, told)
+    write_atomic(run / _manifest_file(parcel.manifest.kind), data)
     if hub.publish(folder, files):
         auditlog.append(site.root, "published", hub.uri, folder, told)
         return True

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merge_kit import withdrawals
+from merge_kit import signing, withdrawals
 from merge_kit.blocks import in_order
 from merge_kit.contributions import (
     MANIFEST,
@@ -21,7 +21,7 @@ from merge_kit.contributions import (
 )
 from merge_kit.errors import HubError, MergeKitError, UsageError
 from merge_kit.federation import BASE_CONFIG, BASE_WEIGHTS, FEDERATION_FILE, Federation, check_base
-from merge_kit.files import canonical_json, sha256_file, storage_errors
+from merge_kit.files import sha256_file, storage_errors
 from merge_kit.hub import READERS, FolderHub, Hub, places
 from merge_kit.remembered import look_at_content
 from merge_kit.site import federation_file_on, federation_on
@@ -131,7 +131,7 @@ def _small(found: Contribution) -> dict[str, Path | bytes]:
     a hub may give other bytes when it is asked again."""
     files: dict[str, Path | bytes] = {}
     if found.key and found.signature:
-        files[SIGNATURE] = canonical_json({"key": found.key, "signature": found.signature})
+        files[SIGNATURE] = signing.Signature(found.key, found.signature).to_bytes()
     files[MANIFEST] = found.manifest.to_bytes()
     return files
 

@@ -8,7 +8,6 @@ the model that follows from it, have the very bytes that a merge from scratch gi
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from merge_kit.files import canonical_json, write_atomic
 from merge_kit.methods.base import Block, Linear
 from merge_kit.recipe import Recipe, Rule
 from merge_kit.schema import Digest, Document, parse
+from merge_kit.strictjson import loads
 from merge_kit.tensorfile import TensorFile, TensorWriter
 from merge_kit.tensorheader import TensorSpec
 from merge_kit.weighing import Source, weigh
@@ -72,8 +72,8 @@ class RunningSum:
     def __init__(self, folder: Path) -> None:
         path = folder / RECORD
         try:
-            data = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+            data = loads(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise MergeKitError(f"{path} cannot be read: merge from scratch.") from error
         self.record = parse(Record, data, str(path), MergeKitError)
         self._file = TensorFile(folder / SUMS)

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from merge_kit.errors import FederationError, SignatureError
-from merge_kit.files import storage_errors
+from merge_kit.files import canonical_json, storage_errors
+from merge_kit.strictjson import read_json
 
 MANIFEST_CONTEXT = b"merge-kit-manifest-v1\n"
 WITHDRAWAL_CONTEXT = b"merge-kit-withdrawal-v1\n"
@@ -28,6 +29,10 @@ class Signature:
 
     key: str
     signature: str
+
+    def to_bytes(self) -> bytes:
+        """What is stored beside the signed bytes: canonical JSON."""
+        return canonical_json({"key": self.key, "signature": self.signature})
 
 
 def create_key(path: Path) -> str:
@@ -84,6 +89,21 @@ def verify(signature: Signature, context: bytes, data: bytes, what: str) -> None
             f"{what} does not carry a valid signature: it was changed after it was signed, "
             "or signed by somebody else; ask the site to publish again."
         ) from error
+
+
+def parse_signature(data: bytes, where: str, otherwise: str) -> Signature:
+    """What `Signature.to_bytes` gave; `otherwise` is the sentence for what it did not give.
+
+    Raises
+    ------
+    SignatureError
+        It is no signature, or names a key twice.
+    """
+    content = read_json(data, where, SignatureError, otherwise)
+    try:
+        return Signature(str(content["key"]), str(content["signature"]))
+    except (KeyError, TypeError) as error:
+        raise SignatureError(otherwise) from error
 
 
 def parse_public_key(text: str) -> Ed25519PublicKey:

@@ -19,7 +19,8 @@ from merge_kit.federation import (
     read_federation,
 )
 from merge_kit.files import new_folder, storage_errors, write_atomic
-from merge_kit.hub import Hub
+from merge_kit.hub import FolderHub, Hub
+from merge_kit.misnamed import refuse_misnamed
 from merge_kit.schema import Digest, Document, SiteName, now, parse
 from merge_kit.trust import check_latest, check_signed, unchecked_on
 from merge_kit.yamlfile import dump_yaml, read_yaml
@@ -78,6 +79,8 @@ def federation_file_on(hub: Hub) -> tuple[bytes, Federation]:
         The hub holds no federation.
     SignatureError
         Its coordinator has not signed it as it stands, or it is older than one seen before.
+    PolicyError
+        Beside it, in a folder, lies a file that looks like a policy, which nobody reads.
     """
     if not hub.has(FEDERATION_FILE):
         raise FederationError(
@@ -85,6 +88,12 @@ def federation_file_on(hub: Hub) -> tuple[bytes, Federation]:
             "create one with 'merge-kit init'."
         )
     where = f"{hub.uri}/{FEDERATION_FILE}"
+    if isinstance(hub, FolderHub):
+        refuse_misnamed(
+            hub.root,
+            f"a federation's policy stands in {FEDERATION_FILE} under 'policy', and "
+            "'merge-kit sign' signs it after a change; remove it.",
+        )
     data, federation = unchecked_on(hub)
     check_signed(federation, where)
     check_latest(federation, hub.uri)

@@ -6,7 +6,6 @@ safetensors library accepts duplicate keys, unknown fields and names such as ``.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from merge_kit.errors import TensorFileError
+from merge_kit.strictjson import RepeatedKeyError, loads
 
 HEADER_LIMIT = 16 * 2**20
 DTYPES = {
@@ -87,19 +87,15 @@ def read_header(
 
 
 def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise TensorFileError(f"{path} names {name!r} twice in its header: it is refused.")
-            found[name] = value
-        return found
-
     if not raw.startswith(b"{"):
         raise TensorFileError(f"{path} is no safetensors file: its header is not a JSON object.")
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        header = loads(raw)
+    except RepeatedKeyError as error:
+        raise TensorFileError(
+            f"{path} names {error.key} twice in its header: it is refused."
+        ) from error
+    except ValueError as error:
         raise TensorFileError(
             f"{path} is no safetensors file: its header is not valid JSON."
         ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from merge_kit.files import canonical_json
 from merge_kit.forms import FACTORS, FORMS, ZERO, Factors, product
 from merge_kit.parameters import Role, is_carried, role_of, vector_specs
 from merge_kit.schema import Digest, Document, SiteName, parse
+from merge_kit.strictjson import read_json
 from merge_kit.tensorfile import StoredTensors, TensorFile, Tensors, TensorWriter, specs_of
 from merge_kit.tensorheader import TensorSpec
 
@@ -177,10 +177,8 @@ def parse_header(file: StoredTensors, model: type[H], otherwise: str) -> H:
         raise VectorError(
             f"{file.path} {otherwise}: its header lacks the metadata '{METADATA_KEY}'."
         )
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise VectorError(f"{file.path}: the metadata '{METADATA_KEY}' is not JSON.") from error
+    where = f"{file.path}: the metadata '{METADATA_KEY}'"
+    data = read_json(text, where, VectorError, f"{where} is not JSON.")
     return parse(model, data, str(file.path), VectorError)
 
 

@@ -7,7 +7,6 @@ so that what it had replaced stays replaced.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from merge_kit.files import canonical_json, sha256_bytes, write_atomic
 from merge_kit.hub import READERS, Hub, places
 from merge_kit.schema import Digest, Document, SiteName, Timestamp, now, parse
 from merge_kit.site import Site
+from merge_kit.strictjson import read_json
 
 ROOT = "withdrawals"
 FILE = "withdrawal.json"
@@ -73,12 +73,10 @@ def _read(hub: Hub, contract: str, site: str, name: str) -> Tombstone:
     where = f"{ROOT}/{site}/{name}"
     try:
         data = hub.read(f"{where}/{FILE}")
-        try:
-            content = json.loads(data)
-            signed = json.loads(hub.read(f"{where}/{SIGNATURE}"))
-            signature = signing.Signature(str(signed["key"]), str(signed["signature"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise SignatureError(f"{where} is no withdrawal: ask site '{site}'.") from error
+        otherwise = f"{where} is no withdrawal: ask site '{site}'."
+        content = read_json(data, f"{where}/{FILE}", SignatureError, otherwise)
+        signed = hub.read(f"{where}/{SIGNATURE}")
+        signature = signing.parse_signature(signed, f"{where}/{SIGNATURE}", otherwise)
         found = parse(Withdrawal, content, where, ContributionError)
         signing.verify(signature, signing.WITHDRAWAL_CONTEXT, data, where)
         if (found.site, found.contribution, found.federation) != (site, name, contract):
@@ -96,7 +94,7 @@ def _read(hub: Hub, contract: str, site: str, name: str) -> Tombstone:
 def _note(site: Site, contribution: str) -> Withdrawal:
     """What is said, as it was said first: where a hub takes the files of an entry one by one, an
     attempt that was broken off must go on with the very same bytes."""
-    path = site.root / ROOT / f"{contribution}.json"
+    path = _note_file(site, contribution)
     fresh = Withdrawal(
         federation=site.config.federation,
         site=site.name,
@@ -104,13 +102,18 @@ def _note(site: Site, contribution: str) -> Withdrawal:
         created_at=now(),
     )
     try:
-        kept = Withdrawal.model_validate_json(path.read_bytes())
+        raw = path.read_bytes()
+        kept = Withdrawal.model_validate_json(raw)
     except (OSError, ValidationError):
         kept = None
-    if kept and kept.model_copy(update={"created_at": fresh.created_at}) == fresh:
-        return kept
-    write_atomic(path, fresh.to_bytes())
+    if kept and kept.to_bytes() == raw:
+        if kept.model_copy(update={"created_at": fresh.created_at}) == fresh:
+            return kept
     return fresh
+
+
+def _note_file(site: Site, contribution: str) -> Path:
+    return site.root / ROOT / f"{contribution}.json"
 
 
 def withdraw(hub: Hub, site: Site, contribution: str, keys: Collection[str]) -> bool:
@@ -131,12 +134,13 @@ def withdraw(hub: Hub, site: Site, contribution: str, keys: Collection[str]) -> 
     data = note.to_bytes()
     signed = signing.sign(site.key_file, signing.WITHDRAWAL_CONTEXT, data)
     files: dict[str, Path | bytes] = {
-        SIGNATURE: canonical_json({"key": signed.key, "signature": signed.signature}),
+        SIGNATURE: signed.to_bytes(),
         FILE: data,
     }
     place = f"{ROOT}/{site.name}/{contribution}"
     told = {FILE: sha256_bytes(data)}
     auditlog.append(site.root, "withdrawing", hub.uri, place, told)
+    write_atomic(_note_file(site, contribution), data)
     fresh = hub.publish(place, files)
     if fresh:
         auditlog.append(site.root, "withdrawn", hub.uri, place, told)

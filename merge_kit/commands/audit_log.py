@@ -11,6 +11,8 @@ from merge_kit import auditlog
 from merge_kit.errors import AuditError
 from merge_kit.site import open_site
 
+NOTHING = "Nothing has left this site yet."
+
 
 @click.group(name="audit-log")
 def audit_log() -> None:
@@ -22,16 +24,18 @@ def audit_log() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a program.")
 def show(folder: Path, as_json: bool) -> None:
     """Show what has left the site in FOLDER."""
-    records = auditlog.read(open_site(folder).root)
+    root = open_site(folder).root
+    auditlog.check_there(root)
+    records = auditlog.read(root)
     if as_json:
         click.echo(json.dumps([record.model_dump(mode="json") for record in records], indent=2))
         return
+    if not records:
+        click.echo(NOTHING)
     for record in records:
         click.echo(f"{record.time}  {record.action:<11}  {record.hub}/{record.place}")
         for name, digest in record.files.items():
             click.echo(f"    {name:<22} {digest}")
-    if not records:
-        click.echo("Nothing has left this site yet.")
 
 
 @audit_log.command()
@@ -50,7 +54,10 @@ def verify(folder: Path, head: str | None) -> None:
             f"{root / auditlog.LOG} never had the head {head}: lines were cut off or replaced, or "
             "the digest is of another site."
         )
-    click.echo(f"The chain of {len(found) - 1} lines is whole; its head is {found[-1]}")
+    if auditlog.check_there(root):
+        click.echo(f"The chain of {len(found) - 1} lines is whole; its head is {found[-1]}")
+    else:
+        click.echo(f"{NOTHING} Its log holds no line to check.")
     if auditlog.is_unfinished(root):
         click.echo(
             f"{root / auditlog.LOG} ends in a part of a line, which does not count: whoever wrote "

@@ -146,7 +146,8 @@ def test_it_is_shown_in_words_and_for_programs(published, ok, run_cli, hub, tmp_
     assert [record["number"] for record in told] == [1, 2, 3, 4]
     ok("join", hub.root, "--site", "south", "--folder", tmp_path / "south")
     assert ok("audit-log", "show", tmp_path / "south") == "Nothing has left this site yet.\n"
-    assert "The chain of 0 lines is whole" in ok("audit-log", "verify", tmp_path / "south")
+    said = ok("audit-log", "verify", tmp_path / "south")
+    assert said == "Nothing has left this site yet. Its log holds no line to check.\n"
 
 
 def test_the_log_is_the_owners_alone(published):
@@ -184,7 +185,7 @@ def test_a_line_without_its_end_is_named(published, ok, cut):
     auditlog.append(published, "publishing", "hub", "place", {})
     assert "part of a line" not in ok("audit-log", "verify", published)
     path.write_bytes(b"")
-    assert "part of a line" not in ok("audit-log", "verify", published)
+    assert not auditlog.is_unfinished(published)
 
 
 def test_two_processes_write_one_chain(tmp_path):
@@ -245,3 +246,40 @@ def test_a_line_is_on_the_disk_before_anything_leaves(tmp_path, monkeypatch):
     )
     auditlog.append(tmp_path, "publishing", "hub", "place", {})
     assert sizes == [(tmp_path / auditlog.LOG).stat().st_size]
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied", "first line cut"])
+@pytest.mark.parametrize("left", ["manifest", "withdrawal"])
+def test_a_log_that_is_gone_is_no_log_that_nothing_was_written_to(
+    published, ok, run_cli, how, left
+):
+    log, first = published / auditlog.LOG, lines_of(published)[0]
+    if left == "withdrawal":
+        ok("withdraw", published, "--all")
+        for path in published.glob("runs/*/*manifest.json"):
+            path.unlink()
+    log.unlink()
+    if how != "removed":
+        log.write_bytes(b"" if how == "emptied" else first[:-9])
+    places = published.glob("runs/*/*manifest.json" if left == "manifest" else "withdrawals/*.json")
+    sentence = (
+        f"Error: {log} holds no line, and {sorted(places)[0]} has left this site: the log was "
+        "removed or emptied; find out who did it, and put the file back if there is a copy.\n"
+    )
+    for arguments in (("verify",), ("show",), ("verify", "--head", auditlog.START)):
+        command, *options = arguments
+        found = run_cli("audit-log", command, published, *options)
+        assert (found.exit_code, found.stderr, found.stdout) == (1, sentence, "")
+
+
+def test_what_has_not_left_is_no_evidence(published, ok, run_cli, tmp_path):
+    """A log that cannot be written keeps the manifest and the note back, too."""
+    for path in published.glob("runs/*/*manifest.json"):
+        path.unlink()
+    (published / auditlog.LOG).unlink()
+    (published / auditlog.LOG).symlink_to("/dev/null")
+    run = published / "runs" / "seed1"
+    assert run_cli("publish", published, "--run", run).exit_code == 1
+    assert run_cli("withdraw", published, "--all").exit_code == 1
+    (published / auditlog.LOG).unlink()
+    assert "Nothing has left this site yet." in ok("audit-log", "verify", published)

@@ -230,7 +230,7 @@ def bad_index(folder, text):
         ),
         (
             lambda f: bad_index(f, '{"weight_map": {"a": "x", "a": "y"}}'),
-            "{index} names a key twice: it is refused.",
+            "{index} names the key 'a' twice: it is refused.",
         ),
         (
             lambda f: bad_index(f, " " * (16 * 2**20 + 1)),

@@ -335,7 +335,63 @@ def test_a_key_is_replaced_twice_within_a_second(north, ok):
     assert not list((north / "keys").glob("site-new-*"))
 
 
-@pytest.mark.parametrize("how", ["revoked", "replaced", "never admitted"])
+def test_after_a_revocation_the_same_run_is_published_again(place, north, ok, run_cli, tmp_path):
+    """In a place of its own: what lies on a hub is never written over."""
+    run = north / "runs" / "seed1"
+    (before,) = entries_of(place)
+    ok("revoke", place.root, "north")
+    gone = site.federation_on(place).revoked[0]
+    refused = run_cli("publish", north, "--run", run)
+    assert refused.exit_code == 1
+    assert refused.stderr == (
+        f"Error: the key of site 'north' was revoked on {gone.since}, and nothing that it signs "
+        f"counts: make a new one with 'merge-kit key rotate {north}', and let the coordinator "
+        "admit it.\n"
+    )
+    ok("key", "rotate", north)
+    ok("admit", place.root, "north", north / "keys" / "site.pub")
+    there = {p: p.read_bytes() for p in place.root.rglob("*") if p.is_file()}
+    assert "Published: " in ok("publish", north, "--run", run)
+    assert "Already published: " in ok("publish", north, "--run", run)
+    del there[place.root / FEDERATION_FILE]
+    assert {p: p.read_bytes() for p in there} == there
+    (found,) = live(entries_of(place))
+    assert found.id != before.id
+    assert found.key == ok("key", "show", north).strip()
+    assert found.manifest == before.contribution.manifest.model_copy(
+        update={"created_at": gone.since}
+    )
+    assert ok("merge", place.root, "--skip-refused", "--out", tmp_path / "m")
+    # Once more: the key is lost again.
+    key = site.federation_on(place)
+    trust.change(
+        place, place.read(FEDERATION_FILE),
+        key.model_copy(update={
+            "sites": (),
+            "revoked": (*key.revoked, key.revoked[0].model_copy(update={
+                "public_key": found.key, "since": "2099-01-01T00:00:00Z",
+            })),
+        }),
+        trust.default_key(place.root),
+    )  # fmt: skip
+    ok("key", "rotate", north)
+    ok("admit", place.root, "north", north / "keys" / "site.pub")
+    ok("publish", north, "--run", run)
+    assert [c.manifest.created_at for c in live(entries_of(place))] == ["2099-01-01T00:00:00Z"]
+
+
+def test_what_was_withdrawn_stays_so_under_a_new_key(place, north, ok, run_cli):
+    ok("withdraw", north, "--all")
+    ok("revoke", place.root, "north")
+    ok("key", "rotate", north)
+    ok("admit", place.root, "north", north / "keys" / "site.pub")
+    found = run_cli("publish", north, "--run", north / "runs" / "seed1")
+    assert found.exit_code == 1
+    assert "says that it has been withdrawn: run 'merge-kit finetune' again" in found.stderr
+    assert not live(entries_of(place))
+
+
+@pytest.mark.parametrize("how", ["replaced", "never admitted"])
 def test_what_lies_there_under_a_key_that_does_not_count_is_not_taken_for_published(
     place, ok, run_cli, tmp_path, how
 ):
@@ -346,8 +402,6 @@ def test_what_lies_there_under_a_key_that_does_not_count_is_not_taken_for_publis
     if how == "replaced":
         ok("key", "rotate", root)  # signs before the keys are exchanged, and gives way again
     publish(ok, root, 1)
-    if how == "revoked":
-        ok("revoke", place.root, "north")
     ok("key", "rotate", root)
     if how != "never admitted":
         rotate = ("--rotate",) if how == "replaced" else ()

@@ -7,8 +7,17 @@ import shutil
 import pytest
 
 from merge_kit import publishing, signing, site, withdrawals
-from merge_kit.contributions import MANIFEST, PAYLOAD, SIGNATURE, folder_of
+from merge_kit.contributions import (
+    MANIFEST,
+    PAYLOAD,
+    SIGNATURE,
+    folder_of,
+    list_entries,
+    live,
+)
+from merge_kit.federation import BASE_WEIGHTS
 from merge_kit.files import canonical_json
+from merge_kit.payloads import check_payloads
 from merge_kit.schema import now
 from merge_kit.withdrawals import Withdrawal
 from tests.conftest import write_run, write_statistics
@@ -225,16 +234,36 @@ def test_a_contribution_that_replaces_anothers(field):
     assert merged.count('"state": "ready"') == 3
 
 
-def test_statistics_that_speak_of_anothers_vector(field):
+@pytest.mark.parametrize("unsigned", [False, True], ids=["its own name", "the victim's name"])
+def test_statistics_that_speak_of_anothers_vector(field, unsigned):
+    """Sound by themselves, and later than the victim's own: who speaks is all that is wrong."""
     for name, seed in (("north", 1), ("south", 2)):
         field.contribute(name, seed=seed, beside=["fisher"])
-    field.before("--method", "fisher")
-    joined = site.open_site(field.mallory().payload.parents[2])
+    options = ("--method", "fisher", *(["--allow-unsigned"] if unsigned else []))
+    field.before(*options)
+    (own,) = [c for c in there(field) if c.site == "north" and c.kind == "fisher"]
+    about = own.manifest.about
+    joined = site.open_site(field.root / "north") if unsigned else admitted(field)
     run = joined.root / "runs" / "forged"
     write_run(joined, run, seed=9)
-    about = field.north.manifest.payload.sha256
     write_statistics(joined, run, "fisher", seed=9, header={"about": about})
     (parcel,) = [p for p in publishing.prepare_all(joined, run, field.hub) if p.manifest.about]
-    manifest = field.altered(parcel, about=about)
-    field.put(manifest, parcel.payload, "mallory")
-    field.ignored("--method", "fisher")
+    manifest = field.altered(parcel, about=about, created_at="2027-01-01T00:00:00Z")
+    place = field.put(manifest, parcel.payload, joined.name)
+    if unsigned:
+        (field.hub.root / place / SIGNATURE).unlink()
+    assert manifest.created_at > own.manifest.created_at
+    (forged,) = [c for c in there(field) if c.id == manifest.id]
+    assert (forged.kind, forged.manifest.about) == ("fisher", about)
+    field.ignored(*options)
+
+
+def admitted(field):
+    return site.open_site(field.mallory().payload.parents[2])
+
+
+def there(field):
+    """What is sound on the hub, payloads too."""
+    federation = field.federation()
+    entries = list_entries(field.hub, federation)
+    return live(check_payloads(entries, federation, field.hub.fetch(BASE_WEIGHTS)))

@@ -9,8 +9,7 @@ import pickle
 import pytest
 import torch
 
-from merge_kit import signing, vector
-from merge_kit.contributions import MANIFEST, PAYLOAD, SIGNATURE, folder_of
+from merge_kit import vector
 from merge_kit.federation import FEDERATION_FILE, Policy
 from merge_kit.files import canonical_json
 from merge_kit.tensorfile import TensorFile, write_tensors
@@ -212,19 +211,3 @@ def test_a_compressed_vector_made_to_break_its_reader(field, kind):
     content, sentence = compressed(field, kind)
     field.signed_payload(content)
     field.refused(f"{field.payload}: tensor 'fc.weight' {sentence}", "mallory")
-
-
-def test_a_key_twice_in_a_manifest(field):
-    """Two readers could take two values from it."""
-    field.before()
-    parcel = field.mallory()
-    data = parcel.manifest.to_bytes()
-    twice = b'{"site":"north",' + data[1:]
-    signed = signing.sign(field.key("mallory"), signing.MANIFEST_CONTEXT, twice)
-    told = canonical_json({"key": signed.key, "signature": signed.signature})
-    place = folder_of(parcel.manifest)
-    field.hub.publish(place, {PAYLOAD: parcel.payload, SIGNATURE: told, MANIFEST: twice})
-    field.refused(
-        f"{place}/{MANIFEST} is not in canonical form: it was not written by merge-kit, or changed "
-        "afterwards.", "mallory",
-    )  # fmt: skip
