@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from merge_kit.federation import Federation
 from merge_kit.files import sha256_file
 from merge_kit.manifest import Kind
 from merge_kit.parameters import Role, roles_of, vector_specs
-from merge_kit.remembered import Checked, look
+from merge_kit.remembered import Checked, keep, look, recall
+from merge_kit.schema import Digest, Document, SiteName
 from merge_kit.tensorfile import TensorFile
 from merge_kit.tensorheader import TensorSpec
 
@@ -60,10 +62,22 @@ def check_payload(
     MergeKitError
         Names what is wrong; nothing of the payload may then be used.
     """
-    kind = contribution.kind
+    kind, begun = contribution.kind, time.time_ns()
     stated, where, path = contribution.manifest.payload, contribution.label, contribution.payload
     if path.stat().st_size != stated.size:
         raise _damaged(contribution)
+    sound = _Sound(
+        contract=federation.contract_hash,
+        site=contribution.site,
+        kind=kind,
+        about=contribution.manifest.about,
+        sha256=stated.sha256,
+        norm=stated.norm,
+    )
+    known = None if again else recall(path, _Sound)
+    if known and known[0] == sound:
+        check_policy(contribution.manifest, federation, where)
+        return known[1]
     try:
         file = TensorFile(path)
     except TensorFileError:
@@ -82,7 +96,19 @@ def check_payload(
             f"{where} has the norm {norm:.4g}, its manifest says {stated.norm:.4g}: it is refused."
         )
     check_policy(contribution.manifest, federation, where)
+    keep(path, checked, sound, begun)
     return checked
+
+
+class _Sound(Document):
+    """What a payload was found to be: not even its header is read again for it."""
+
+    contract: Digest
+    site: SiteName
+    kind: Kind
+    about: Digest | None
+    sha256: Digest
+    norm: float
 
 
 def _check_vector(

@@ -114,9 +114,22 @@ def look(
         return known, Checked(identity, remembered=True)
     found, checked = find(file), Checked(identity, remembered=False)
     check_unchanged(file, checked)
-    if place and max(identity[3::5] + identity[4::5]) + SETTLED <= begun:
-        _keep(place, identity, found)
+    keep(file.path, checked, found, begun)
     return found, checked
+
+
+def recall(path: Path, kind: type[F]) -> tuple[F, Checked] | None:
+    """What is remembered of the file at a path as it is now."""
+    identity, place = identity_of(os.stat(path)), _place(path, kind)
+    known = _recall(place, identity, kind) if place else None
+    return (known, Checked(identity, remembered=True)) if known else None
+
+
+def keep(path: Path, checked: Checked, found: Document, begun: int) -> None:
+    """Remember what was found in a file whose reading `begun` then (`time.time_ns`)."""
+    place, times = _place(path, type(found)), checked.identity[3::5] + checked.identity[4::5]
+    if place and max(times) + SETTLED <= begun:
+        _keep(place, checked.identity, found)
 
 
 def check_unchanged(file: Identified, checked: Checked) -> None:

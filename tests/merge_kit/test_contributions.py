@@ -751,3 +751,22 @@ def test_a_publisher_reads_its_own_entries_alone(hub, contribute, tmp_path):
     parcel = publishing.prepare(joined, tmp_path / "north" / "runs" / "seed3", recorded)
     assert parcel.replaces.site == "north"
     assert not [name for name in recorded.asked if "south" in name]
+
+
+def test_not_even_the_header_of_what_was_found_sound_is_read_again(
+    contribute, hub, only, check, reading, federation
+):
+    contribute("north")
+    settle(hub.root)
+    reading()
+    checked, times = reading()
+    assert (checked.remembered, times < 0.02) == (True, True)
+    other = federation.model_copy(update={"name": "another"})  # another contract: all is checked
+    with pytest.raises(BaseMismatchError, match="was made for the federation"):
+        reading(other)
+    found = only().contribution
+    payload = found.manifest.payload
+    more = payload.model_copy(update={"norm": 2 * payload.norm})
+    told = found.manifest.model_copy(update={"payload": more})
+    with pytest.raises(ContributionError, match="has the norm"):
+        check(replace(found, manifest=told))

@@ -88,7 +88,9 @@ def test_more_names_than_one_answer_has(hub, again, line, other, bucket):
     assert list(fresh.list("contributions/s")) == [f"e{n:04}" for n in range(1100)]
 
 
-@pytest.mark.parametrize("fault", [cut_download, status(503, "SlowDown"), flip], ids=str)
+@pytest.mark.parametrize(
+    "fault", [cut_download, status(503, "SlowDown"), flip], ids=["cut", "busy", "flipped"]
+)
 def test_a_fault_that_passes_is_not_noticed(hub, again, line, other, bucket, fault):
     publish(hub)
     put(other, bucket, "north//x")
