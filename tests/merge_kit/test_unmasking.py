@@ -193,7 +193,7 @@ def test_a_merged_model_without_weights_is_said(base, merged, tmp_path):
         ("{", " is not sound JSON: it was changed or damaged."),
         ("{}", ": the key 'format' is missing."),
         ('{"federation": {}}', ": the key 'format' is missing."),
-        ('{"base": "x", "base": "y"}', " is not sound JSON: it was changed or damaged."),
+        ('{"base": "x", "base": "y"}', " names the key 'base' twice: it is refused."),
     ],
     ids=["damaged", "plain", "of a hub", "twice"],
 )
