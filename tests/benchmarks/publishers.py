@@ -37,6 +37,8 @@ class Place:
     """How many files the storage holds by its own account, hidden ones too."""
     more: Callable[[], dict[str, int]] = dict
     """Further figures, at the end."""
+    port: int = 0
+    """Of the server itself, where it is asked for over a line that counts."""
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def objects(scratch: Path) -> Iterator[Place]:
                 "AWS_ENDPOINT_URL": line.url, "AWS_ALLOW_HTTP": "true",
                 "AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark",
             }  # fmt: skip
-            yield Place("s3://bucket/hub", files, more)
+            yield Place("s3://bucket/hub", files, more, port)
     finally:
         stop_server(process)
 

@@ -1,11 +1,13 @@
 """A hub with a thousand sites' contributions: what `status` and `pull` take.
 
-    python -m tests.benchmarks.thousand [--count 1000] [--backbone mobilenetv2_100]
+    python -m tests.benchmarks.thousand [--count 1000] [--backbone mobilenetv2_100] [--objects]
 
 The hub is a folder; each site has a key of its own and has signed a vector of random numbers of the
 backbone's size. `status` and `pull` are the real commands, each in a process of its own: for the
 first time, again when nothing has changed, and after one more site has published. The reference is
-``sha256sum`` on the same files: no command that has to read them all can be faster.
+``sha256sum`` on the same files: no command that has to read them all can be faster. With
+``--objects`` the same hub is then copied into a bucket of moto's S3 server on this machine, and
+pulled from there: what counts is how many requests that takes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from merge_kit.hub import FolderHub
 from merge_kit.manifest import Manifest, read_draft
 from merge_kit.site import Site, join
 from tests.benchmarks.process import measure
+from tests.benchmarks.publishers import objects
 from tests.conftest import write_run
+from tests.merge_kit.hub.objects.conftest import client
 
 
 def main() -> None:
@@ -35,12 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=1000, help="Sites. Default: 1000.")
     parser.add_argument("--backbone", default="mobilenetv2_100", help="A timm architecture.")
+    parser.add_argument("--objects", action="store_true", help="From an object store, too.")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        measure_all(Path(scratch), given.count, given.backbone)
+        measure_all(Path(scratch), given.count, given.backbone, in_store=given.objects)
 
 
-def measure_all(scratch: Path, count: int, backbone: str) -> None:
+def measure_all(scratch: Path, count: int, backbone: str, *, in_store: bool) -> None:
     """Everything, in a folder that takes two copies of the vectors."""
     hub, draw = _federation(scratch, backbone), _Drawn(scratch)
     sites = [f"site-{number:04d}" for number in range(count + 1)]
@@ -76,6 +81,20 @@ def measure_all(scratch: Path, count: int, backbone: str) -> None:
     draw.publish(hub, joined, sites[-1])
     for what, command in more:
         _print(what, command, environment)
+    if in_store:
+        _pull_from_store(hub.root, scratch, environment)
+
+
+def _pull_from_store(root: Path, scratch: Path, environment: dict[str, str]) -> None:
+    with objects(scratch) as place:
+        store, bucket = client(place.port), place.uri.split("/")[2]
+        for path in filter(Path.is_file, root.rglob("*")):
+            store.upload_file(str(path), bucket, f"hub/{path.relative_to(root)}")
+        environment = {**os.environ, "MERGE_KIT_CACHE": environment["MERGE_KIT_CACHE"]}
+        for what in ("pull of all", "pull again"):
+            before = place.more()["requests"]
+            _print(what, _command("pull", place.uri, scratch / "from-store"), environment)
+            print(f"  {place.more()['requests'] - before} requests", flush=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
