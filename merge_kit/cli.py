@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import sys
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 
 import click
 
@@ -106,7 +108,7 @@ class LazyGroup(click.Group):
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         try:
-            command: click.Command = getattr(importlib.import_module(module), attribute)
+            command: click.Command = getattr(_imported(module), attribute)
         except (ImportError, AttributeError) as error:
             raise MergeKitError(
                 f"'{cmd_name}' cannot be loaded ({error}): see 'merge-kit doctor'."
@@ -117,6 +119,19 @@ class LazyGroup(click.Group):
         """Print the table without importing anything."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+def _imported(module: str) -> ModuleType:
+    """Import a module for the first time without looking for garbage: torch brings hundreds of
+    thousands of objects that stay, and each look goes through all that are there."""
+    if module in sys.modules:
+        return sys.modules[module]
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class FewOfAKind(logging.Filter):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
-from merge_kit import site
+from merge_kit import cli, site
 from merge_kit.cli import COMMANDS
 from merge_kit.commands.options import pairs, typed_pairs
 from merge_kit.errors import UsageError
@@ -247,3 +249,13 @@ def test_an_unknown_method_is_answered_with_the_nearest(run_cli):
     result = run_cli("methods", "tise")
     assert result.exit_code == 2
     assert result.stderr == "Error: unknown method 'tise'; did you mean 'ties'?\n"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_command_is_imported_without_looking_for_garbage(tmp_path, monkeypatch, fails):
+    lines = ["import gc", "LOOKED = gc.isenabled()", *["raise ImportError('odd')"] * fails]
+    (tmp_path / f"imported_{fails}.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError) if fails else nullcontext():
+        assert cli._imported(f"imported_{fails}").LOOKED is False
+    assert gc.isenabled()
