@@ -1,5 +1,5 @@
-"""The program as a process of its own that is forked off one which has imported it already, so that
-a test that starts it many times does not wait for the same imports again and again."""
+"""Processes that are forked off one which has imported everything already, so that a test which
+starts many does not wait for the same imports again and again."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from pathlib import Path
 
 from merge_kit.cli import COMMANDS
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    sorted({place.partition(":")[0] for place, _ in COMMANDS.values()} | {"timm", "merge_kit.cli"})
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    sorted(
+        {place.partition(":")[0] for place, _ in COMMANDS.values()}
+        | {f"merge_kit.hub.{name}" for name in ("huggingface", "objects", "sftp")}
+        | {"timm", "merge_kit.cli"}
+    )
 )
 
 
 class Forked:
-    """A running command; what it says on stderr goes to a file."""
+    """A running command of the program; what it says on stderr goes to a file."""
 
     def __init__(self, arguments: Sequence[object], said: Path) -> None:
         self._said = said
         told = [str(argument) for argument in arguments]
-        self._process = _context.Process(target=_run, args=(told, dict(os.environ), str(said)))
+        self._process = CONTEXT.Process(target=_run, args=(told, dict(os.environ), str(said)))
         self._process.start()
 
     @property

@@ -101,20 +101,29 @@ def whole(out):
 
 
 def test_what_every_site_has_made_its_own_is_asked_about_its_own_images(cells, done, tmp_path):
-    (report,) = whole(done).glob("report-*")
-    found, expected = predicted(report, "sum-personal"), {}
+    """In every report of it: further experiments in the same folder have one each."""
+    (own,) = whole(done).glob("models/sum-personal-*")
+    table = next(done.glob("tables/*/all.csv"))
+    expected = {}
     for site in ("north", "south"):
-        (own,) = whole(done).glob(f"models/sum-personal-*/{site}")
-        (table,) = done.glob("tables/*/all.csv")
         assert run(
-            "evaluate", whole(done) / "hub", f"mine={own}", "--data", table, "--images", cells,
-            "--where", f"site={site}", "--out", tmp_path / site,
+            "evaluate", whole(done) / "hub", f"mine={own / site}", "--data", table, "--images",
+            cells, "--where", f"site={site}", "--out", tmp_path / site,
         ) == 0  # fmt: skip
         expected |= predicted(tmp_path / site, "mine")
-    assert found.keys() == expected.keys()
-    for file, row in found.items():
-        assert row == pytest.approx(expected[file], abs=1e-6)
-    assert found != predicted(report, "sum")
+    reports = [found for report in whole(done).glob("report-*") if (found := both(report))]
+    assert reports
+    for found, merged in reports:
+        assert found.keys() == expected.keys()
+        for file, row in found.items():
+            assert row == pytest.approx(expected[file], abs=1e-6)
+        assert found != merged
+
+
+def both(report):
+    """What is said of the images by the sites' own models, and by the merge that they come from."""
+    own = predicted(report, "sum-personal")
+    return (own, predicted(report, "sum")) if own else None
 
 
 def test_the_table_has_every_way_with_its_cost(done):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.merge_kit.hub.objects.conftest import ROOT
+from tests.forked import CONTEXT
+from tests.merge_kit.hub import publisher
 
 
 @dataclass(frozen=True)
@@ -25,37 +26,55 @@ class Story:
     """From the start to the end of the attempt that went through."""
 
 
-def start(uri: str, folder: str, payload: Path) -> subprocess.Popen[str]:
-    """A publisher that waits for its signal to begin."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.merge_kit.hub.publisher", uri, folder, str(payload)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout
-    assert process.stdout.readline() == "ready\n"
-    return process
+class Publisher:
+    """One that waits for its signal to begin."""
+
+    def __init__(self, uri: str, folder: str, payload: Path) -> None:
+        self._line, there = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(
+            target=publisher.main, args=(uri, folder, payload, there, dict(os.environ))
+        )
+        self._process.start()
+        there.close()
+        assert self._said() == "ready"
+
+    def begin(self) -> None:
+        """Let it publish."""
+        self._line.send(None)
+
+    def signal(self, number: int) -> None:
+        """SIGKILL, or what a keyboard sends."""
+        assert self._process.pid
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(self._process.pid, number)
+
+    def end(self, patience: float = 120) -> tuple[int, str]:
+        """Wait for its end: the exit status, negative for a signal, and what it said last."""
+        assert self._line.poll(patience), "it does not end"
+        said = self._said()
+        self._process.join(patience)
+        assert self._process.exitcode is not None, "it does not end"
+        return self._process.exitcode, said
+
+    def _said(self) -> str:
+        try:
+            return str(self._line.recv())
+        except EOFError:  # killed
+            return ""
 
 
-def begin(process: subprocess.Popen[str]) -> None:
-    """Let it publish."""
-    assert process.stdin
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def end(process: subprocess.Popen[str], patience: float = 120) -> str:
-    """Wait until it has published; what it said."""
-    said, faults = process.communicate(timeout=patience)
-    assert process.returncode == 0, faults
-    return said.strip()
+def publish(one: Publisher) -> None:
+    """Let it publish, and wait until it has."""
+    one.begin()
+    status, said = one.end()
+    assert status == 0, said
 
 
 def unbroken(uri: str, payload: Path) -> float:
     """Seconds that one publication takes when nobody else publishes."""
-    process = start(uri, "contributions/first/alone", payload)
+    one = Publisher(uri, "contributions/first/alone", payload)
     begun = time.monotonic()
-    begin(process)
-    end(process)
+    publish(one)
     return time.monotonic() - begun
 
 
@@ -69,29 +88,28 @@ def publish_all(
     """
     rng = random.Random(seed)
     delays = [rng.uniform(0, window) if n < doomed else None for n in range(len(payloads))]
-    waiting = [start(uri, f"contributions/s{n}/e", path) for n, path in enumerate(payloads)]
+    waiting = [Publisher(uri, f"contributions/s{n}/e", path) for n, path in enumerate(payloads)]
     stories: dict[int, Story] = {}
     faults: list[str] = []
 
-    def go(number: int, process: subprocess.Popen[str], delay: float | None) -> None:
+    def go(number: int, one: Publisher, delay: float | None) -> None:
         kills, begun = 0, time.monotonic()
         try:
-            begin(process)
             if delay is not None:
+                one.begin()
                 time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-                process.communicate(timeout=60)
-                kills = int(process.returncode == -signal.SIGKILL)
-                process = start(uri, f"contributions/s{number}/e", payloads[number])
-                begin(process)
-            end(process)
+                one.signal(signal.SIGKILL)
+                status, _ = one.end(60)
+                kills = int(status == -signal.SIGKILL)
+                one = Publisher(uri, f"contributions/s{number}/e", payloads[number])
+            publish(one)
         except Exception as error:  # a thread's own error would be lost
             faults.append(f"publisher {number}: {error}")
         stories[number] = Story(kills, time.monotonic() - begun)
 
     threads = [
-        threading.Thread(target=go, args=(n, process, delay))
-        for n, (process, delay) in enumerate(zip(waiting, delays, strict=True))
+        threading.Thread(target=go, args=(n, one, delay))
+        for n, (one, delay) in enumerate(zip(waiting, delays, strict=True))
     ]
     for thread in threads:
         thread.start()

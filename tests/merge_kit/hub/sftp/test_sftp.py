@@ -13,7 +13,7 @@ from merge_kit.errors import HubError
 from merge_kit.remembered import VARIABLE
 from tests.merge_kit.helpers import listing, says
 from tests.merge_kit.hub.contract import ENTRY, FILE, RemoteContract, digest_of, publish
-from tests.merge_kit.hub.killing import begin, publish_all, start, unbroken
+from tests.merge_kit.hub.killing import Publisher, publish_all, unbroken
 from tests.merge_kit.hub.sftp.sshd import running
 
 PAYLOAD = f"{ENTRY}/payload.safetensors"
@@ -213,13 +213,13 @@ def test_publishers_that_are_killed_and_started_again_leave_whole_entries(
 def test_an_interrupted_publisher_removes_what_it_has_sent(place, root, tmp_path):
     path = tmp_path / "large"
     path.write_bytes(bytes(100_000_000))
-    process = start(place.uri, ENTRY, path)
-    begin(process)
+    one = Publisher(place.uri, ENTRY, path)
+    one.begin()
     folder, deadline = root / "contributions" / "north", time.monotonic() + 60
     while not any(folder.glob(".abc.*/payload.safetensors")):
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    one.signal(signal.SIGINT)
+    _, said = one.end(60)
     assert "KeyboardInterrupt" in said
     assert listing(folder) == []
