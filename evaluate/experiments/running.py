@@ -8,20 +8,23 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TextIO
 
 from evaluate.experiments.jobs import Fold, Job
 from evaluate.processes import Group
+from merge_kit.cli import COMMANDS, main
 from merge_kit.errors import ExperimentError, UsageError
 from merge_kit.files import write_atomic
 
 DONE = "done"
 _LOG_LINES = 12
+_THREADS = "OMP_NUM_THREADS"
 _POLL = 0.5
 """Seconds between looks at what other machines have done."""
 
@@ -104,8 +107,6 @@ def _shared_out(folds: Sequence[Fold], here: Group) -> dict[tuple[Path, str], Jo
 
 def _run_one(root: Path, job: Job, device: str | None) -> float:
     """In a worker: the command, all that it says in a file of its own."""
-    from merge_kit.cli import main
-
     started, log = time.monotonic(), root / "log" / f"{job.key}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     on = ("--device", device) if device and job.argv[0] in _WITH_DEVICE else ()
@@ -152,24 +153,36 @@ _WITH_DEVICE = ("finetune", "calibrate", "restore", "rounds", "tune", "evaluate"
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that load torch once and share the cores out."""
-    variable = "OMP_NUM_THREADS"
-    before = os.environ.get(variable)
-    os.environ.setdefault(variable, str(max(1, (os.cpu_count() or 1) // jobs)))
-    try:
-        with ProcessPoolExecutor(
-            jobs, multiprocessing.get_context("spawn"), initializer=_stand_alone
-        ) as pool:
-            yield pool
-    finally:
-        if before is None:
-            del os.environ[variable]
-
-
-def _stand_alone() -> None:
-    """A command that a worker runs has no part in what torchrun started."""
+    """Processes that share the cores out, and one load of torch where the system lets them."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {_THREADS: threads, **os.environ}
+    # A command that a worker runs has no part in what torchrun started.
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
+        environment.pop(name, None)
+    with ProcessPoolExecutor(
+        jobs, _context(), initializer=_settle, initargs=(environment,)
+    ) as pool:
+        yield pool
+
+
+def _context() -> BaseContext:
+    """How workers start: forked off a process that has only imported, else on their own."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        sorted({place.partition(":")[0] for place, _ in COMMANDS.values()})
+    )
+    return context
+
+
+def _settle(environment: Mapping[str, str]) -> None:
+    """In a worker: what holds here, not what held when torch was loaded."""
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment[_THREADS].partition(",")[0]))
 
 
 def _short(job: Job) -> str:
