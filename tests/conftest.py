@@ -55,10 +55,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.name != "test_the_day_of_each_role_runs_as_written")
 
 
+def pytest_configure() -> None:
+    """What is imported now stays: nobody need look for garbage in it."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """What has been imported stays: libraries that collect garbage need not look through it."""
+    """Nor does whoever looks for garbage later."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
