@@ -47,6 +47,9 @@ from merge_kit.tensorfile import TensorFile, read_all, write_tensors
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 CLASSES = ("round", "lobed", "granular")
+MEMORY = Path("/dev/shm")
+ROOM = 4_000_000_000
+"""Bytes; a whole run takes a tenth of it."""
 
 
 @pytest.hookimpl(trylast=True)
@@ -56,7 +59,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """What is imported now stays: nobody need look for garbage in it."""
+    """Write to memory where there is room, as a disk takes its time for each flush and removal, and
+    look for no garbage among what is imported now, which stays."""
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     gc.disable()
 
 
