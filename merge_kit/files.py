@@ -238,7 +238,10 @@ def _locked(handle: int, lock: Path) -> bool:
     except OSError:
         return True  # a file system without locks must do without
     # Whoever held the lock has removed its file: what was opened may not be there any more.
-    return lock.exists() and os.path.samestat(os.fstat(handle), lock.stat())
+    try:
+        return os.path.samestat(os.fstat(handle), lock.stat())
+    except FileNotFoundError:
+        return False
 
 
 def sync_folder(folder: Path) -> None:
