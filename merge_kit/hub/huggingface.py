@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from merge_kit.errors import HubError
 from merge_kit.hub.base import SMALL, changed_meanwhile, check_name, is_plain
-from merge_kit.hub.commits import Found, Operation
+from merge_kit.hub.commits import Done, Found, Operation
 from merge_kit.hub.remote import RemoteHub
 from merge_kit.hub.repository import Repository, named
 
@@ -47,7 +48,7 @@ class HuggingFaceHub(RemoteHub):
 
     def at(self, revision: str) -> HuggingFaceHub:
         """The same hub as it would be at a revision, to be read alone."""
-        there, commit = HuggingFaceHub(self.repository), self.repository.commits(revision)[0]
+        there, commit = HuggingFaceHub(self.repository), self.repository.commits(revision)[0][0]
         there._pinned = commit
         return there
 
@@ -59,8 +60,8 @@ class HuggingFaceHub(RemoteHub):
         """What a pull request's revision adds, changes and removes, by path, since it left what is
         there now: ``added``, ``changed``, ``removed``."""
         main, own = (
-            set(self.repository.commits(self.repository.head())),
-            (self.repository.commits(revision)),
+            [commit for commit, _ in self.repository.commits(at)]
+            for at in (self.repository.head(), revision)
         )
         begun = next((commit for commit in own if commit in main), None)
         before = self.repository.files(begun) if begun else {}
@@ -109,6 +110,8 @@ class HuggingFaceHub(RemoteHub):
     def publish(self, folder: str, files: Mapping[str, Path | bytes]) -> bool:
         """Put a whole folder in place with one commit; False when it is there already.
 
+        A commit of somebody who was killed before it was compared is compared, and mended, now.
+
         Raises
         ------
         HubError
@@ -117,10 +120,11 @@ class HuggingFaceHub(RemoteHub):
         paths = {f"{folder}/{name}": content for name, content in files.items()}
         for path in (folder, *paths):
             check_name(path)
-        last = list(paths)[-1]
-        if last in self.repository.files(self.repository.head(), folder):
+        last, title, head = list(paths)[-1], f"Add {folder}", self.repository.head()
+        there = self.repository.files(head, folder)
+        sent = self._sent(title, head) if self._is_damaged(there, paths) else None
+        if last in there and sent is None:
             return False
-        title = f"Add {folder}"
         if self._by_pull_request and (waiting := self._waiting(title, folder, paths)):
             self.proposed[folder] = waiting
             return True
@@ -129,7 +133,11 @@ class HuggingFaceHub(RemoteHub):
             def plan(head: str) -> Sequence[Operation] | None:
                 return None if last in self.repository.files(head, folder) else additions
 
-            done = self.repository.change(title, plan, pull_request=self._by_pull_request)
+            if sent:
+                commit, before = sent
+                done = self.repository.compared(title, before, Done(commit, False), additions)
+            else:
+                done = self.repository.change(title, plan, pull_request=self._by_pull_request)
         self._seen = None
         if done.pull_request:
             self.proposed[folder] = done.pull_request
@@ -139,6 +147,25 @@ class HuggingFaceHub(RemoteHub):
                 f"the repository's .gitignore, remove {folder}, and publish again."
             )
         return done.ours
+
+    def _is_damaged(self, there: Mapping[str, Found], paths: Mapping[str, Path | bytes]) -> bool:
+        """Whether an entry is not the one that is to be published, but may be what a line has made
+        of it: that changes names and small files. A commit that names another large file is refused
+        on its way, so such a file is another's, and stays."""
+        if self._by_pull_request or not there:
+            return False
+        others = [p for p, content in paths.items() if p in there and not there[p].is_of(content)]
+        if not others and there.keys() == paths.keys():
+            return False
+        return all(there[path].digest.startswith("git:") for path in others)
+
+    def _sent(self, title: str, head: str) -> tuple[str, str] | None:
+        """The latest commit of this title, and the one that it lies on."""
+        commits = self.repository.commits(head)
+        for (commit, told), (before, _) in pairwise(commits):
+            if told == title:
+                return commit, before
+        return None
 
     def _waiting(self, title: str, folder: str, paths: Mapping[str, Path | bytes]) -> str | None:
         """The address of an open pull request with exactly these files."""

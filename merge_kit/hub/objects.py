@@ -25,7 +25,7 @@ from obstore.exceptions import (
     PreconditionError,
 )
 
-from merge_kit.errors import HubError
+from merge_kit.errors import HubError, UnreachableError
 from merge_kit.files import sha256_bytes, sha256_file, storage_errors
 from merge_kit.hub.base import SMALL, changed_meanwhile, check_name, is_plain
 from merge_kit.hub.objecterrors import explained, timed_out, unconditional
@@ -285,19 +285,37 @@ class ObjectHub(RemoteHub):
         raise changed_meanwhile(f"{self.uri}/{name}")
 
     def _check_same(self, folder: str, name: str, content: Path | bytes) -> None:
-        """Refuse what lies there in the place of a file when its bytes are others."""
-        size, _ = self._found(f"{folder}/{name}")
-        if size == content_size(content):
-            ours = sha256_bytes(content) if isinstance(content, bytes) else sha256_file(content)
-            digest = hashlib.sha256()
-            for piece in self._pieces(f"{folder}/{name}", size):
-                digest.update(piece)
-            if ours == f"sha256:{digest.hexdigest()}":
+        """Refuse what lies there in the place of a file when its bytes are others.
+
+        A reading may have been damaged on its way: it accuses only where a second one is the same.
+        """
+        where, seen = f"{folder}/{name}", None
+        digest = sha256_bytes(content) if isinstance(content, bytes) else sha256_file(content)
+        ours = (content_size(content), digest)
+        for attempt in range(_TRIES):
+            before, seen = seen, self._bytes_of(where, ours[0])
+            if seen == ours:
                 return
-        raise HubError(
-            f"{self.uri}/{folder}/{name} is there already with other bytes: ask the coordinator to "
-            "remove this folder, then publish again."
+            if seen == before:
+                raise HubError(
+                    f"{self.uri}/{where} is there already with other bytes: ask the coordinator to "
+                    "remove this folder, then publish again."
+                )
+            self._wait(attempt)
+        raise UnreachableError(
+            f"{self.uri}/{where} arrives with other bytes each time: the connection damages them; "
+            "take another one, then publish again."
         )
+
+    def _bytes_of(self, name: str, expected: int) -> tuple[int, str]:
+        """Size and digest of what lies there; no digest where the size is another one."""
+        size, _ = self._found(name)
+        if size != expected:
+            return size, ""
+        digest = hashlib.sha256()
+        for piece in self._pieces(name, size):
+            digest.update(piece)
+        return size, f"sha256:{digest.hexdigest()}"
 
     def _check_refusal(self, target: str, step: str) -> None:
         """Refuse a storage that would overwrite; each step is tried once, on a hidden file."""

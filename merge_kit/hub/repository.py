@@ -237,9 +237,7 @@ class Repository:
                 if made.oid == head:  # the library found nothing new, as somebody has undone it
                     raise changed_meanwhile(self.uri)
                 done = Done(made.pr_revision or made.oid, True, made.pr_url)
-                if wrong := self._wrong(done.revision, operations):
-                    return self._mended(message, head, done, operations, wrong, mends)
-                return done
+                return self.compared(message, head, done, operations, mends)
             if time.monotonic() > end:
                 raise HubError(
                     f"others are always faster with {self.uri}: run the same command again "
@@ -247,6 +245,20 @@ class Repository:
                 )
             time.sleep(wait + random.uniform(0, bound))
             bound = min(2 * bound, LONGEST_PAUSE)
+
+    def compared(
+        self, message: str, before: str, done: Done, operations: Sequence[Operation],
+        mends: int = MENDS,
+    ) -> Done:  # fmt: skip
+        """What becomes of a commit on top of `before`: where the line has changed it, it is mended.
+
+        Raises
+        ------
+        HubError
+            See `change`.
+        """
+        wrong = self._wrong(done.revision, operations)
+        return self._mended(message, before, done, operations, wrong, mends) if wrong else done
 
     def _wrong(self, revision: str, operations: Sequence[Operation]) -> list[Operation]:
         """Those of the operations that have not come out as they were meant."""
@@ -327,10 +339,10 @@ class Repository:
                 "its settings first, or choose another name."
             )
 
-    def commits(self, revision: str) -> list[str]:
-        """The commits that lead to a revision, the latest first."""
+    def commits(self, revision: str) -> list[tuple[str, str]]:
+        """The commits that lead to a revision, with their titles, the latest first."""
         found = self._ask(lambda: self._api.list_repo_commits(self.name, revision=revision))
-        return [str(one.commit_id) for one in found]
+        return [(str(one.commit_id), one.title) for one in found]
 
     def pull_requests(self) -> list[tuple[str, str, str]]:
         """Title, revision and address of each that is open."""

@@ -4,6 +4,8 @@ it is not, and nothing ends in a traceback."""
 from __future__ import annotations
 
 import base64
+import threading
+from signal import SIGKILL
 
 import pytest
 from starlette.responses import Response
@@ -11,8 +13,9 @@ from starlette.responses import Response
 from merge_kit.errors import HubError, UnreachableError
 from tests.merge_kit.helpers import says
 from tests.merge_kit.hub.contract import ENTRY, FILE, digest_of, publish
-from tests.merge_kit.hub.huggingface.conftest import NAME, opened
+from tests.merge_kit.hub.huggingface.conftest import NAME, opened, uri_of
 from tests.merge_kit.hub.huggingface.test_faults import Clock
+from tests.merge_kit.hub.killing import Publisher
 from tests.merge_kit.hub.objects.proxy import Answer, Proxy, status
 
 PAYLOAD = f"{ENTRY}/payload.safetensors"
@@ -150,6 +153,48 @@ def test_a_commit_that_arrived_damaged_is_mended(server, line, hub, change):
     assert len(others) == 3
     assert {path: data for path, data in there.items() if path not in others} == FILES
     assert titles(server)[1:] == [f"Add {ENTRY}", f"Mend: Add {ENTRY}"]
+
+
+def killed_after_its_commit(server, line, tmp_path, monkeypatch, change):
+    """A publisher whose commit the line has changed, and who is killed before it hears of it."""
+    old, new = CHANGES[change]
+    (tmp_path / "payload").write_bytes(b"payload")
+    monkeypatch.setenv("HF_ENDPOINT", line.url)
+    one, ended = Publisher(uri_of(line), ENTRY, tmp_path / "payload"), threading.Event()
+
+    def fault(handler, request):
+        changed(old, new)(handler, request)
+        handler.server.proxy.ask(request)
+        one.signal(SIGKILL)
+        one.end()
+        ended.set()
+        return True
+
+    with line.faulty("POST .*/commit/", fault, times=1):
+        one.begin()
+        assert ended.wait(60)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_commit_that_nobody_compared_is_mended_by_the_next_run(
+    server, line, hub, tmp_path, monkeypatch, change
+):
+    killed_after_its_commit(server, line, tmp_path, monkeypatch, change)
+    assert files(server) != FILES
+    publish(opened(server), folder="contributions/other/e")
+    assert publish(hub) is True
+    assert {path: data for path, data in files(server).items() if "other" not in path} == FILES
+    assert titles(server) == [f"Add {ENTRY}", "Add contributions/other/e", f"Mend: Add {ENTRY}"]
+    assert publish(hub) is False
+    assert len(titles(server)) == 3
+
+
+def test_what_was_removed_is_not_taken_for_damage(server, line, hub):
+    """A withdrawal takes the tensors back, and what is there then was never changed by a line."""
+    publish(hub)
+    hub.remove(PAYLOAD)
+    assert publish(opened(server)) is False
+    assert PAYLOAD not in files(server)
 
 
 def test_what_others_do_while_a_commit_is_mended_stays(server, line, hub):

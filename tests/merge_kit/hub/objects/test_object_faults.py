@@ -75,6 +75,19 @@ def test_a_storage_that_says_it_cannot_refuse_is_refused(line, hub, large, keys,
 # Lines that break
 
 
+def another_each_time():
+    """Answers whose first byte is another one each time."""
+    numbers = iter(range(256))
+
+    def fault(handler, request):
+        answer = handler.server.proxy.ask(request)
+        answer.body = bytes([next(numbers)]) + answer.body[1:]
+        handler.answer(answer)
+        return True
+
+    return fault
+
+
 def parting(sent):
     """Where large publications begin to differ: what comes before is tested by small ones."""
     return next((n for n, request in enumerate(sent) if ".payload" in request), 0)
@@ -175,6 +188,32 @@ def test_a_download_that_is_damaged_is_refused_and_not_kept(line, hub, large, ag
     ):
         fresh.fetch(PAYLOAD, digest_of(LARGE))
     assert fresh.fetch(PAYLOAD, digest_of(LARGE)).read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("damaged", [1, 3])
+def test_a_damaged_reading_accuses_nobody_when_a_publication_goes_on(
+    line, hub, other, bucket, keys, damaged
+):
+    """What a killed publisher has left is read again before it is called another's."""
+    other.put_object(Bucket=bucket, Key=f"some/folder/{PAYLOAD}", Body=b"payload")
+    with line.faulty(f"GET .*{PAYLOAD}", another_each_time(), times=damaged):
+        assert publish(hub) is True
+    assert keys() == WHOLE
+
+
+def test_readings_that_are_always_damaged_are_named(line, hub, again, other, bucket, keys):
+    other.put_object(Bucket=bucket, Key=f"some/folder/{PAYLOAD}", Body=b"payload")
+    with (
+        line.faulty(f"GET .*{PAYLOAD}", another_each_time()),
+        says(
+            UnreachableError,
+            f"{hub.uri}/{PAYLOAD} arrives with other bytes each time: the connection damages "
+            "them; take another one, then publish again.",
+        ),
+    ):
+        publish(hub)
+    assert publish(again()) is True
+    assert keys() == WHOLE
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_mixed(line, hub, large, other, bucket):
