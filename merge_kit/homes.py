@@ -175,16 +175,23 @@ def leave(hub: Hub, federation: Federation, site: str) -> Shelf | None:
     return None
 
 
-def hubs_of(hub: Hub, federation: Federation, site: str) -> list[Hub]:
-    """Where the contributions of a site lie: on its own hub, if it has one, and the federation's.
+def hub_of(hub: Hub, federation: Federation, site: str) -> SiteHub | None:
+    """The hub that a site has of its own, opened; None where it has none.
 
     Raises
     ------
     SiteUnreachableError
-        The site's own hub cannot be opened.
+        It cannot be opened.
     """
     own = own_hubs(hub, federation, site)
-    return [*(open_own(name, address) for name, address in own.items()), hub]
+    return open_own(site, own[site]) if own else None
+
+
+def hubs_of(hub: Hub, federation: Federation, site: str) -> list[Hub]:
+    """Where the contributions of a site lie: on its own hub, if it has one, and the federation's;
+    raises as `hub_of`."""
+    own = hub_of(hub, federation, site)
+    return [own, hub] if own else [hub]
 
 
 def read_shelves(
