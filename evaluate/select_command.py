@@ -32,16 +32,15 @@ from merge_kit.commands.merging_options import (
     recipe_options,
     weights_of,
 )
-from merge_kit.commands.options import next_step, pairs, shown
+from merge_kit.commands.options import next_step, opened_federation, pairs, shown
 from merge_kit.contributions import list_entries
 from merge_kit.devices import CPU, Device
 from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.files import write_atomic
-from merge_kit.hub import open_hub
+from merge_kit.homes import unasked
 from merge_kit.material import opened as opened_material
 from merge_kit.recipe import Recipe
-from merge_kit.site import federation_on
 from merge_kit.yamlfile import yaml_value
 
 TABLE = "selection.json"
@@ -138,8 +137,7 @@ def select(
     _check_recipe(out_recipe, replace=replace)
     if out:
         writing.check_target(out, replace=replace)
-    opened = open_hub(hub)
-    federation = federation_on(opened)
+    opened, federation = opened_federation(hub)
     chosen_device = choose_device(device)
     # A GPU that was found, not named, must not change what is merged.
     merging_device = devices.choose(device) if device.startswith("cuda") else CPU
@@ -154,7 +152,7 @@ def select(
     cases = selection.validation_cases(cases, split, str(data))
     base = opened.fetch(BASE_WEIGHTS)
     arrived = gather(
-        list_entries(opened, federation),
+        list_entries(opened, federation, without=unasked(federation, sites, exclude)),
         federation,
         base,
         start,

@@ -26,14 +26,13 @@ from merge_kit.commands.merging_options import (
     recipe_options,
     weights_of,
 )
-from merge_kit.commands.options import next_step, pairs, shown
+from merge_kit.commands.options import next_step, opened_federation, pairs, shown
 from merge_kit.contributions import list_entries
 from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.files import write_atomic
-from merge_kit.hub import open_hub
+from merge_kit.homes import unasked
 from merge_kit.material import opened as opened_material
-from merge_kit.site import federation_on
 
 _STEPS = {"entropy": 500, "labels": 100}
 
@@ -121,8 +120,7 @@ def tune(
         raise UsageError(
             f"{out_recipe} exists already: choose another --out-recipe, or pass --replace."
         )
-    opened, chosen = open_hub(hub), choose_device(device)
-    federation = federation_on(opened)
+    (opened, federation), chosen = opened_federation(hub), choose_device(device)
     if federation.multi_label:
         raise UsageError(
             "tune is for images of one class each, and those of this federation may have several: "
@@ -131,7 +129,7 @@ def tune(
     cases = _cases(federation, goal, split, data, images, mapping, where)
     base = opened.fetch(BASE_WEIGHTS)
     arrived = gather(
-        list_entries(opened, federation),
+        list_entries(opened, federation, without=unasked(federation, sites, exclude)),
         federation,
         base,
         start,

@@ -29,19 +29,20 @@ from finetune.synthesising import Synthetic, able, make, save, taught
 from finetune.teachers import Teacher, absent_teachers, other_teacher, site_teachers
 from merge_kit import distilled, merging
 from merge_kit.commands.merging_options import contribution_options
-from merge_kit.commands.options import next_step, pairs, shown
+from merge_kit.commands.options import next_step, opened_federation, pairs, shown
 from merge_kit.contributions import Contribution, Entry, list_entries
 from merge_kit.errors import UsageError
 from merge_kit.federation import BASE_WEIGHTS, Federation, Preprocessing
 from merge_kit.files import canonical_json, sha256_bytes
-from merge_kit.hub import Hub, open_hub
+from merge_kit.homes import unasked
+from merge_kit.hub import Hub
 from merge_kit.manifest import Kind
 from merge_kit.payloads import check_payloads
 from merge_kit.predictionsfile import digest_of as digest_of_images
 from merge_kit.provenance import DistilRecord, OtherTeacher, OwnImages, StatedTeacher, Synthesised
 from merge_kit.recipe import DISTILL
 from merge_kit.remembered import cache_folder
-from merge_kit.site import base_folder, federation_on
+from merge_kit.site import base_folder
 from merge_kit.writing import check_target
 
 CHECKPOINT = "checkpoint.pt"
@@ -133,8 +134,7 @@ def distill(
     check_target(target, replace=replace)
     told = with_images(read_distillation(recipe), data, synthesise)
     _check(told, student, save_images, for_data=bool(where) or skip_unreadable)
-    opened = open_hub(hub)
-    federation = federation_on(opened)
+    opened, federation = opened_federation(hub)
     if federation.multi_label:
         raise UsageError(
             "distillation is for images of one class each: in a federation of findings merge "
@@ -321,7 +321,9 @@ def _arrived(
     if without_sites:
         return _Arrived()
     with Console(stderr=True).status("checking what has arrived"):
-        wanted = [entry for entry in list_entries(hub, federation) if entry.kind in _TEACH]
+        left_out = unasked(federation, sites, exclude)
+        there = list_entries(hub, federation, without=left_out)
+        wanted = [entry for entry in there if entry.kind in _TEACH]
         checked = check_payloads(wanted, federation, hub.fetch(BASE_WEIGHTS))
     found, refused = merging.choose(
         checked,
@@ -330,6 +332,7 @@ def _arrived(
         sites=sites,
         exclude=exclude,
         kinds=_TEACH,
+        unasked=left_out,
     )
     for entry in refused:
         click.echo(f"Left out: {entry.problem}", err=True)

@@ -13,11 +13,10 @@ from finetune.network import choose_device
 from finetune.standing_in import labelled_images, own_moments
 from merge_kit import reheading
 from merge_kit.commands.merging_options import contribution_options
-from merge_kit.commands.options import next_step, shown, typed_pairs
+from merge_kit.commands.options import next_step, opened_federation, shown, typed_pairs
 from merge_kit.errors import UsageError
-from merge_kit.hub import open_hub
 from merge_kit.schema import parse
-from merge_kit.site import base_folder, federation_on
+from merge_kit.site import base_folder
 from merge_kit.solving import HeadOptions
 from merge_kit.writing import check_target
 
@@ -73,8 +72,7 @@ def head(
     """
     check_target(out, replace=replace)
     options = parse(HeadOptions, typed_pairs(option, "--option"), "--option", UsageError)
-    opened = open_hub(hub)
-    federation = federation_on(opened)
+    opened, federation = opened_federation(hub)
     labelled = None
     if data is not None:
         cases = table_cases(

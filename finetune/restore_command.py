@@ -17,15 +17,13 @@ from finetune.pixels import decode
 from finetune.progress import Progress
 from merge_kit import restoring
 from merge_kit.commands.merging_options import contribution_options
-from merge_kit.commands.options import next_step, pairs, shown
+from merge_kit.commands.options import next_step, opened_federation, pairs, shown
 from merge_kit.configuration import read_config
 from merge_kit.errors import UsageError, VectorError
 from merge_kit.federation import preprocessing_of
-from merge_kit.hub import open_hub
 from merge_kit.normstats import NormSums
 from merge_kit.provenance import NormRecord, PlainProvenance, Provenance
 from merge_kit.reheading import find_measured, find_model
-from merge_kit.site import federation_on
 from merge_kit.writing import check_target
 
 
@@ -90,8 +88,7 @@ def restore(
         cases = _cases(images, data, where, split)
         sums, norms = _measured_here(model, record, cases, device, skip_unreadable)
     else:
-        opened = open_hub(hub)
-        federation = federation_on(opened)
+        opened, federation = opened_federation(hub)
         with Console(stderr=True).status("checking what has arrived"):
             about = find_model(opened, federation, model).backbone
             found, refused = find_measured(

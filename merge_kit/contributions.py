@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 
-from merge_kit import signing, vector
+from merge_kit import homes, signing, vector
 from merge_kit.blocks import in_order
 from merge_kit.errors import (
     ContributionError,
     MergeKitError,
     SignatureError,
+    SiteUnreachableError,
     UnreachableError,
 )
 from merge_kit.federation import Federation
-from merge_kit.hub import READERS, FolderHub, Hub, places
+from merge_kit.hub import READERS, FolderHub, Hub
 from merge_kit.manifest import Kind, Manifest, parse_manifest
 from merge_kit.policies import breach
 from merge_kit.remembered import Checked
 from merge_kit.withdrawals import ROOT as WITHDRAWALS
-from merge_kit.withdrawals import Tombstone, read_tombstones
+from merge_kit.withdrawals import Tombstone
 
 PAYLOAD = "payload.safetensors"
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
-ROOT = "contributions"
+ROOT = homes.CONTRIBUTIONS
 
 
 class Trust(Enum):
@@ -116,24 +118,76 @@ def folder_of(manifest: Manifest) -> str:
     return f"{ROOT}/{manifest.site}/{manifest.id}"
 
 
-def list_entries(hub: Hub, federation: Federation, site: str | None = None) -> list[Entry]:
-    """Every contribution on the hub, or those of one site, with manifest and signature checked,
-    sorted by id.
+def list_entries(
+    hub: Hub,
+    federation: Federation,
+    site: str | None = None,
+    *,
+    without: Collection[str] | None = None,
+    missing: MutableMapping[str, str] | None = None,
+) -> list[Entry]:
+    """Every contribution on the hub and on the sites' own hubs, or those of one site, with manifest
+    and signature checked, sorted by id.
 
     Payloads are not read: `payloads.check_payload` does. What a site has withdrawn is
-    `Entry.withdrawn`.
+    `Entry.withdrawn`. For `without` and `missing` see `homes.read_shelves`.
+
+    Raises
+    ------
+    UnreachableError
+        The hub cannot be asked, or a site's own.
     """
-    return sorted(walk_entries(hub, federation, site), key=lambda entry: entry.id)
+    found = walk_entries(hub, federation, site, without=without, missing=missing)
+    return sorted(found, key=lambda entry: entry.id)
 
 
-def walk_entries(hub: Hub, federation: Federation, site: str | None = None) -> Iterator[Entry]:
-    """The same one after the other, as the hub names them; a few are read ahead."""
-    tombstones = read_tombstones(hub, federation.contract_hash, site)
+def walk_entries(
+    hub: Hub,
+    federation: Federation,
+    site: str | None = None,
+    *,
+    without: Collection[str] | None = None,
+    missing: MutableMapping[str, str] | None = None,
+) -> Iterator[Entry]:
+    """The same one after the other, as the hubs name them; a few are read ahead."""
+    shelves = homes.read_shelves(hub, federation, site, without=without, missing=missing)
+    tombstones = homes.all_tombstones(hub, federation, shelves, site)
 
-    def look(place: tuple[str, str]) -> Entry:
-        return entry_at(hub, federation, *place, tombstones.get(place))
+    def look(place: homes.Place) -> Entry | None:
+        owner, name, hubs = place
+        try:
+            return entry_among(hubs, federation, owner, name, tombstones.get((owner, name)))
+        except SiteUnreachableError as error:
+            if missing is None:
+                raise
+            missing[owner] = str(error)
+            return None
 
-    return in_order(look, places(hub, ROOT, site), READERS)
+    there = in_order(look, homes.all_places(hub, shelves, site), READERS)
+    refused = (
+        Entry(shelf.site, place, None, problem)
+        for shelf in shelves
+        for place, problem in shelf.refusals()
+    )
+    return chain(filter(None, there), refused)
+
+
+def entry_among(
+    hubs: Sequence[Hub],
+    federation: Federation,
+    site: str,
+    name: str,
+    tombstone: Tombstone | None = None,
+) -> Entry:
+    """What lies at one place of several hubs: the first that an admitted key has signed, else the
+    first that is sound, else the first."""
+    found = []
+    for hub in hubs:
+        entry = entry_at(hub, federation, site, name, tombstone)
+        if entry.stated and entry.stated.trust is Trust.ADMITTED:
+            return entry
+        found.append(entry)
+    return next((entry for entry in found if entry.problem is None), found[0])
 
 
 def entry_at(

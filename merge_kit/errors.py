@@ -19,6 +19,7 @@ MergeKitError
 ├── AuditError            a site's audit log is not what was written
 ├── HubError              the storage where contributions lie
 │   └── UnreachableError  it cannot be asked at this moment, or not by us
+│       └── SiteUnreachableError  nor the hub that one site has of its own
 ├── TrainingError         a fine-tuning run that cannot go on
 └── ExperimentError       a command of an experiment failed
 
@@ -114,6 +115,15 @@ class UnreachableError(HubError):
 
     Where it is asked for many entries the work ends, and no entry is taken for unsound.
     """
+
+
+class SiteUnreachableError(UnreachableError):
+    """The hub that one site has of its own cannot be asked: nothing is known of what that site has
+    published or taken back."""
+
+    def __init__(self, site: str, message: str) -> None:
+        super().__init__(message)
+        self.site = site
 
 
 class TrainingError(MergeKitError):

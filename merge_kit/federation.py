@@ -201,6 +201,9 @@ class Federation(Document):
             raise ValueError("a site is named twice")
         if twice := same_key_twice(self.sites, self.retired, self.revoked):
             raise ValueError(f"the key {twice} is named twice")
+        hubs = list(self.own_hubs.values())
+        if shared := next((hub for hub in hubs if hubs.count(hub) > 1), None):
+            raise ValueError(f"the hub {shared} is named for two sites")
         LabelSpace(self.classes, self.groups)
         if self.groups and self.multi_label:
             raise ValueError(
@@ -271,12 +274,23 @@ class Federation(Document):
         known = (*self.sites, *self.retired)
         return frozenset(one.public_key for one in known if one.name == site)
 
+    def hub_of(self, site: str) -> str | None:
+        """Address of the hub that a site has of its own; None where it has none."""
+        return self.own_hubs.get(site)
+
+    @property
+    def own_hubs(self) -> dict[str, str]:
+        """Addresses of the hubs that sites have of their own, by site."""
+        admitted = {site.name for site in self.sites}
+        gone = [one for one in self.revoked if one.name not in admitted]
+        return {one.name: one.hub for one in (*gone, *self.sites) if one.hub}
+
     def revocation_of(self, key: str) -> RevokedKey | None:
         """When and whose a key was that counts no more; None where it was not revoked."""
         return next((gone for gone in self.revoked if gone.public_key == key), None)
 
     def admit(self, site: str, key: str) -> Federation:
-        """The federation with one more site.
+        """The federation with one more site; one that was out keeps the hub that it had.
 
         Raises
         ------
@@ -298,10 +312,29 @@ class Federation(Document):
                 f"this key is known as one of the site '{twin}': a key is used once, ask '{site}' "
                 "for theirs."
             )
-        newcomer = parse(
-            AdmittedSite, {"name": site, "public_key": key}, f"site '{site}'", FederationError
-        )
+        told = {"name": site, "public_key": key, "hub": self.hub_of(site)}
+        newcomer = parse(AdmittedSite, told, f"site '{site}'", FederationError)
         sites = tuple(sorted((*self.sites, newcomer), key=lambda s: s.name))
+        return self.model_copy(update={"sites": sites})
+
+    def with_hub(self, site: str, address: str | None) -> Federation:
+        """The federation in which an admitted site has another hub of its own, or none.
+
+        Raises
+        ------
+        FederationError
+            The address is malformed, or another site's.
+        """
+        if self.hub_of(site) == address:
+            return self
+        if twin := next((name for name, hub in self.own_hubs.items() if hub == address), None):
+            raise FederationError(
+                f"{address} is the hub of the site '{twin}': each site has one of its own, as it "
+                "speaks for itself alone."
+            )
+        told = {"name": site, "public_key": self.key_of(site), "hub": address}
+        changed = parse(AdmittedSite, told, f"site '{site}'", FederationError)
+        sites = tuple(changed if one.name == site else one for one in self.sites)
         return self.model_copy(update={"sites": sites})
 
     def to_sign(self) -> bytes:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from merge_kit import homes
 from merge_kit.checks import Check
-from merge_kit.contributions import MANIFEST, ROOT, Contribution, Trust, entry_at
+from merge_kit.contributions import MANIFEST, ROOT, Contribution, Trust, entry_among
 from merge_kit.errors import MergeKitError
 from merge_kit.federation import BASE_WEIGHTS, Federation, check_base
 from merge_kit.hub import Hub
@@ -70,12 +71,14 @@ def find_contribution(
 
     found = local.get((part.site, part.id))
     if found is None:
-        if not hub.has(f"{ROOT}/{part.site}/{part.id}/{MANIFEST}"):
+        hubs = homes.hubs_of(hub, federation, part.site)
+        hubs = [one for one in hubs if one.has(f"{ROOT}/{part.site}/{part.id}/{MANIFEST}")]
+        if not hubs:
             return differs(
                 "is not on the hub: its site withdrew it, or somebody removed it; the model still "
                 "holds what it gave: merge again without it, or give a copy of it with --from."
             )
-        entry = entry_at(hub, federation, part.site, part.id)
+        entry = entry_among(hubs, federation, part.site, part.id)
         if entry.contribution is None:
             return differs(str(entry.problem))
         found = entry.contribution
@@ -110,7 +113,8 @@ def find_statistics(
             subject = f"{part.site}/{name[:12]}"
             found = local.get((part.site, name))
             if found is None:
-                entry = entry_at(hub, federation, part.site, name)
+                hubs = homes.hubs_of(hub, federation, part.site)
+                entry = entry_among(hubs, federation, part.site, name)
                 found = entry.contribution
                 if found is None:
                     yield Check(subject, "differs", str(entry.problem)), kind, None

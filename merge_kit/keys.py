@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from pydantic import field_validator
+from pydantic import SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from merge_kit import signing
+from merge_kit.addresses import check_address
 from merge_kit.errors import FederationError
 from merge_kit.schema import Document, SiteName, Timestamp
 
@@ -16,6 +18,8 @@ class _Keyed(Document):
 
     name: SiteName
     public_key: str
+    hub: str | None = None
+    """A hub of the site's own, where its contributions lie as well; None where it has none."""
 
     @field_validator("public_key")
     @classmethod
@@ -25,6 +29,19 @@ class _Keyed(Document):
         except FederationError as fault:
             raise ValueError(str(fault).rstrip(".")) from fault
         return text
+
+    @field_validator("hub")
+    @classmethod
+    def _is_an_address(cls, text: str | None) -> str | None:
+        if text is not None:
+            check_address(text)
+        return text
+
+    @model_serializer(mode="wrap")
+    def _without_an_empty_field(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What was signed before there were hubs of sites must keep its bytes.
+        fields: dict[str, Any] = serialize(self)
+        return {key: value for key, value in fields.items() if key != "hub" or value is not None}
 
 
 class AdmittedSite(_Keyed):
@@ -38,7 +55,8 @@ class RetiredKey(_Keyed):
 
 
 class RevokedKey(_Keyed):
-    """A key that may be in other hands: nothing that it has signed counts, whatever its date."""
+    """A key that may be in other hands: nothing that it has signed counts, whatever its date. Its
+    site's own hub is still looked at: what an earlier key has signed or withdrawn lies there."""
 
     since: Timestamp
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,13 @@ def choose(
     sites: Sequence[str] = (),
     exclude: Sequence[str] = (),
     kinds: Sequence[Kind] = ("vector",),
+    unasked: Collection[str] = (),
 ) -> tuple[list[Contribution], list[Entry]]:
     """The contributions to merge, and the entries that were left out because of a problem.
 
     What is of other kinds is passed over: see `find_statistics`. Entries should have passed
-    `check_payloads`: what is unsound replaces nothing.
+    `check_payloads`: what is unsound replaces nothing. Of sites that are `unasked`, because they
+    are left out, nothing need be among them.
 
     A contribution that is given twice counts once.
 
@@ -77,7 +79,7 @@ def choose(
         One of them may not be merged and `skip_refused` is false; or none is left.
     """
     known = {entry.site for entry in entries}
-    if unknown := sorted({*sites, *exclude} - known):
+    if unknown := sorted({*sites, *exclude} - known - {*unasked}):
         raise ContributionError(
             f"no contribution of site '{unknown[0]}' is there; "
             f"there are {', '.join(sorted(known)) or 'none'}."

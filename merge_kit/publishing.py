@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from merge_kit import auditlog, manifest, policies, signing, vector
+from merge_kit import auditlog, homes, manifest, policies, signing, vector
 from merge_kit.compressing import Compression, compress
 from merge_kit.contributions import (
     MANIFEST,
     SIGNATURE,
     Contribution,
+    Entry,
     Trust,
     bundle,
     entry_at,
@@ -22,7 +23,7 @@ from merge_kit.contributions import (
 from merge_kit.errors import ContributionError, SignatureError, UsageError
 from merge_kit.federation import Federation
 from merge_kit.files import sha256_bytes, sha256_file, write_atomic
-from merge_kit.hub import Hub
+from merge_kit.hub import Hub, by_pull_request, create_missing, is_there
 from merge_kit.manifest import (
     OF_A_MODEL,
     Draft,
@@ -73,6 +74,49 @@ class Parcel:
     manifest: Manifest
     payload: Path
     replaces: Contribution | None
+    target: Hub
+    """Where it goes: to the federation's hub, or to the one that the site has of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlet:
+    """Where a site's contributions lie, and where the next one goes."""
+
+    federation: Federation
+    hub: Hub
+    """The federation's."""
+    target: Hub
+    """What is written to: the same, or the site's own hub."""
+    there: tuple[Hub, ...]
+    """What is read, the site's own hub first; one that is not made yet is left out."""
+
+    def entries(self, site: str) -> list[Entry]:
+        """What the site has published; see `list_entries`."""
+        made = self.is_own == (len(self.there) > 1)
+        return list_entries(self.hub, self.federation, site, without=None if made else [site])
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the site has a hub of its own."""
+        return self.target.uri != self.hub.uri
+
+
+def outlet_of(site: Site, hub: Hub, *, create_pr: bool = False) -> Outlet:
+    """Where a site publishes in the federation on a hub; with `create_pr` by pull requests.
+
+    Raises
+    ------
+    FederationError
+        The hub's contract is not the one that was joined.
+    SiteUnreachableError
+        The site's own hub cannot be asked.
+    """
+    federation = federation_on(hub)
+    check_pinned(site.config, federation, hub.uri)
+    own = homes.hub_of(hub, federation, site.name)
+    target = own.hub if own else hub
+    there = (own, hub) if own and is_there(own.hub) else (hub,)
+    return Outlet(federation, hub, by_pull_request(target) if create_pr else target, there)
 
 
 def prepare_all(
@@ -83,6 +127,7 @@ def prepare_all(
     alongside: bool = False,
     statistics: bool = True,
     how: Compression | None = None,
+    create_pr: bool = False,
 ) -> list[Parcel]:
     """What a folder holds: a run's vector, then with `statistics` those that have been made of it;
     or a calibration's moments. See `prepare`.
@@ -97,7 +142,10 @@ def prepare_all(
             "statistics, which speak of the whole vector, back with --no-statistics, or publish "
             "without --compress."
         )
-    return [prepare(site, run, hub, kind, alongside=alongside, how=how) for kind in kinds]
+    return [
+        prepare(site, run, hub, kind, alongside=alongside, how=how, create_pr=create_pr)
+        for kind in kinds
+    ]
 
 
 def statistics_of(run: Path) -> list[Statistics]:
@@ -113,14 +161,17 @@ def prepare(
     *,
     alongside: bool = False,
     how: Compression | None = None,
+    create_pr: bool = False,
 ) -> Parcel:
-    """Check a run against the contract on the hub and make its final manifest.
+    """Check a run against the contract on the federation's hub and make its final manifest.
 
     Once it has been published the manifest stays as it was: publishing again gives the same
     contribution, unless the key that had signed it was revoked: then it is dated by the revocation.
     With `how` a smaller file of the vector is made beside it, and that is what leaves the site. A
     vector replaces the site's latest one unless `alongside`; statistics replace those of the same
-    kind about the same vector, moments and norm statistics those of the same backbone.
+    kind about the same vector, moments and norm statistics those of the same backbone. It goes to
+    the hub, or to the one that the federation names as the site's own; with `create_pr` as a pull
+    request.
 
     Raises
     ------
@@ -146,8 +197,8 @@ def prepare(
             f"{payload} speaks of another vector than {run / VECTOR}: "
             f"run 'merge-kit statistics' again, or remove {run / draft_file(kind)}."
         )
-    federation = federation_on(hub)
-    check_pinned(site.config, federation, hub.uri)
+    outlet = outlet_of(site, hub, create_pr=create_pr)
+    federation = outlet.federation
     if how:
         payload, draft = _compressed(run, payload, draft, federation, how)
     key = signing.public_key(site.key_file)
@@ -157,7 +208,7 @@ def prepare(
             f"counts: make a new one with 'merge-kit key rotate {site.root}', and let the "
             "coordinator admit it."
         )
-    entries = list_entries(hub, federation, site.name)
+    entries = outlet.entries(site.name)
     # A key that is still to be exchanged replaces nothing before, but what it publishes has to say
     # now what it will replace then.
     own = [
@@ -169,16 +220,16 @@ def prepare(
     own = [c for c in own if (c.kind, c.manifest.about) == (kind, draft.about)]
     minimum = federation.policy.minimum_class_count
     draft = Draft(**suppressed_counts(draft.model_dump(), minimum))
-    final = _manifest(run, draft, hub, federation, [] if alongside and kind == "vector" else own)
+    final = _manifest(run, draft, outlet, [] if alongside and kind == "vector" else own)
     if any(entry.withdrawn and entry.id == final.id for entry in entries):
         raise ContributionError(
             f"{payload} was published as {final.id[:12]} and has been withdrawn, which is for "
             f"good: run 'merge-kit {command}' again to contribute something new."
         )
     policies.check(final, federation.policy, "the federation's policy")
-    policies.check_site(final, policies.site_policy(site.root), hub.uri)
+    policies.check_site(final, policies.site_policy(site.root), outlet.target.uri)
     replaces = next((c for c in own if f"sha256:{c.id}" == final.supersedes), None)
-    return Parcel(final, payload, replaces)
+    return Parcel(final, payload, replaces, outlet.target)
 
 
 def _compressed(
@@ -233,15 +284,14 @@ def check_origin(site: Site, run: Path, draft: Draft) -> None:
         )
 
 
-def _manifest(
-    run: Path, draft: Draft, hub: Hub, federation: Federation, own: list[Contribution]
-) -> Manifest:
+def _manifest(run: Path, draft: Draft, outlet: Outlet, own: list[Contribution]) -> Manifest:
     path = run / _manifest_file(draft.kind)
     if path.is_file():
         final = parse_manifest(path.read_bytes(), str(path))
         # One that never arrived is made anew: meanwhile another run may have been published.
-        if final.payload == draft.payload and hub.has(f"{folder_of(final)}/{MANIFEST}"):
-            since = _revoked_since(hub, federation, final)
+        place = f"{folder_of(final)}/{MANIFEST}"
+        if final.payload == draft.payload and any(hub.has(place) for hub in outlet.there):
+            since = _revoked_since(outlet, final)
             if since is None or since <= final.created_at:
                 return final
             # What lies there counts no more and is never written over: the same tensors, dated by
@@ -252,18 +302,24 @@ def _manifest(
     return Manifest(**draft.model_dump(), supersedes=supersedes)
 
 
-def _revoked_since(hub: Hub, federation: Federation, sent: Manifest) -> str | None:
+def _revoked_since(outlet: Outlet, sent: Manifest) -> str | None:
     """Since when the key counts no more that has signed what lies on a hub; None where it counts,
     or where its site has withdrawn the contribution, which is for good."""
-    where = f"{folder_of(sent)}/{SIGNATURE}"
-    if not hub.has(where) or next(hub.list(f"{WITHDRAWALS}/{sent.site}/{sent.id}"), None):
+    if any(_withdrawn(hub, sent) for hub in outlet.there):
         return None
-    try:
-        signature = signing.parse_signature(hub.read(where), where, "it is no signature")
-    except SignatureError:
-        return None  # `publish` says what is wrong with it
-    gone = federation.revocation_of(signature.key)
-    return gone.since if gone else None
+    where = f"{folder_of(sent)}/{SIGNATURE}"
+    for hub in (hub for hub in outlet.there if hub.has(where)):
+        try:
+            signature = signing.parse_signature(hub.read(where), where, "it is no signature")
+        except SignatureError:
+            continue  # `publish` says what is wrong with it
+        if gone := outlet.federation.revocation_of(signature.key):
+            return gone.since
+    return None
+
+
+def _withdrawn(hub: Hub, sent: Manifest) -> bool:
+    return next(hub.list(f"{WITHDRAWALS}/{sent.site}/{sent.id}"), None) is not None
 
 
 def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
@@ -281,10 +337,11 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     AuditError
         The site's audit log was changed: nothing leaves the site.
     """
-    policy = policies.site_policy(site.root)
-    policies.check_site(parcel.manifest, policy, hub.uri)
+    target, policy = parcel.target, policies.site_policy(site.root)
+    policies.check_site(parcel.manifest, policy, target.uri)
     key = signing.public_key(site.key_file)
     policies.check_approved(site.root, run, parcel.manifest, policy, key)
+    _check_target(site, hub, target)
     data = parcel.manifest.to_bytes()
     signature = signing.sign(site.key_file, signing.MANIFEST_CONTEXT, data)
     folder = folder_of(parcel.manifest)
@@ -293,29 +350,48 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
         name: sha256_bytes(content) if isinstance(content, bytes) else sha256_file(content)
         for name, content in files.items()
     }
-    auditlog.append(site.root, "publishing", hub.uri, folder, told)
+    auditlog.append(site.root, "publishing", target.uri, folder, told)
     write_atomic(run / _manifest_file(parcel.manifest.kind), data)
-    if hub.publish(folder, files):
-        auditlog.append(site.root, "published", hub.uri, folder, told)
+    if target.publish(folder, files):
+        auditlog.append(site.root, "published", target.uri, folder, told)
         return True
-    note = f"{WITHDRAWALS}/{site.name}/{parcel.manifest.id}"
-    if next(hub.list(note), None):
+    if _withdrawn(target, parcel.manifest):
+        note = f"{WITHDRAWALS}/{site.name}/{parcel.manifest.id}"
         raise ContributionError(
-            f"{hub.uri}/{folder} is there already, and {note} says that it has been withdrawn: run "
-            f"'merge-kit {_COMMANDS[parcel.manifest.kind]}' again to contribute something new, or, "
-            "if nobody of your site has withdrawn it, ask the coordinator to remove that note."
+            f"{target.uri}/{folder} is there already, and {note} says that it has been withdrawn: "
+            f"run 'merge-kit {_COMMANDS[parcel.manifest.kind]}' again to contribute something new, "
+            "or, if nobody of your site has withdrawn it, ask the coordinator to remove that note."
         )
-    if reason := _worthless(hub, parcel.manifest, key):
+    if reason := _worthless(target, federation_on(hub), parcel.manifest, key):
         raise ContributionError(
-            f"{hub.uri}/{folder} is there already, but {reason}: ask the coordinator to remove "
+            f"{target.uri}/{folder} is there already, but {reason}: ask the coordinator to remove "
             "this folder, then publish again."
         )
     return False
 
 
-def _worthless(hub: Hub, ours: Manifest, key: str) -> str | None:
+def _check_target(site: Site, hub: Hub, target: Hub) -> None:
+    """Make a site's own hub where it is not there; refuse one that it has no more.
+
+    Raises
+    ------
+    ContributionError
+        The coordinator has named another one meanwhile: nobody would look for it here.
+    """
+    if target.uri == hub.uri:
+        return
+    own = homes.hub_of(hub, federation_on(hub), site.name)
+    if own is None or own.uri != target.uri:
+        raise ContributionError(
+            f"{target.uri} is not the hub of site '{site.name}' any more, by the federation's file "
+            f"on {hub.uri}: nothing was sent; run the same command again."
+        )
+    create_missing(target)
+
+
+def _worthless(hub: Hub, federation: Federation, ours: Manifest, key: str) -> str | None:
     """Why what lies on the hub in the place of a contribution does not stand for it."""
-    entry = entry_at(hub, federation_on(hub), ours.site, ours.id)
+    entry = entry_at(hub, federation, ours.site, ours.id)
     if entry.contribution is None:
         return f"does not count ({str(entry.problem).rstrip('.')})"
     if entry.contribution.trust is not Trust.ADMITTED and entry.contribution.key != key:

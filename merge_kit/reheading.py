@@ -15,6 +15,7 @@ from merge_kit.contributions import Contribution, Entry, list_entries
 from merge_kit.errors import BaseMismatchError, ContributionError, ProvenanceError
 from merge_kit.federation import BASE_WEIGHTS, Federation, check_base
 from merge_kit.files import new_folder, write_atomic
+from merge_kit.homes import unasked
 from merge_kit.hub import Hub
 from merge_kit.manifest import Kind
 from merge_kit.merging import CARD, choose, render, software, stated
@@ -128,9 +129,10 @@ def find_measured(
     ContributionError
         One of them may not be used and `skip_refused` is false.
     """
+    left_out = unasked(federation, sites, exclude)
     there = [
         entry
-        for entry in list_entries(hub, federation)
+        for entry in list_entries(hub, federation, without=left_out)
         if entry.stated and (entry.kind, entry.stated.manifest.about) == (kind, backbone)
     ]
     if not any(entry.contribution for entry in there):
@@ -143,6 +145,7 @@ def find_measured(
         sites=sites,
         exclude=exclude,
         kinds=(kind,),
+        unasked=left_out,
     )
 
 

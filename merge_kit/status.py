@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from merge_kit import vector
 from merge_kit.blocks import in_order, one_thread_each
 from merge_kit.contributions import Contribution, Entry, Trust, list_entries, live, speaks_of
+from merge_kit.errors import SiteUnreachableError
 from merge_kit.federation import BASE_WEIGHTS, Federation
 from merge_kit.files import canonical_json, sha256_bytes
+from merge_kit.homes import SiteHub
 from merge_kit.hub import Hub
 from merge_kit.manifest import Kind
 from merge_kit.notes import Notes
@@ -28,9 +30,29 @@ _TOGETHER = 1 << 23
 """Values of a vector that are held in memory at once, in float64."""
 
 
-def checked(hub: Hub, federation: Federation) -> list[Entry]:
-    """All that lies on a hub, every payload read and checked as `merge` would check it."""
-    return check_payloads(list_entries(hub, federation), federation, hub.fetch(BASE_WEIGHTS))
+def checked(
+    hub: Hub, federation: Federation, missing: MutableMapping[str, str] | None = None
+) -> list[Entry]:
+    """All that lies on a hub, every payload read and checked as `merge` would check it.
+
+    `missing` takes, by site, a sentence on each site's own hub that cannot be asked, and what the
+    others hold is given all the same; None to raise it.
+    """
+    entries, base = list_entries(hub, federation, missing=missing), hub.fetch(BASE_WEIGHTS)
+    while True:
+        try:
+            return check_payloads(entries, federation, base)
+        except SiteUnreachableError as error:  # since it was listed
+            if missing is None:
+                raise
+            missing[error.site] = str(error)
+            entries = [entry for entry in entries if not _lies_with(entry, error.site)]
+
+
+def _lies_with(entry: Entry, site: str) -> bool:
+    """Whether an entry lies on the hub that a site has of its own."""
+    hub = entry.stated.hub if entry.stated else None
+    return isinstance(hub, SiteHub) and hub.site == site
 
 
 def survey(

@@ -37,7 +37,7 @@ def rotated(federation: Federation, site: str, key: str) -> Federation:
     changed = federation.model_copy(
         update={"sites": rest, "retired": (*federation.retired, retired)}
     )
-    return changed.admit(site, key)
+    return changed.admit(site, key).with_hub(site, federation.hub_of(site))
 
 
 def revoked(federation: Federation, site: str, key: str | None = None) -> Federation:
@@ -60,7 +60,8 @@ def revoked(federation: Federation, site: str, key: str | None = None) -> Federa
             f"{', '.join(sorted(known)) or 'none'}."
         )
     assert chosen is not None  # it is known
-    gone = RevokedKey(name=site, public_key=chosen, since=now())
+    hub = federation.hub_of(site) if chosen == federation.key_of(site) else None
+    gone = RevokedKey(name=site, public_key=chosen, since=now(), hub=hub)
     return federation.model_copy(
         update={
             "sites": tuple(one for one in federation.sites if one.public_key != chosen),

@@ -8,8 +8,8 @@ so that what it had replaced stays replaced.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -58,6 +58,8 @@ class Tombstone:
     withdrawal: Withdrawal | None
     key: str | None
     problem: str | None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """The very bytes that were checked, by name."""
 
 
 def read_tombstones(
@@ -88,7 +90,7 @@ def _read(hub: Hub, contract: str, site: str, name: str) -> Tombstone:
         raise
     except MergeKitError as error:
         return Tombstone(None, None, str(error))
-    return Tombstone(found, signature.key, None)
+    return Tombstone(found, signature.key, None, {SIGNATURE: signed, FILE: data})
 
 
 def _note(site: Site, contribution: str) -> Withdrawal:

@@ -20,20 +20,20 @@ from merge_kit.commands.merging_options import (
     recipe_options,
     weights_of,
 )
-from merge_kit.commands.options import next_step, shown
+from merge_kit.commands.options import next_step, opened_federation, shown
 from merge_kit.contributions import Entry, list_entries, read_local
 from merge_kit.devices import CPU, Device
 from merge_kit.errors import RecipeError, UsageError
 from merge_kit.estimate import estimate
 from merge_kit.federation import BASE_WEIGHTS, FEDERATION_FILE, Federation
-from merge_kit.hub import Hub, open_hub
+from merge_kit.homes import unasked
+from merge_kit.hub import Hub
 from merge_kit.material import Material
 from merge_kit.material import opened as opened_material
 from merge_kit.recipe import DISTILL, Recipe, read_document
 from merge_kit.reheading import find_model
 from merge_kit.remembered import Checked
 from merge_kit.settling import settled
-from merge_kit.site import federation_on
 from merge_kit.writing import Written, check_keeps, check_target, expected_reads
 
 
@@ -125,7 +125,7 @@ def merge(
                 "--method auto chooses method and weights by what lies on a hub: leave --recipe, "
                 "--weights and --option out, or name a method."
             )
-        arrived = _arrived(hub, folders)
+        arrived = _arrived(hub, folders, sites, exclude)
         picked, because = _automatic(arrived, sites, exclude, allow_unsigned)
         method, settings["weights"] = picked["method"], picked["weights"]
     chosen = recipe_of(method, recipe, option, settings, plain.DEFAULTS if alone else {})
@@ -148,7 +148,7 @@ def merge(
             Path(hub), folders, chosen, target, sites, exclude, replace, keep_sum, on, dry_run
         )
         return
-    opened, federation, entries = arrived or _arrived(hub, folders)
+    opened, federation, entries = arrived or _arrived(hub, folders, sites, exclude)
     base = opened.fetch(BASE_WEIGHTS)
     found = gather(
         entries,
@@ -202,12 +202,15 @@ class _Arrived(NamedTuple):
     entries: list[Entry]
 
 
-def _arrived(hub: str, folders: tuple[Path, ...]) -> _Arrived:
-    """All of a hub, or the contributions in local folders."""
-    opened = open_hub(hub)
-    federation = federation_on(opened)
+def _arrived(
+    hub: str, folders: tuple[Path, ...], sites: tuple[str, ...], exclude: tuple[str, ...]
+) -> _Arrived:
+    """All of a hub and of the hubs that sites have of their own, but for those that are left out;
+    or the contributions in local folders."""
+    opened, federation = opened_federation(hub)
     if not folders:
-        return _Arrived(opened, federation, list_entries(opened, federation))
+        left_out = unasked(federation, sites, exclude)
+        return _Arrived(opened, federation, list_entries(opened, federation, without=left_out))
     local = [read_local(folder, federation) for folder in folders]
     entries = [Entry(c.site, c.id, c, None, c.kind) for c in local]
     return _Arrived(opened, federation, entries)
@@ -226,6 +229,7 @@ def _automatic(
         skip_refused=True,
         sites=sites,
         exclude=exclude,
+        unasked=unasked(arrived.federation, sites, exclude),
     )
     base = find_model(arrived.hub, arrived.federation, None).backbone
     return choosing.choose(choosing.facts_of(vectors, arrived.entries, base))

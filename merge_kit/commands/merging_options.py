@@ -15,6 +15,7 @@ from merge_kit.commands.options import typed_pairs
 from merge_kit.contributions import Contribution, Entry, live
 from merge_kit.errors import UsageError
 from merge_kit.federation import Federation
+from merge_kit.homes import unasked
 from merge_kit.payloads import check_payloads
 from merge_kit.recipe import Recipe, make_recipe, read_recipe
 
@@ -148,6 +149,7 @@ def gather(
         skip_refused=skip_refused,
         sites=sites,
         exclude=exclude,
+        unasked=unasked(federation, sites, exclude),
     )
     for entry in refused:
         click.echo(f"Left out: {entry.problem}", err=True)

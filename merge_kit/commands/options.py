@@ -7,8 +7,11 @@ from typing import Any
 
 import click
 
+from merge_kit import copies
 from merge_kit.errors import UsageError
-from merge_kit.hub import Hub, by_pull_request, open_hub
+from merge_kit.federation import Federation
+from merge_kit.hub import Hub, open_hub
+from merge_kit.site import federation_on
 from merge_kit.yamlfile import yaml_value
 
 
@@ -67,13 +70,17 @@ create_pr_option = click.option(
 )
 
 
-def writable_hub(uri: str, *, create_pr: bool) -> Hub:
-    """The hub that a site writes to, directly or, with `create_pr`, by pull requests.
+def opened_federation(uri: str) -> tuple[Hub, Federation]:
+    """A hub that is read, with its contract; says on stderr where it is a copy that stands for hubs
+    which are not asked.
 
     Raises
     ------
-    HubError, UsageError
-        It cannot be opened, or has no pull requests.
+    MergeKitError
+        As `open_hub` and `federation_on`.
     """
     hub = open_hub(uri)
-    return by_pull_request(hub) if create_pr else hub
+    federation = federation_on(hub)
+    for sentence in copies.notes(hub, federation):
+        click.echo(f"Note: {sentence}", err=True)
+    return hub, federation

@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 
 from merge_kit import publishing, signing
-from merge_kit.commands.options import create_pr_option, next_step, shown, writable_hub
+from merge_kit.commands.options import create_pr_option, next_step, shown
 from merge_kit.compressing import parse_compression
 from merge_kit.contributions import folder_of
 from merge_kit.errors import UsageError
-from merge_kit.hub import Hub, pull_request_of
+from merge_kit.hub import Hub, open_hub, pull_request_of
 from merge_kit.runs import latest_run
 from merge_kit.site import Site, open_site
 
@@ -56,9 +56,15 @@ def publish(
     chosen = run or latest_run(site.root)
     if chosen is None:
         raise UsageError(f"{folder} has no finished run: run 'merge-kit finetune {folder}' first.")
-    opened = writable_hub(hub or site.config.hub, create_pr=create_pr)
+    opened = open_hub(hub or site.config.hub)
     parcels = publishing.prepare_all(
-        site, chosen, opened, alongside=alongside, statistics=not no_statistics, how=how
+        site,
+        chosen,
+        opened,
+        alongside=alongside,
+        statistics=not no_statistics,
+        how=how,
+        create_pr=create_pr,
     )
     held = publishing.statistics_of(chosen) if no_statistics else []
     send(site, chosen, opened, parcels, held=held, dry_run=dry_run)
@@ -93,11 +99,11 @@ def send(
             click.echo(f"It replaces the site's contribution {parcel.replaces.id[:12]}.")
     for parcel in parcels:
         folder = folder_of(parcel.manifest)
-        target = f"{hub.uri}/{folder}"
+        target = f"{parcel.target.uri}/{folder}"
         if dry_run:
             click.echo(f"Dry run: nothing was sent to {target}.")
         elif publishing.publish(site, run, hub, parcel):
-            request = pull_request_of(hub, folder)
+            request = pull_request_of(parcel.target, folder)
             click.echo(f"Proposed: {target} by {request}" if request else f"Published: {target}")
         else:
             click.echo(f"Already published: {target}")
@@ -115,8 +121,9 @@ def send_or_show(
 ) -> None:
     """Publish at once what has been made in a folder, or say how to look at it first."""
     if publish:
-        opened = writable_hub(hub or site.config.hub, create_pr=create_pr)
-        send(site, folder, opened, publishing.prepare_all(site, folder, opened))
+        opened = open_hub(hub or site.config.hub)
+        parcels = publishing.prepare_all(site, folder, opened, create_pr=create_pr)
+        send(site, folder, opened, parcels)
         _after(hub or site.config.hub, create_pr=create_pr)
         return
     next_step(

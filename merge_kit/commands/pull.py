@@ -15,14 +15,15 @@ from merge_kit.pulling import pull
 @click.command(name="pull")
 @click.argument("hub")
 @click.argument("folder", type=click.Path(path_type=Path))
-def pull_command(hub: str, folder: Path) -> None:
+@click.option("--exclude", multiple=True, help="A site whose own hub is not asked (repeatable).")
+def pull_command(hub: str, folder: Path, exclude: tuple[str, ...]) -> None:
     """Make a full copy of HUB in FOLDER, or bring it up to date; all commands work from the copy.
 
     Every signature and digest is checked; what is refused is named and not copied. Called again it
-    fetches only what is missing.
+    fetches only what is missing. What sites have on hubs of their own is in the copy as well.
     """
     with Console(stderr=True).status("looking") as status:
-        done = pull(open_hub(hub), folder, status.update)
+        done = pull(open_hub(hub), folder, status.update, exclude=exclude)
     for sentence in done.left_out:
         click.echo(f"Left out: {sentence}", err=True)
     click.echo(f"Copy in {folder}: {done.new} new, {done.there} that were there")

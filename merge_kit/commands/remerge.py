@@ -7,11 +7,9 @@ from pathlib import Path
 
 import click
 
-from merge_kit.commands.options import next_step, shown
+from merge_kit.commands.options import next_step, opened_federation, shown
 from merge_kit.errors import MergeKitError
-from merge_kit.hub import open_hub
 from merge_kit.remerging import remerge
-from merge_kit.site import federation_on
 
 
 @click.command(name="remerge")
@@ -24,8 +22,7 @@ def remerge_command(hub: str, models: tuple[Path, ...]) -> None:
     holds nothing of it stays as it is. A classifier that sites had solved for the old weights is
     gone with them: the sites calibrate the new model.
     """
-    opened = open_hub(hub)
-    federation = federation_on(opened)
+    opened, federation = opened_federation(hub)
     failed, again = False, []
     for model in models:
         try:

@@ -14,13 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from merge_kit.commands.options import next_step, shown
+from merge_kit.commands.options import next_step, opened_federation, shown
 from merge_kit.federation import Federation
-from merge_kit.hub import open_hub
 from merge_kit.manifest import count_of
 from merge_kit.proposals import proposals
 from merge_kit.reheading import find_model
-from merge_kit.site import federation_on
 from merge_kit.status import calibrations, checked, survey
 
 _ABREAST = 8
@@ -44,8 +42,7 @@ _ABREAST = 8
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a program.")
 def status(hub: str, models: tuple[Path, ...], pull_requests: bool, as_json: bool) -> None:
     """Show what lies on HUB: who has contributed what, and whether it may be merged."""
-    opened = open_hub(hub)
-    federation = federation_on(opened)
+    opened, federation = opened_federation(hub)
     if pull_requests:
         waiting_in = list(proposals(opened, federation))
         if as_json:
@@ -60,7 +57,8 @@ def status(hub: str, models: tuple[Path, ...], pull_requests: bool, as_json: boo
         if not waiting_in:
             click.echo("No pull request is open.")
         return
-    entries = checked(opened, federation)
+    missing: dict[str, str] = {}
+    entries = checked(opened, federation, missing)
     rows, measured = survey(opened, federation, entries=entries), calibrations(entries)
     norms = calibrations(entries, "norms")
     names = {find_model(opened, federation, None).backbone: "the base"}
@@ -74,6 +72,7 @@ def status(hub: str, models: tuple[Path, ...], pull_requests: bool, as_json: boo
             "base": federation.base_fingerprint,
             "multi_label": federation.multi_label,
             "admitted": [site.name for site in federation.sites],
+            "not_asked": missing,
             "contributions": clean,
             "calibrations": [
                 {"backbone": about, "model": names.get(about), "sites": measured.get(about, [])}
@@ -93,7 +92,7 @@ def status(hub: str, models: tuple[Path, ...], pull_requests: bool, as_json: boo
     console = Console()
     heard = {row["site"] for row in [*rows, *(r for those in measured.values() for r in those)]}
     admitted = {site.name for site in federation.sites}
-    waiting = sorted(admitted - heard)
+    waiting = sorted(admitted - heard - missing.keys())
     console.print(_table(federation.name, rows))
     sound = [row for row in rows if not row["problem"]]
     if sound:
@@ -120,7 +119,9 @@ def status(hub: str, models: tuple[Path, ...], pull_requests: bool, as_json: boo
             click.echo(f"Refused: {row['problem']}")
     if waiting:
         click.echo(f"Admitted and not heard of yet: {', '.join(waiting)}")
-    next_step(_next(hub, rows))
+    for sentence in missing.values():
+        click.echo(f"Not asked: {sentence}")
+    next_step(_next(hub, rows, sorted(missing)))
 
 
 def _name(about: str, names: Mapping[str, str]) -> str:
@@ -133,8 +134,9 @@ def _calibrated(model: str, sites: Sequence[str], admitted: Collection[str]) -> 
     return f"{by}; not yet: {', '.join(left)}" if left else by
 
 
-def _next(hub: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """What is to be done before a merge, or the merge."""
+def _next(hub: str, rows: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> str:
+    """What is to be done before a merge, or the merge; without sites that could not be asked."""
+    command = f"merge-kit merge {shown(hub)}" + "".join(f" --exclude {name}" for name in missing)
     ready = sum(row["state"] == "ready" for row in rows)
     unknown = [row for row in rows if row["state"] == "not admitted"]
     keys = {row["site"]: row["public_key"] for row in unknown if row["public_key"]}
@@ -146,7 +148,7 @@ def _next(hub: str, rows: Sequence[Mapping[str, Any]]) -> str:
     elif again:
         first = f"ask {', '.join(again)} to publish again"
     elif ready:
-        return f"merge the {ready} that are ready with\n  merge-kit merge {shown(hub)} --out merged"
+        return f"merge the {ready} that are ready with\n  {command} --out merged"
     else:
         return "admit sites with 'merge-kit admit', then wait for them to publish."
     between = "\n" if keys else ", "
@@ -154,7 +156,7 @@ def _next(hub: str, rows: Sequence[Mapping[str, Any]]) -> str:
         return first if keys else f"{first}."
     return (
         f"{first}{between}or merge the {ready} that are ready without with\n"
-        f"  merge-kit merge {shown(hub)} --skip-refused --out merged"
+        f"  {command} --skip-refused --out merged"
     )
 
 

@@ -14,12 +14,11 @@ from rich.console import Console
 from merge_kit import devices, verifying, verifying_plain
 from merge_kit.checks import Report
 from merge_kit.commands.merging_options import device_option
+from merge_kit.commands.options import opened_federation
 from merge_kit.contributions import read_local
 from merge_kit.devices import Device
 from merge_kit.errors import UsageError
-from merge_kit.hub import open_hub
 from merge_kit.provenance import PlainProvenance, Provenance, read_provenance
-from merge_kit.site import federation_on
 
 
 @click.command()
@@ -86,8 +85,7 @@ def verify(
 def _on_hub(
     folder: Path, record: Provenance, hub: str, copies: Sequence[Path], device: Device
 ) -> Report:
-    opened = open_hub(hub)
-    federation = federation_on(opened)
+    opened, federation = opened_federation(hub)
     local = [read_local(copy, federation) for copy in copies]
     with Console(stderr=True).status("reading everything again"):
         return verifying.verify(folder, record, opened, local, device)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import click
 
-from merge_kit.commands.options import create_pr_option, next_step, shown, writable_hub
-from merge_kit.contributions import PAYLOAD, Entry, list_entries
+from merge_kit.commands.options import create_pr_option, next_step, shown
+from merge_kit.contributions import MANIFEST, PAYLOAD, Entry
 from merge_kit.contributions import ROOT as CONTRIBUTIONS
-from merge_kit.errors import ContributionError, UsageError
-from merge_kit.federation import Federation
-from merge_kit.hub import Hub, pull_request_of
-from merge_kit.site import Site, check_pinned, federation_on, open_site
+from merge_kit.errors import ContributionError, HubError, UsageError
+from merge_kit.hub import Hub, create_missing, open_hub, pull_request_of
+from merge_kit.publishing import Outlet, outlet_of
+from merge_kit.site import Site, open_site
 from merge_kit.withdrawals import ROOT, is_id, withdraw
 
 
@@ -36,35 +36,28 @@ def withdraw_command(
     if bool(ids) == everything:
         raise UsageError("give the ids to withdraw, as 'merge-kit status' shows them, or --all.")
     site = open_site(folder)
-    opened = writable_hub(hub or site.config.hub, create_pr=create_pr)
-    federation = federation_on(opened)
-    check_pinned(site.config, federation, opened.uri)
-    keys = federation.keys_of(site.name)
-    chosen = _chosen(site, opened, federation, ids)
+    outlet = outlet_of(site, open_hub(hub or site.config.hub), create_pr=create_pr)
+    chosen, target = _chosen(site, outlet, ids), outlet.target
+    keys = outlet.federation.keys_of(site.name)
+    if outlet.is_own:
+        create_missing(target)
     failed: list[Entry] = []
     for found in chosen:
         told = f"{found.kind} {found.id[:12]}"
         try:
-            fresh = withdraw(opened, site, found.id, keys)
+            fresh = withdraw(target, site, found.id, keys)
         except ContributionError as error:  # the others are withdrawn all the same
             click.echo(f"Error: {error}", err=True)
             failed.append(found)
             continue
-        if request := pull_request_of(opened, f"{ROOT}/{site.name}/{found.id}"):
+        if request := pull_request_of(target, f"{ROOT}/{site.name}/{found.id}"):
             click.echo(f"Proposed: to withdraw {told} by {request}")
             click.echo("  it counts until the coordinator has merged that: ask for it at once")
             continue
         click.echo(f"Withdrawn: {told}" if fresh else f"Withdrawn before: {told}")
-        place = f"{CONTRIBUTIONS}/{site.name}/{found.id}/{PAYLOAD}"
-        if not opened.has(place):
-            continue
-        if opened.remove(place):
-            click.echo(f"  its tensors are removed from {opened.uri}")
-        else:
-            click.echo(
-                f"  its tensors cannot be removed for good: {opened.uri} keeps what was deleted in "
-                "its history; ask who runs it"
-            )
+        _remove(target, site, found)
+        if outlet.is_own:
+            _also(outlet.hub, site, found, keys)
     if len(failed) < len(chosen):
         click.echo(
             "Copies that others have made, and models that hold it, are not reached by this."
@@ -77,14 +70,44 @@ def withdraw_command(
         sys.exit(1)
 
 
-def _chosen(site: Site, hub: Hub, federation: Federation, ids: Sequence[str]) -> list[Entry]:
+def _remove(hub: Hub, site: Site, found: Entry) -> None:
+    """Take the tensors from a hub, and say what has become of them."""
+    place = f"{CONTRIBUTIONS}/{site.name}/{found.id}/{PAYLOAD}"
+    if not hub.has(place):
+        return
+    if hub.remove(place):
+        click.echo(f"  its tensors are removed from {hub.uri}")
+    else:
+        click.echo(
+            f"  its tensors cannot be removed for good: {hub.uri} keeps what was deleted in "
+            "its history; ask who runs it"
+        )
+
+
+def _also(hub: Hub, site: Site, found: Entry, keys: Collection[str]) -> None:
+    """Withdraw on the federation's hub, too, what was published there before the site had its own:
+    the note on the site's own hub counts for both, and the site need not have the right to write
+    there."""
+    if not hub.has(f"{CONTRIBUTIONS}/{site.name}/{found.id}/{MANIFEST}"):
+        return
+    try:
+        withdraw(hub, site, found.id, keys)
+        _remove(hub, site, found)
+    except (ContributionError, HubError) as error:
+        click.echo(
+            f"  it lies on {hub.uri}, too, where it counts no more either, and its tensors are "
+            f"still there ({str(error).rstrip('.')}): ask the coordinator to remove them"
+        )
+
+
+def _chosen(site: Site, outlet: Outlet, ids: Sequence[str]) -> list[Entry]:
     """What lies in the site's place and begins with one of the ids; all without any.
 
     Also what is refused, because a key was revoked for instance: its tensors lie there as well.
     """
-    own = [entry for entry in list_entries(hub, federation, site.name) if is_id(entry.id)]
+    own = [entry for entry in outlet.entries(site.name) if is_id(entry.id)]
     if not own:
-        raise UsageError(f"site '{site.name}' has published nothing on {hub.uri}.")
+        raise UsageError(f"site '{site.name}' has published nothing on {outlet.target.uri}.")
     for part in ids:
         found = [one for one in own if one.id.startswith(part)]
         if len(found) != 1:

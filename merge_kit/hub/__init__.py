@@ -14,6 +14,8 @@ __all__ = [
     "Hub",
     "by_pull_request",
     "create_hub",
+    "create_missing",
+    "is_there",
     "open_hub",
     "places",
     "pull_request_of",
@@ -59,10 +61,26 @@ def open_hub(uri: str) -> Hub:
 def create_hub(uri: str) -> Hub:
     """Open a place for a new federation; a repository that is not there is made, and is private."""
     hub = open_hub(uri)
+    _create(hub)
+    return hub
+
+
+def _create(hub: Hub) -> None:
     create = getattr(hub, "create", None)
     if create is not None:
         create()
-    return hub
+
+
+def is_there(hub: Hub) -> bool:
+    """Whether an opened hub is there: a repository may still have to be made."""
+    exists = getattr(hub, "exists", None)
+    return exists is None or bool(exists())
+
+
+def create_missing(hub: Hub) -> None:
+    """Make a repository where it is not there, private; one that is there stays as it is."""
+    if not is_there(hub):
+        _create(hub)
 
 
 def by_pull_request(hub: Hub) -> Hub:

@@ -80,6 +80,10 @@ class HuggingFaceHub(RemoteHub):
         """Make the repository where it is not there: private, as only its owner can see it."""
         self.repository.create()
 
+    def exists(self) -> bool:
+        """Whether the repository is there, as far as our token can see."""
+        return self.repository.exists()
+
     def list(self, folder: str) -> Iterator[str]:
         """Names of the entries of a folder, sorted."""
         anew = len(check_name(folder)) == 1

@@ -339,6 +339,10 @@ class Repository:
                 "its settings first, or choose another name."
             )
 
+    def exists(self) -> bool:
+        """Whether it is there, as far as our token can see."""
+        return self._ask(lambda: bool(self._api.repo_exists(self.name)))
+
     def commits(self, revision: str) -> list[tuple[str, str]]:
         """The commits that lead to a revision, with their titles, the latest first."""
         found = self._ask(lambda: self._api.list_repo_commits(self.name, revision=revision))
