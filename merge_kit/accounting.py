@@ -10,13 +10,14 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from yaml import YAMLError
 
+from merge_kit.cards import CARD
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.checks import Check, Report
 from merge_kit.comparing import EQUAL, has_bytes
 from merge_kit.configuration import CONFIG
 from merge_kit.devices import Device
 from merge_kit.errors import MergeKitError
-from merge_kit.merging import CARD, software
+from merge_kit.merging import software
 from merge_kit.provenance import PROVENANCE, Versions
 from merge_kit.running import FOLDER
 from merge_kit.sitemasks import MASKS

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from merge_kit.cards import CARD, render
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution, Entry
 from merge_kit.federation import Federation
 from merge_kit.files import new_folder, write_atomic
-from merge_kit.merging import CARD, render, software, stated
+from merge_kit.merging import software, stated
 from merge_kit.provenance import PROVENANCE, DistilRecord
 from merge_kit.tensorfile import fingerprint, write_tensors
 from merge_kit.writing import METADATA

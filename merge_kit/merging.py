@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 
 from merge_kit import engine
+from merge_kit.cards import CARD, render
 from merge_kit.configuration import CONFIG
 from merge_kit.contributions import (
     Contribution,
@@ -34,8 +33,6 @@ from merge_kit.recipe import Recipe
 from merge_kit.remembered import Checked
 from merge_kit.settling import settled
 from merge_kit.writing import Written, check_target, write_folder
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,16 +262,3 @@ def model_card(
     return render(
         "model_card.md.j2", federation=federation, contributions=contributions, record=record
     )
-
-
-def literal(text: str) -> str:
-    """A name as Markdown that shows it as it is: no link, image, table or HTML of its making."""
-    return re.sub(r"([\\`*_{}\[\]()<>#|!&~])", r"\\\1", text)
-
-
-def render(template: str, **values: Any) -> str:
-    """Fill in one of our templates."""
-    loader = jinja2.PackageLoader("merge_kit")
-    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["literal"] = literal
-    return environment.get_template(template).render(values)

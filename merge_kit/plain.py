@@ -20,6 +20,7 @@ from merge_kit.agreement import (
     check_length,
 )
 from merge_kit.blocks import in_order, one_thread_each
+from merge_kit.cards import CARD, render
 from merge_kit.checkpoints import (
     Checkpoint,
     Difference,
@@ -34,7 +35,7 @@ from merge_kit.encoding import Stored
 from merge_kit.errors import BaseMismatchError, NonFiniteError, RecipeError, VectorError
 from merge_kit.inputs import Input, choose, each_once, named_apart, open_input
 from merge_kit.material import Material
-from merge_kit.merging import CARD, render, software
+from merge_kit.merging import software
 from merge_kit.parameters import Role, roles_of, vector_specs
 from merge_kit.provenance import PROVENANCE
 from merge_kit.recipe import Recipe

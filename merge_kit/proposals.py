@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from merge_kit import contributions, withdrawals
+from merge_kit.cards import CARD
 from merge_kit.contributions import Trust, entry_at
 from merge_kit.errors import UsageError
 from merge_kit.federation import Federation
 from merge_kit.hub import Hub
 from merge_kit.schema import shown
+from merge_kit.sitecards import contribution_card
 from merge_kit.withdrawals import read_tombstones
 
 _NAMES = {
-    contributions.ROOT: {contributions.PAYLOAD, contributions.SIGNATURE, contributions.MANIFEST},
+    contributions.ROOT: {
+        *(contributions.PAYLOAD, contributions.SIGNATURE, contributions.MANIFEST, CARD),
+    },
     withdrawals.ROOT: {withdrawals.FILE, withdrawals.SIGNATURE},
 }
 
@@ -94,4 +98,10 @@ def _unsigned(there: Hub, federation: Federation, places: list[str]) -> str | No
             return entry.problem.rstrip(".")
         if entry.contribution and entry.contribution.trust is not Trust.ADMITTED:
             return f"{shown(place)} is {entry.contribution.trust.value}"
+        if entry.contribution and there.has(f"{place}/{CARD}"):
+            # People would look at it as at a page of the federation's.
+            if there.read(f"{place}/{CARD}") != contribution_card(
+                federation, entry.contribution.manifest
+            ):
+                return f"{shown(place)}/{CARD} is not the card that follows from its manifest"
     return None

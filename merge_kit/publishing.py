@@ -6,24 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from merge_kit import auditlog, homes, manifest, policies, signing, vector
+from merge_kit import auditlog, manifest, policies, signing, vector
+from merge_kit.cards import CARD
 from merge_kit.compressing import Compression, compress
 from merge_kit.contributions import (
     MANIFEST,
     SIGNATURE,
     Contribution,
-    Entry,
     Trust,
     bundle,
     entry_at,
     folder_of,
-    list_entries,
     without_superseded,
 )
 from merge_kit.errors import ContributionError, SignatureError, UsageError
 from merge_kit.federation import Federation
 from merge_kit.files import sha256_bytes, sha256_file, write_atomic
-from merge_kit.hub import Hub, by_pull_request, create_missing, is_there
+from merge_kit.hub import Hub, shows_cards
 from merge_kit.manifest import (
     OF_A_MODEL,
     Draft,
@@ -35,8 +34,10 @@ from merge_kit.manifest import (
     suppressed_counts,
 )
 from merge_kit.methods.base import Statistics
+from merge_kit.outlets import Outlet, check_target, outlet_of
 from merge_kit.parameters import roles_of
-from merge_kit.site import Site, check_pinned, federation_on
+from merge_kit.site import Site, federation_on
+from merge_kit.sitecards import contribution_card
 from merge_kit.withdrawals import ROOT as WITHDRAWALS
 
 VECTOR = "vector.safetensors"
@@ -74,49 +75,13 @@ class Parcel:
     manifest: Manifest
     payload: Path
     replaces: Contribution | None
-    target: Hub
+    outlet: Outlet
     """Where it goes: to the federation's hub, or to the one that the site has of its own."""
 
-
-@dataclass(frozen=True, slots=True)
-class Outlet:
-    """Where a site's contributions lie, and where the next one goes."""
-
-    federation: Federation
-    hub: Hub
-    """The federation's."""
-    target: Hub
-    """What is written to: the same, or the site's own hub."""
-    there: tuple[Hub, ...]
-    """What is read, the site's own hub first; one that is not made yet is left out."""
-
-    def entries(self, site: str) -> list[Entry]:
-        """What the site has published; see `list_entries`."""
-        made = self.is_own == (len(self.there) > 1)
-        return list_entries(self.hub, self.federation, site, without=None if made else [site])
-
     @property
-    def is_own(self) -> bool:
-        """Whether the site has a hub of its own."""
-        return self.target.uri != self.hub.uri
-
-
-def outlet_of(site: Site, hub: Hub, *, create_pr: bool = False) -> Outlet:
-    """Where a site publishes in the federation on a hub; with `create_pr` by pull requests.
-
-    Raises
-    ------
-    FederationError
-        The hub's contract is not the one that was joined.
-    SiteUnreachableError
-        The site's own hub cannot be asked.
-    """
-    federation = federation_on(hub)
-    check_pinned(site.config, federation, hub.uri)
-    own = homes.hub_of(hub, federation, site.name)
-    target = own.hub if own else hub
-    there = (own, hub) if own and is_there(own.hub) else (hub,)
-    return Outlet(federation, hub, by_pull_request(target) if create_pr else target, there)
+    def target(self) -> Hub:
+        """What is written to."""
+        return self.outlet.target
 
 
 def prepare_all(
@@ -229,7 +194,7 @@ def prepare(
     policies.check(final, federation.policy, "the federation's policy")
     policies.check_site(final, policies.site_policy(site.root), outlet.target.uri)
     replaces = next((c for c in own if f"sha256:{c.id}" == final.supersedes), None)
-    return Parcel(final, payload, replaces, outlet.target)
+    return Parcel(final, payload, replaces, outlet)
 
 
 def _compressed(
@@ -341,11 +306,11 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     policies.check_site(parcel.manifest, policy, target.uri)
     key = signing.public_key(site.key_file)
     policies.check_approved(site.root, run, parcel.manifest, policy, key)
-    _check_target(site, hub, target)
+    check_target(site, hub, target)
     data = parcel.manifest.to_bytes()
     signature = signing.sign(site.key_file, signing.MANIFEST_CONTEXT, data)
     folder = folder_of(parcel.manifest)
-    files = bundle(parcel.manifest, parcel.payload, signature)
+    files = {**_card(hub, parcel), **bundle(parcel.manifest, parcel.payload, signature)}
     told = {
         name: sha256_bytes(content) if isinstance(content, bytes) else sha256_file(content)
         for name, content in files.items()
@@ -370,23 +335,12 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     return False
 
 
-def _check_target(site: Site, hub: Hub, target: Hub) -> None:
-    """Make a site's own hub where it is not there; refuse one that it has no more.
-
-    Raises
-    ------
-    ContributionError
-        The coordinator has named another one meanwhile: nobody would look for it here.
-    """
-    if target.uri == hub.uri:
-        return
-    own = homes.hub_of(hub, federation_on(hub), site.name)
-    if own is None or own.uri != target.uri:
-        raise ContributionError(
-            f"{target.uri} is not the hub of site '{site.name}' any more, by the federation's file "
-            f"on {hub.uri}: nothing was sent; run the same command again."
-        )
-    create_missing(target)
+def _card(hub: Hub, parcel: Parcel) -> dict[str, Path | bytes]:
+    """The page beside a contribution on a federation's hub that shows pages: a repository of the
+    site's own has one of its own, of all that lies there."""
+    if parcel.target.uri != hub.uri or not shows_cards(parcel.target):
+        return {}
+    return {CARD: contribution_card(parcel.outlet.federation, parcel.manifest)}
 
 
 def _worthless(hub: Hub, federation: Federation, ours: Manifest, key: str) -> str | None:

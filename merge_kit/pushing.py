@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
+from merge_kit.cards import CARD
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG, read_config
 from merge_kit.contributions import ROOT
@@ -16,7 +17,6 @@ from merge_kit.errors import ProvenanceError, UsageError
 from merge_kit.federation import FEDERATION_FILE
 from merge_kit.hub.commits import Operation
 from merge_kit.hub.repository import Repository
-from merge_kit.merging import CARD
 from merge_kit.provenance import PROVENANCE, read_provenance
 from merge_kit.tensorfile import fingerprint_file
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from merge_kit.cards import CARD, render
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution, Entry, list_entries
@@ -18,7 +19,7 @@ from merge_kit.files import new_folder, write_atomic
 from merge_kit.homes import unasked
 from merge_kit.hub import Hub
 from merge_kit.manifest import Kind
-from merge_kit.merging import CARD, choose, render, software, stated
+from merge_kit.merging import choose, software, stated
 from merge_kit.payloads import check_payloads
 from merge_kit.provenance import PROVENANCE, HeadRecord, Provenance, read_provenance
 from merge_kit.remembered import look

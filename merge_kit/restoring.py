@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from merge_kit import normstats
+from merge_kit.cards import CARD, render
 from merge_kit.checkpoints import WEIGHTS
 from merge_kit.configuration import CONFIG
 from merge_kit.contributions import Contribution
 from merge_kit.errors import ContributionError, UsageError
 from merge_kit.files import new_folder, write_atomic
-from merge_kit.merging import CARD, render, stated
+from merge_kit.merging import stated
 from merge_kit.normstats import NormSums
 from merge_kit.provenance import (
     PROVENANCE,

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import click
 
-from merge_kit import publishing, signing
+from merge_kit import publishing, signing, sitecards
 from merge_kit.commands.options import create_pr_option, next_step, shown
 from merge_kit.compressing import parse_compression
 from merge_kit.contributions import folder_of
-from merge_kit.errors import UsageError
-from merge_kit.hub import Hub, open_hub, pull_request_of
+from merge_kit.errors import HubError, UsageError
+from merge_kit.hub import Hub, open_hub, pull_request_of, shows_cards
+from merge_kit.outlets import Outlet
 from merge_kit.runs import latest_run
 from merge_kit.site import Site, open_site
 
@@ -97,6 +98,8 @@ def send(
         click.echo("\n".join(f"    {line}" for line in text.splitlines()))
         if parcel.replaces:
             click.echo(f"It replaces the site's contribution {parcel.replaces.id[:12]}.")
+    if any(shows_cards(parcel.target) for parcel in parcels):
+        click.echo("  a card       README.md, made of the manifests for people; nothing reads it")
     for parcel in parcels:
         folder = folder_of(parcel.manifest)
         target = f"{parcel.target.uri}/{folder}"
@@ -107,6 +110,18 @@ def send(
             click.echo(f"Proposed: {target} by {request}" if request else f"Published: {target}")
         else:
             click.echo(f"Already published: {target}")
+    if parcels and not dry_run:
+        update_card(site, parcels[0].outlet)
+
+
+def update_card(site: Site, outlet: Outlet) -> None:
+    """Let the card of a site's own repository say what lies there now; where that cannot be done it
+    stays as it was."""
+    try:
+        if sitecards.update(site, outlet):
+            click.echo(f"Described: {outlet.target.uri}/README.md")
+    except HubError as error:
+        click.echo(f"Note: the card on {outlet.target.uri} is not up to date: {error}", err=True)
 
 
 def _after(uri: str, *, create_pr: bool) -> None:

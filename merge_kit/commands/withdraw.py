@@ -8,12 +8,14 @@ from pathlib import Path
 
 import click
 
+from merge_kit.cards import CARD
 from merge_kit.commands.options import create_pr_option, next_step, shown
+from merge_kit.commands.publish import update_card
 from merge_kit.contributions import MANIFEST, PAYLOAD, Entry
 from merge_kit.contributions import ROOT as CONTRIBUTIONS
 from merge_kit.errors import ContributionError, HubError, UsageError
-from merge_kit.hub import Hub, create_missing, open_hub, pull_request_of
-from merge_kit.publishing import Outlet, outlet_of
+from merge_kit.hub import Hub, create_missing, open_hub, pull_request_of, shows_cards
+from merge_kit.outlets import Outlet, outlet_of
 from merge_kit.site import Site, open_site
 from merge_kit.withdrawals import ROOT, is_id, withdraw
 
@@ -58,6 +60,7 @@ def withdraw_command(
         _remove(target, site, found)
         if outlet.is_own:
             _also(outlet.hub, site, found, keys)
+    update_card(site, outlet)
     if len(failed) < len(chosen):
         click.echo(
             "Copies that others have made, and models that hold it, are not reached by this."
@@ -71,8 +74,11 @@ def withdraw_command(
 
 
 def _remove(hub: Hub, site: Site, found: Entry) -> None:
-    """Take the tensors from a hub, and say what has become of them."""
-    place = f"{CONTRIBUTIONS}/{site.name}/{found.id}/{PAYLOAD}"
+    """Take the tensors from a hub, and the card; say what has become of them."""
+    folder = f"{CONTRIBUTIONS}/{site.name}/{found.id}"
+    place, card = f"{folder}/{PAYLOAD}", f"{folder}/{CARD}"
+    if shows_cards(hub) and hub.has(card):
+        hub.remove(card)
     if not hub.has(place):
         return
     if hub.remove(place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from merge_kit.errors import HubError, MissingExtraError, UsageError
 from merge_kit.hub.base import READERS, Hub, places
@@ -10,6 +11,7 @@ from merge_kit.hub.folder import FolderHub
 
 __all__ = [
     "READERS",
+    "Described",
     "FolderHub",
     "Hub",
     "by_pull_request",
@@ -19,6 +21,7 @@ __all__ = [
     "open_hub",
     "places",
     "pull_request_of",
+    "shows_cards",
 ]
 
 _OBJECT_STORES = ("s3", "gs", "az")
@@ -81,6 +84,22 @@ def create_missing(hub: Hub) -> None:
     """Make a repository where it is not there, private; one that is there stays as it is."""
     if not is_there(hub):
         _create(hub)
+
+
+@runtime_checkable
+class Described(Hub, Protocol):
+    """A hub that people look at by pages: those that the README.md files make."""
+
+    def is_described(self, card: bytes) -> bool:
+        """Whether the page at its top is this one already, or is not ours to write."""
+
+    def describe(self, card: bytes) -> None:
+        """Put the page at its top."""
+
+
+def shows_cards(hub: Hub) -> bool:
+    """Whether people look at what lies there by pages."""
+    return isinstance(hub, Described)
 
 
 def by_pull_request(hub: Hub) -> Hub:

@@ -21,6 +21,8 @@ from merge_kit.hub.commits import Done, Found, Operation
 from merge_kit.hub.remote import RemoteHub
 from merge_kit.hub.repository import Repository, named
 
+_PAGE = "README.md"
+
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
@@ -204,6 +206,23 @@ class HuggingFaceHub(RemoteHub):
             return [CommitOperationAdd(name, io.BytesIO(data))]
 
         self.repository.change(f"Change {name}", plan)
+        self._seen = None
+
+    def is_described(self, card: bytes) -> bool:
+        """Whether the repository's page is this one already, or is not ours to write."""
+        found = None if self._by_pull_request else self._at(self.repository.head(), _PAGE)
+        return self._by_pull_request or (found is not None and found.is_of(card))
+
+    def describe(self, card: bytes) -> None:
+        """Put the repository's page, which people look at and the Hub's search goes by, with one
+        commit; we never read it."""
+
+        def plan(head: str) -> Sequence[Operation] | None:
+            found = self._at(head, _PAGE)
+            same = found is not None and found.is_of(card)
+            return None if same else [CommitOperationAdd(_PAGE, io.BytesIO(card))]
+
+        self.repository.change("Describe what lies here", plan)
         self._seen = None
 
     def remove(self, name: str) -> bool:

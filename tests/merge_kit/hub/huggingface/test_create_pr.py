@@ -70,7 +70,8 @@ def test_what_was_made_is_proposed_and_counts_when_it_is_merged(commands, ok, se
         f"May be merged: {server.url}/{NAME}/discussions/1 adds contributions/north/"
     )
     HfApi(server.url, OWNER).merge_pull_request(NAME, 1)
-    assert len([path for path in there.files() if path.startswith("contributions/north/")]) == 3
+    names = [path for path in there.files() if path.startswith("contributions/north/")]
+    assert len(names) == 4  # with its card
 
 
 @pytest.mark.parametrize("command", ["calibrate", "predict-proxy"])

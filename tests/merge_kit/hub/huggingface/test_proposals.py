@@ -16,6 +16,7 @@ from merge_kit.site import federation_on
 from tests.conftest import write_run
 from tests.merge_kit.helpers import says
 from tests.merge_kit.hub.huggingface.conftest import NAME, OWNER, READER
+from tests.merge_kit.hub.huggingface.repos import Blob
 
 URI = f"hf://{NAME}"
 
@@ -128,6 +129,19 @@ def test_a_pull_request_of_a_stranger(north, server, ok, tmp_path):
     (line,) = [line for line in said.splitlines() if line.startswith("Do not merge")]
     assert line.startswith(f"Do not merge {address(server, 2)}: contributions/mallory/")
     assert line.endswith(" is not admitted.")
+
+
+def test_a_page_in_a_pull_request_that_does_not_follow_from_its_manifest(north, server, ok):
+    """People would take it for one of the federation's."""
+    (number,) = server.repos[NAME].pulls
+    proposed = server.repos[NAME].files("refs/pr/1")
+    (page,) = [path for path in proposed if path.endswith("/README.md")]
+    changed = {**proposed, page: Blob(b"[more](https://elsewhere.example)")}
+    server.repos[NAME].add("refs/pr/1", changed, number["title"], "site")
+    assert ok("status", URI, "--pull-requests") == (
+        f"Do not merge {address(server, 1)}: {page} is not the card that follows from its "
+        "manifest.\n"
+    )
 
 
 def test_a_withdrawal_in_a_pull_request(north, server, ok):
