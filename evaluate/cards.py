@@ -8,9 +8,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from evaluate.document import Report
+from merge_kit.cards import CARD
 from merge_kit.errors import DataError
 from merge_kit.files import write_atomic
-from merge_kit.merging import CARD
 
 _METRICS = {
     "balanced_accuracy": "Balanced accuracy",
