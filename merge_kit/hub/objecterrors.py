@@ -23,6 +23,9 @@ _HOST = re.compile(r"https?://(?:[^/\s@]*@)?([^/\s?@,)]+)")
 _OBJECT = re.compile(r'[Pp]ath "(.*?)" contained|[Pp]ath "(.*?)":', re.S)
 _MACHINE = re.compile(r"/latest/(api/token|meta-data)|metadata\.google\.internal|metadata/identity")
 """Where a machine in a cloud would be asked for credentials: there were none before."""
+_BROKEN = re.compile(
+    r"response body error|Got invalid \w+ response|not found: Error performing DELETE \S+uploadId="
+)
 _WRONG = {
     "AuthenticationFailed",
     "ExpiredToken",
@@ -42,9 +45,17 @@ _WHERE_KEYS_ARE = {
 }
 
 
-def timed_out(error: Exception) -> bool:
+def is_broken(error: Exception) -> bool:
+    """Whether an answer has begun and broken off, or makes no sense: the library leaves it at that.
+
+    It then takes an upload back whose end was not heard of, and finds none.
+    """
+    return bool(_BROKEN.search(str(error)))
+
+
+def is_unknown(error: Exception) -> bool:
     """Whether nobody knows if what was asked has been done."""
-    return "kind: Timeout" in str(error)
+    return "kind: Timeout" in str(error) or is_broken(error)
 
 
 def unconditional(uri: str) -> HubError:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 from obstore.exceptions import (
@@ -28,7 +28,7 @@ from obstore.exceptions import (
 from merge_kit.errors import HubError, UnreachableError
 from merge_kit.files import sha256_bytes, sha256_file, storage_errors
 from merge_kit.hub.base import SMALL, changed_meanwhile, check_name, is_plain
-from merge_kit.hub.objecterrors import explained, timed_out, unconditional
+from merge_kit.hub.objecterrors import explained, is_broken, is_unknown, unconditional
 from merge_kit.hub.objectstores import Patience, open_store, parts_of
 from merge_kit.hub.remote import RemoteHub, content_size
 from merge_kit.hub.s3list import lister
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
 
 Names = list[str]
+T = TypeVar("T")
 PIECE = 8 * 2**20
 """Bytes that one request carries; what is larger goes in parts."""
 LARGEST = 5 * 2**30
@@ -130,7 +131,7 @@ class ObjectHub(RemoteHub):
             except PreconditionError:
                 pass
             except BaseError as error:
-                if not timed_out(error) or attempt == _TRIES - 1:
+                if not is_unknown(error) or attempt == _TRIES - 1:
                     raise self._explained(error, name, "written") from None
             self._wait(attempt)
         raise changed_meanwhile(f"{self.uri}/{name}")
@@ -151,8 +152,7 @@ class ObjectHub(RemoteHub):
         check_name(name)
         if (meta := self._head(name)) is None:
             return True
-        with self._asking(name, "removed"):
-            self._store.delete(name)
+        self._ask(name, "removed", lambda: self._store.delete(name))
         return meta["version"] in (None, "null")
 
     def _look(self, name: str) -> tuple[int, str] | None:
@@ -167,45 +167,48 @@ class ObjectHub(RemoteHub):
 
     def _pieces(self, name: str, size: int) -> Iterator[bytes]:
         """The bytes of a file, each request for some of them: a slow line needs no patience."""
-        version = None
+        options: Any = {}
         for begin in range(0, size, PIECE):
-            options: Any = {"range": (begin, min(begin + PIECE, size))}
-            if version:
-                options["if_match"] = version
-            with self._asking(name, "read"):
-                found = self._store.get(name, options=options)
-                version = found.meta["e_tag"]
-                piece = found.bytes().to_bytes()
+            options["range"] = (begin, min(begin + PIECE, size))
+            meta, piece = self._ask(name, "read", lambda: self._got(name, options))
+            options["if_match"] = meta["e_tag"]
             yield piece
+
+    def _got(self, name: str, options: Any) -> tuple[ObjectMeta, bytes]:
+        found = self._store.get(name, options=options)
+        return found.meta, found.bytes().to_bytes()
 
     def _small(self, name: str) -> tuple[bytes, UpdateVersion]:
         """The bytes of a small file, and what tells it from any later one."""
-        with self._asking(name, "read"):
+
+        def got() -> tuple[ObjectMeta, bytes]:
             found = self._store.get(name)
-            meta = found.meta
-            if meta["size"] > SMALL:
+            if found.meta["size"] > SMALL:
                 where = f"{self.uri}/{name}"
                 raise HubError(
                     f"{where} is larger than {SMALL} bytes: it is no file of a federation."
                 )
-            data = found.bytes().to_bytes()
+            return found.meta, found.bytes().to_bytes()
+
+        meta, data = self._ask(name, "read", got)
         version: Any = {k: meta[k] for k in ("e_tag", "version") if meta[k]}
         return data, version
 
     def _head(self, name: str) -> ObjectMeta | None:
+        def look() -> ObjectMeta:
+            try:
+                return self._store.head(name)
+            except PermissionDeniedError:  # an answer without a body does not say why
+                return self._store.get(name).meta
+
         try:
-            with self._asking(name, "read", passing=(FileNotFoundError,)):
-                try:
-                    return self._store.head(name)
-                except PermissionDeniedError:  # an answer without a body does not say why
-                    return self._store.get(name).meta
+            return self._ask(name, "read", look, passing=(FileNotFoundError,))
         except FileNotFoundError:
             if not self._answered:  # without a bucket no file is there either, and nobody says why
-                with (
-                    suppress(InvalidPathError),
-                    self._asking("", "listed", passing=(InvalidPathError,)),
-                ):
-                    self._store.list_with_delimiter()
+                with suppress(InvalidPathError):
+                    self._ask(
+                        "", "listed", self._store.list_with_delimiter, passing=(InvalidPathError,)
+                    )
                 self._answered = True
             return None
 
@@ -238,17 +241,20 @@ class ObjectHub(RemoteHub):
         self._listed.update((site, sorted(names)) for site, names in found.items())
         return sorted(site.rpartition("/")[2] for site in found)
 
-    def _paths(self, folder: str) -> Iterator[str]:
-        """All objects below a folder, some perhaps twice, whatever they are called."""
-        with self._asking(folder, "listed"):
+    def _paths(self, folder: str) -> Names:
+        """All objects below a folder, whatever they are called."""
+
+        def listed() -> Names:
             try:
-                for page in self._store.list(folder, chunk_size=1000):
-                    yield from (meta["path"] for meta in page)
+                pages = self._store.list(folder, chunk_size=1000)
+                return [meta["path"] for page in pages for meta in page]
             except InvalidPathError:
                 if self._lister is None:
                     raise
-                for key in self._lister.keys(f"{self._prefix}{folder}/", self._patience):
-                    yield key.removeprefix(self._prefix)
+                keys = self._lister.keys(f"{self._prefix}{folder}/", self._patience)
+                return [key.removeprefix(self._prefix) for key in keys]
+
+        return self._ask(folder, "listed", listed)
 
     def _create(self, name: str, content: Path | bytes) -> bool:
         """Write a new file; False when one is there, perhaps by a try that was not heard of."""
@@ -260,11 +266,14 @@ class ObjectHub(RemoteHub):
 
     def _create_large(self, name: str, content: Path) -> bool:
         hidden = _hidden(name)
+
+        def send() -> None:
+            self._store.put(
+                hidden, content, use_multipart=True, chunk_size=PIECE, max_concurrency=2
+            )
+
         try:
-            with self._asking(name, "written"):
-                self._store.put(
-                    hidden, content, use_multipart=True, chunk_size=PIECE, max_concurrency=2
-                )
+            self._ask(name, "written", send)
             return self._new(name, lambda: self._store.copy(hidden, name, overwrite=False))
         finally:
             self._discard(hidden)
@@ -279,7 +288,7 @@ class ObjectHub(RemoteHub):
                     return False
                 # 409: another write was under way, and has not come to its end.
             except (BaseError, FileNotFoundError) as error:
-                if not timed_out(error) or attempt == _TRIES - 1:
+                if not is_unknown(error) or attempt == _TRIES - 1:
                     raise self._explained(error, name, "written") from None
             self._wait(attempt)
         raise changed_meanwhile(f"{self.uri}/{name}")
@@ -330,15 +339,13 @@ class ObjectHub(RemoteHub):
             ),
         }
         try:
-            with self._asking(target, "written"), suppress(AlreadyExistsError):
-                steps["written"]()
+            with suppress(AlreadyExistsError):
+                self._ask(target, "written", steps["written"], passing=(AlreadyExistsError,))
             for each in dict.fromkeys(("written", step)):
+                refusals = (AlreadyExistsError, PreconditionError)
                 try:
-                    with self._asking(
-                        target, "written", passing=(AlreadyExistsError, PreconditionError)
-                    ):
-                        steps[each]()
-                except (AlreadyExistsError, PreconditionError):
+                    self._ask(target, "written", steps[each], passing=refusals)
+                except refusals:
                     self._proven.add(each)
                 else:
                     raise unconditional(self.uri)
@@ -348,7 +355,7 @@ class ObjectHub(RemoteHub):
     def _tidy(self, folder: str) -> None:
         """Remove hidden files that killed publishers left; who may not leaves them."""
         with suppress(HubError):
-            for path in [*self._paths(folder)]:
+            for path in self._paths(folder):
                 name = path.removeprefix(f"{folder}/")
                 if name.startswith(".") and "/" not in name and _is_sound(name[1:]):
                     self._discard(path)
@@ -363,17 +370,29 @@ class ObjectHub(RemoteHub):
     def _explained(self, error: Exception, name: str, done: str) -> HubError:
         return explained(error, self.uri, name, done, self._patience.timeout)
 
-    @contextmanager
-    def _asking(
-        self, name: str, done: str, *, passing: tuple[type[Exception], ...] = ()
-    ) -> Iterator[None]:
-        """Turn what the storage says into one sentence, but for what is `passing`."""
-        try:
-            yield
-        except passing:
-            raise
-        except (BaseError, FileNotFoundError) as error:
-            raise self._explained(error, name, done) from None
+    def _ask(
+        self,
+        name: str,
+        done: str,
+        what: Callable[[], T],
+        *,
+        passing: tuple[type[Exception], ...] = (),
+    ) -> T:
+        """What the storage answers, or one sentence for what it says, but for what is `passing`.
+
+        The library repeats a request; where an answer breaks off after its headers, we do.
+        """
+        attempt = 0
+        while True:
+            try:
+                return what()
+            except passing:
+                raise
+            except (BaseError, FileNotFoundError) as error:
+                if not is_broken(error) or attempt == self._patience.retries:
+                    raise self._explained(error, name, done) from None
+            self._wait(attempt)
+            attempt += 1
 
 
 def _is_sound(name: str) -> bool:

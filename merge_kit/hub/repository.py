@@ -282,20 +282,23 @@ class Repository:
         old, new = self.settled(before), self.settled(done.revision)
         sent = {operation.path_in_repo for operation in operations}
         strays = sorted(new.keys() - old.keys() - sent)
+        changed = sorted(path for path in old.keys() - sent if old[path] != new.get(path))
         paths = [operation.path_in_repo for operation in wrong]
-        if not strays and not new.keys() & set(paths):  # the repository wants none of these
+        if (
+            not strays and not changed and not new.keys() & set(paths)
+        ):  # the repository wants none of these
             return replace(done, left_out=tuple(sorted(paths)))
         if done.pull_request:
             raise HubError(
                 f"{done.pull_request} arrived damaged, with other bytes than were sent: close it, "
                 "and run the same command again."
             )
-        for path in sorted(old.keys() - sent):
-            if old[path] != new.get(path):
-                raise HubError(
-                    f"commit {done.revision} of {self.uri} arrived damaged and has changed {path}: "
-                    "take it back from the commit before, then run the same command again."
-                )
+        if changed:
+            raise HubError(
+                f"commit {done.revision} of {self.uri} arrived damaged and has changed "
+                f"{changed[0]}: take it back from the commit before, then run the same command "
+                "again."
+            )
         if not mends:
             raise HubError(
                 f"{self.uri} has {[*strays, *paths][0]} with other bytes than were sent, several "

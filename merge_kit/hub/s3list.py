@@ -16,7 +16,9 @@ import urllib.error
 import urllib.request
 import xml.etree.ElementTree as Xml
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from urllib.parse import quote, unquote_plus, urlsplit
 
 from obstore.exceptions import GenericError
@@ -27,6 +29,8 @@ from merge_kit.hub.objectstores import Patience
 _LARGEST = 32 * 2**20
 """Bytes above which no answer is a page of a listing: a name has 1024 at most, a page 1000."""
 _NOTHING = hashlib.sha256(b"").hexdigest()
+_DAMAGED = (OSError, HTTPException, Xml.ParseError, ValueError, LookupError)
+"""What an answer that is none is read as; the last two are of encodings that it names."""
 _TRUE = ("1", "true", "yes", "on")
 
 
@@ -78,13 +82,14 @@ class Lister:
                 with opener.open(self._request(query), timeout=patience.timeout) as answer:
                     return Xml.fromstring(answer.read(_LARGEST))
             except urllib.error.HTTPError as error:
-                with error:
-                    told = f"status code: {error.code} {error.read(_LARGEST)!r}"
+                with error, suppress(OSError, HTTPException):
+                    told = f"status code: {error.code} "
+                    told += repr(error.read(_LARGEST))
                 if error.code < 500 and error.code not in (408, 429):
                     raise GenericError(f"{self.url}: {told}") from None
             except TimeoutError:
                 told = "kind: Timeout"
-            except (OSError, Xml.ParseError):  # also an answer that broke off, or was damaged
+            except _DAMAGED:  # also an answer that broke off
                 told = "broke off"
             if attempt < patience.retries:
                 time.sleep(patience.pause * 2**attempt)

@@ -212,6 +212,25 @@ def test_what_others_do_while_a_commit_is_mended_stays(server, line, hub):
     assert sum("contributions/other/e/" in path for path in there) == 3
 
 
+def test_a_commit_that_was_changed_into_anothers_file_is_named(server, line, hub):
+    """What that file was is for its history: to mend it would be to write over what was there."""
+    other = "contributions/north/abd/manifest.sig"
+    opened(server).publish("contributions/north/abd", {"manifest.sig": b"o", "manifest.json": b"m"})
+    with (
+        line.faulty("POST .*/commit/", changed(*CHANGES["folder"]), times=1),
+        pytest.raises(HubError) as caught,
+    ):
+        publish(hub)
+    commit = server.repos[NAME].refs["main"]
+    assert str(caught.value) == (
+        f"commit {commit} of {hub.uri} arrived damaged and has changed {other}: take it back from "
+        "the commit before, then run the same command again."
+    )
+    assert titles(server) == ["Add contributions/north/abd", f"Add {ENTRY}"]
+    before = server.repos[NAME].commits[commit].parent
+    assert server.repos[NAME].files(before)[other].data == b"o"
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_listing_that_was_damaged_mends_nothing(server, line, hub, times):
     """What is wrong is believed when it is said twice in the same words."""

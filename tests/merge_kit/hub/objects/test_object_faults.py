@@ -10,6 +10,7 @@ from tests.merge_kit.helpers import listing, says
 from tests.merge_kit.hub.contract import ENTRY, FILE, digest_of, publish
 from tests.merge_kit.hub.objects.conftest import LARGE
 from tests.merge_kit.hub.objects.proxy import (
+    Answer,
     cut_answer,
     cut_download,
     cut_upload,
@@ -88,6 +89,13 @@ def another_each_time():
     return fault
 
 
+def shortened(handler, request):
+    """Half of the answer, which says that it is whole; what has a name of ours is no answer."""
+    answer = handler.server.proxy.ask(request)
+    handler.answer(Answer(answer.status, answer.headers, answer.body[: len(answer.body) // 2]))
+    return True
+
+
 def parting(sent):
     """Where large publications begin to differ: what comes before is tested by small ones."""
     return next((n for n, request in enumerate(sent) if ".payload" in request), 0)
@@ -96,6 +104,8 @@ def parting(sent):
 FAULTS = {
     "upload": cut_upload,
     "answer": cut_answer,
+    "answer's body": cut_download,
+    "senseless answer": shortened,
     "503": status(503, "SlowDown"),
     "500": status(500, "InternalError"),
     "503 afterwards": status(503, after=True),
@@ -104,7 +114,10 @@ FAULTS = {
 
 @pytest.mark.parametrize(
     ("size", "fault"),
-    [*(("small", name) for name in FAULTS), ("large", "answer")],
+    [
+        *(("small", name) for name in FAULTS),
+        *(("large", name) for name in ("answer", "answer's body", "senseless answer")),
+    ],
 )
 def test_a_fault_that_passes_is_not_noticed(line, hub, again, large, keys, fault, size):
     """Each request of a publication in turn; what has gone through is not taken for another's."""
@@ -120,6 +133,31 @@ def test_a_fault_that_passes_is_not_noticed(line, hub, again, large, keys, fault
         ]  # fmt: skip
     # An upload whose number was lost with the answer can be taken back by nobody.
     assert not any("/." in name for name in keys() if not name.startswith("unfinished"))
+
+
+@pytest.mark.parametrize("fault", ["answer's body", "senseless answer"])
+@pytest.mark.parametrize("folder", ["contributions", ENTRY])
+def test_a_listing_that_breaks_off_is_asked_for_again(line, hub, again, fault, folder):
+    """The library asks again where no answer came, and not where one has begun."""
+    publish(hub)
+    expected = list(again().list(folder))
+    assert len(expected) in (1, 3)
+    with line.faulty("GET .*list-type", FAULTS[fault], times=2), line.counted() as asked:
+        assert list(again().list(folder)) == expected
+    assert sum("list-type" in request for request in asked) == 3
+
+
+def test_a_listing_that_always_breaks_off_is_named(line, hub):
+    with (
+        line.faulty("GET .*list-type", cut_download),
+        line.counted() as asked,
+        says(
+            UnreachableError,
+            f"the connection to {hub.uri} broke off again and again: run the same command again.",
+        ),
+    ):
+        list(hub.list("contributions"))
+    assert len(asked) == 1 + 2  # QUICK
 
 
 @pytest.mark.parametrize(("size", "fault"), [("small", "answer"), ("large", "answer")])

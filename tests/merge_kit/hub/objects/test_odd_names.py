@@ -88,9 +88,36 @@ def test_more_names_than_one_answer_has(hub, again, line, other, bucket):
     assert list(fresh.list("contributions/s")) == [f"e{n:04}" for n in range(1100)]
 
 
+def refusal_cut(handler, request):
+    """A refusal that breaks off within a chunk of its body."""
+    handler.wfile.write(
+        b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n<Error>"
+    )
+    handler.cut(orderly=True)
+    return True
+
+
+def no_status(handler, request):
+    """What begins like no answer of HTTP."""
+    handler.server.proxy.ask(request)
+    handler.wfile.write(b"HTSP/1.1 2OO\r\n\r\n")
+    handler.cut(orderly=True)
+    return True
+
+
+def no_encoding(handler, request):
+    """A page in an encoding that nobody knows as one of text."""
+    page = handler.server.proxy.ask(request)
+    page.body = page.body.replace(b"UTF-8", b"utf-7").replace(b"utf-8", b"utf-7")
+    assert b"utf-7" in page.body
+    handler.answer(page)
+    return True
+
+
 @pytest.mark.parametrize(
-    "fault", [cut_download, status(503, "SlowDown"), flip], ids=["cut", "busy", "flipped"]
-)
+    "fault", [cut_download, status(503, "SlowDown"), flip, no_status, no_encoding],
+    ids=["cut", "busy", "flipped", "no status", "no encoding"],
+)  # fmt: skip
 def test_a_fault_that_passes_is_not_noticed(hub, again, line, other, bucket, fault):
     publish(hub)
     put(other, bucket, "north//x")
@@ -110,14 +137,25 @@ def test_a_fault_that_passes_is_not_noticed(hub, again, line, other, bucket, fau
          "AWS_REGION to it."),
         (cut_download, "the connection to {host} broke off again and again: run the same command "
          "again."),
+        (no_status, "the connection to {host} broke off again and again: run the same command "
+         "again."),
     ],
-    ids=["503", "403", "redirect", "cut"],
+    ids=["503", "403", "redirect", "cut", "no status"],
 )  # fmt: skip
 def test_a_fault_that_stays_is_named(hub, line, other, bucket, fault, told):
     put(other, bucket, "north//x")
     with (
         line.faulty("encoding-type", fault),
         says(UnreachableError, told.format(host=line.host, uri=hub.uri)),
+    ):
+        list(hub.list("contributions"))
+
+
+def test_a_refusal_that_breaks_off_is_named(hub, line, other, bucket):
+    put(other, bucket, "north//x")
+    with (
+        line.faulty("encoding-type", refusal_cut),
+        pytest.raises(HubError, match="may not be listed"),
     ):
         list(hub.list("contributions"))
 
