@@ -7,11 +7,11 @@ import os
 import pytest
 
 from merge_kit import signing, site, trust
+from merge_kit.cards import literal
 from merge_kit.creation import create
 from merge_kit.errors import FederationError
 from merge_kit.federation import FEDERATION_FILE, Policy, parse_federation
 from merge_kit.hub import FolderHub
-from merge_kit.merging import literal
 from merge_kit.policies import POLICY_FILE
 from merge_kit.trust import signed
 from merge_kit.yamlfile import parse_yaml
