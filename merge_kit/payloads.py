@@ -10,6 +10,7 @@ from pathlib import Path
 from merge_kit import statistics, vector
 from merge_kit.blocks import in_order, one_thread_each
 from merge_kit.contributions import Contribution, Entry, check_policy
+from merge_kit.encoding import Decoded
 from merge_kit.errors import ContributionError, MergeKitError, TensorFileError, UnreachableError
 from merge_kit.federation import Federation
 from merge_kit.files import sha256_file
@@ -85,12 +86,7 @@ def check_payload(
             raise _damaged(contribution) from None
         raise
     with file:
-        if kind == "vector":
-            norm, checked = _check_vector(contribution, file, federation, expected, roles, again)
-        else:
-            norm, checked = _check_statistics(
-                contribution, kind, file, federation, expected, roles, again
-            )
+        norm, checked = _check_tensors(contribution, file, federation, expected, roles, again)
     if abs(norm - stated.norm) > 1e-4 * norm:
         raise ContributionError(
             f"{where} has the norm {norm:.4g}, its manifest says {stated.norm:.4g}: it is refused."
@@ -111,7 +107,7 @@ class _Sound(Document):
     norm: float
 
 
-def _check_vector(
+def _check_tensors(
     contribution: Contribution,
     file: TensorFile,
     federation: Federation,
@@ -119,46 +115,48 @@ def _check_vector(
     roles: Mapping[str, Role],
     again: bool,
 ) -> tuple[float, Checked]:
-    """The norm of the vector, and the file that was checked."""
+    """The norm of a vector or of statistics, and the file that was checked."""
+    kind, several = contribution.kind, federation.multi_label
     try:
-        # Before any value: what a small file says of its tensors could ask for any amount of work.
+        found = _check_form(contribution, file, federation, expected, roles)
+    except MergeKitError:
+        _check_digest(contribution, sha256_file(file.path))  # else the damage is the fault
+        raise
+    if isinstance(found, Decoded):
+        measured, checked = look(found, vector.Measured, vector.measure, again=again)
+        digest, norm = measured.sha256, measured.norm
+    else:
+        seen, checked = look(found, statistics.Measured, statistics.measure, again=again)
+        digest, norm = seen.sha256, seen.norm if kind in seen.sound else None
+    _check_digest(contribution, digest)
+    if norm is not None:
+        return norm, checked
+    # Where a value is not finite, or wrong, a second reading finds and names it.
+    if isinstance(found, Decoded):
+        return vector.norm(found, roles), checked
+    return statistics.check(found, kind, expected, roles, multi_label=several), checked
+
+
+def _check_form(
+    contribution: Contribution,
+    file: TensorFile,
+    federation: Federation,
+    expected: Mapping[str, TensorSpec],
+    roles: Mapping[str, Role],
+) -> Decoded[TensorFile] | TensorFile:
+    """What a file says of itself, before any value: a small one could ask for any amount of work.
+
+    Gives a vector's tensors as they are merged, or the file of statistics.
+    """
+    kind, about, where = contribution.kind, contribution.manifest.about, contribution.label
+    if kind == "vector":
         found = vector.decoded(file)
         _check_origin(contribution, vector.read_header(file), federation)
         vector.check_specs(found, expected)
-    except MergeKitError:
-        _check_digest(contribution, sha256_file(file.path))  # else the damage is the fault
-        raise
-    measured, checked = look(found, vector.Measured, vector.measure, again=again)
-    _check_digest(contribution, measured.sha256)
-    # Where a value is not finite, a second reading finds and names it.
-    return vector.norm(found, roles) if measured.norm is None else measured.norm, checked
-
-
-def _check_statistics(
-    contribution: Contribution,
-    kind: Kind,
-    file: TensorFile,
-    federation: Federation,
-    expected: Mapping[str, TensorSpec],
-    roles: Mapping[str, Role],
-    again: bool,
-) -> tuple[float, Checked]:
-    """The norm of statistics, and the file that was checked."""
-    about, where = contribution.manifest.about, contribution.label
-    several = federation.multi_label
-    try:
-        # Before any value: as for vectors, and moments of many features would be squared.
-        _check_origin(contribution, statistics.check_header(file, kind, about, where), federation)
-        statistics.check_specs(file, kind, expected, roles, multi_label=several)
-    except MergeKitError:
-        _check_digest(contribution, sha256_file(file.path))  # else the damage is the fault
-        raise
-    measured, checked = look(file, statistics.Measured, statistics.measure, again=again)
-    _check_digest(contribution, measured.sha256)
-    if measured.norm is None or kind not in measured.sound:
-        # A second reading finds and names what is wrong.
-        return statistics.check(file, kind, expected, roles, multi_label=several), checked
-    return measured.norm, checked
+        return found
+    _check_origin(contribution, statistics.check_header(file, kind, about, where), federation)
+    statistics.check_specs(file, kind, expected, roles, multi_label=federation.multi_label)
+    return file
 
 
 def _check_origin(

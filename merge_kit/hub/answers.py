@@ -17,6 +17,8 @@ from merge_kit.hub.endpoint import Endpoint, without_secrets
 AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 """Answers after which the same request may succeed."""
 LONGEST_WAIT = 300.0
+_CODES = frozenset({"EntryNotFound", "GatedRepo", "RepoNotFound", "RevisionNotFound"})
+"""What a 404 says in its headers is not there; one that says none of these was damaged."""
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError)
 """What the library lets through where an answer is no JSON, or other JSON than it expects."""
 Doing: TypeAlias = Literal["read", "write", "make"]
@@ -34,7 +36,8 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed in a moment."""
     status = status_of(error)
     if status is not None:
-        return status in AGAIN or _has_expired(error) or _is_spoilt_upload(error)
+        said_nothing = status == 404 and _code(error) not in _CODES
+        return status in AGAIN or said_nothing or _has_expired(error) or _is_spoilt_upload(error)
     if isinstance(error, OfflineModeIsEnabled) or _reason(error, socket.gaierror):
         return False
     if "client has been closed" in str(error):  # by another thread, which lost its connection
@@ -164,6 +167,10 @@ def _response(error: BaseException) -> Any:
     # One that is an error is false, so it is compared with None.
     found = (getattr(one, "response", None) for one in _chain(error))
     return next((response for response in found if response is not None), None)
+
+
+def _code(error: BaseException) -> str:
+    return str(_response(error).headers.get("x-error-code", ""))
 
 
 def _has_expired(error: BaseException) -> bool:

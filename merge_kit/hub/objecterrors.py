@@ -24,8 +24,12 @@ _OBJECT = re.compile(r'[Pp]ath "(.*?)" contained|[Pp]ath "(.*?)":', re.S)
 _MACHINE = re.compile(r"/latest/(api/token|meta-data)|metadata\.google\.internal|metadata/identity")
 """Where a machine in a cloud would be asked for credentials: there were none before."""
 _BROKEN = re.compile(
-    r"response body error|Got invalid \w+ response|not found: Error performing DELETE \S+uploadId="
+    r"response body error|Got invalid \w+ response|hyper::Error\(\s*Parse\(|"
+    r"source: (?:Header|Metadata) \{|"
+    r"source: (?:ParseContentRange|NoContentRange|NotPartial|UnexpectedRange)\b|"
+    r"not found: Error performing DELETE \S+uploadId="
 )
+"""In the library's words: of a body, of what should be XML, of headers, a range, an upload."""
 _WRONG = {
     "AuthenticationFailed",
     "ExpiredToken",
@@ -46,10 +50,8 @@ _WHERE_KEYS_ARE = {
 
 
 def is_broken(error: Exception) -> bool:
-    """Whether an answer has begun and broken off, or makes no sense: the library leaves it at that.
-
-    It then takes an upload back whose end was not heard of, and finds none.
-    """
+    """Whether an answer has begun and broken off, or makes no sense: the library leaves it at that,
+    or takes an upload back whose end was not heard of, and finds none."""
     return bool(_BROKEN.search(str(error)))
 
 

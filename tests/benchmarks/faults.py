@@ -50,7 +50,7 @@ SOON = Patience(timeout=3, connect=1, pause=0.02)
 """As often as by default, and soon after another."""
 SECRET = "the-secret-of-a-benchmark"
 NAMES = ("payload.safetensors", "manifest.sig", "manifest.json")
-GRAVE = ("answer_truncated", "answer_changed", "upload_changed", "clock_refused")
+GRAVE = ("answer_truncated", "answer_changed", "header_changed", "upload_changed", "clock_refused")
 DATES = ("date", "last-modified", "expires")
 
 
@@ -68,7 +68,8 @@ class Chaos:
         """Requests whose bytes were others than the client's, and that the server took."""
         self.kinds: list[Callable[[Handler, Request], None]] = [
             self.request_cut, self.answer_lost, self.answer_cut, self.answer_truncated,
-            self.answer_changed, self.refused, self.refused_when_done, self.dates_skewed,
+            self.answer_changed, self.header_changed, self.refused, self.refused_when_done,
+            self.dates_skewed,
         ]  # fmt: skip
 
     def __call__(self, handler: Handler, request: Request) -> bool:
@@ -121,6 +122,25 @@ class Chaos:
         answer = handler.server.proxy.ask(request)
         self._damage(handler, answer, self._changed(answer.body))
 
+    def header_changed(self, handler: Handler, request: Request) -> None:
+        """One of the answer's headers is gone, cut, another number, or has one byte another: its
+        length, digest, range, place, or whatever else it says."""
+        answer = handler.server.proxy.ask(request)
+        self.damaged += 1
+        head, body = handler.packed(answer)
+        first, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
+        number = self.random.randrange(len(lines))
+        name, _, value = lines[number].partition(b": ")
+        lines[number] = self.random.choice((
+            lambda: name + b": " + printable(self._changed(value)),
+            lambda: name + b": " + value[: self.random.randint(0, len(value))],
+            lambda: printable(self._changed(name)) + b": " + value,
+            lambda: name + b": %d" % self.random.choice((0, 1, 7, 2**31, 2**70)),
+            lambda: b"X-Gone: 1",
+        ))()  # fmt: skip
+        handler.wfile.write(b"\r\n".join([first, *lines, b"", b""]) + body)
+        handler.cut(orderly=True)  # where one length is told and another sent, nothing can follow
+
     def upload_changed(self, handler: Handler, request: Request) -> None:
         """One byte of what the client sends is another: of a file, a commit, or a question."""
         request.body = self._changed(request.body)
@@ -171,6 +191,11 @@ class Chaos:
     def _damage(self, handler: Handler, answer: Answer, body: bytes) -> None:
         self.damaged += body != answer.body
         handler.answer(Answer(answer.status, answer.headers, body))
+
+
+def printable(data: bytes) -> bytes:
+    """The same without what would end a header."""
+    return data.translate(bytes.maketrans(b"\r\n\0:", b"????"))
 
 
 def is_signed(request: Request) -> bool:

@@ -89,6 +89,22 @@ def test_a_pause_that_is_no_number_of_seconds_is_not_waited_for(line, hub, monke
     assert [int(seconds) for seconds in waited] == [0]
 
 
+def test_an_answer_that_does_not_say_what_is_missing_is_asked_for_again(line, hub):
+    """That a folder is not there, and that a repository is not, differ by a header alone."""
+
+    def unsaid(handler, request):
+        answer = handler.server.proxy.ask(request)
+        answer.headers = [each for each in answer.headers if each[0].lower() != "x-error-code"]
+        assert answer.status == 404
+        handler.answer(answer)
+        return True
+
+    with line.faulty("GET .*/tree/", unsaid, times=2):
+        assert publish(hub) is True
+    with line.faulty("GET .*/tree/", unsaid), pytest.raises(UnreachableError, match="has no repos"):
+        publish(hub, folder="contributions/south/e")
+
+
 def expired(handler, request):
     """What a storage says to an address whose time is over, by its own clock."""
     body = b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"

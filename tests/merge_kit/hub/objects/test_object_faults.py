@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from merge_kit.errors import HubError, MergeKitError, UnreachableError
@@ -96,6 +98,17 @@ def shortened(handler, request):
     return True
 
 
+def spoilt(name, other):
+    """One of the answer's headers has another name."""
+
+    def fault(handler, request):
+        head, body = handler.packed(handler.server.proxy.ask(request))
+        handler.wfile.write(re.sub(rf"(?i)\b{name}:".encode(), f"{other}:".encode(), head) + body)
+        return True
+
+    return fault
+
+
 def parting(sent):
     """Where large publications begin to differ: what comes before is tested by small ones."""
     return next((n for n, request in enumerate(sent) if ".payload" in request), 0)
@@ -106,6 +119,8 @@ FAULTS = {
     "answer": cut_answer,
     "answer's body": cut_download,
     "senseless answer": shortened,
+    "senseless header": spoilt("Date", "{ate"),
+    "no ETag": spoilt("ETag", "ETah"),
     "503": status(503, "SlowDown"),
     "500": status(500, "InternalError"),
     "503 afterwards": status(503, after=True),
@@ -116,7 +131,7 @@ FAULTS = {
     ("size", "fault"),
     [
         *(("small", name) for name in FAULTS),
-        *(("large", name) for name in ("answer", "answer's body", "senseless answer")),
+        *(("large", name) for name in FAULTS if "answer" in name or "ET" in name),
     ],
 )
 def test_a_fault_that_passes_is_not_noticed(line, hub, again, large, keys, fault, size):
