@@ -310,7 +310,7 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     data = parcel.manifest.to_bytes()
     signature = signing.sign(site.key_file, signing.MANIFEST_CONTEXT, data)
     folder = folder_of(parcel.manifest)
-    files = {**_card(hub, parcel), **bundle(parcel.manifest, parcel.payload, signature)}
+    files = {**_card(parcel), **bundle(parcel.manifest, parcel.payload, signature)}
     told = {
         name: sha256_bytes(content) if isinstance(content, bytes) else sha256_file(content)
         for name, content in files.items()
@@ -335,10 +335,10 @@ def publish(site: Site, run: Path, hub: Hub, parcel: Parcel) -> bool:
     return False
 
 
-def _card(hub: Hub, parcel: Parcel) -> dict[str, Path | bytes]:
+def _card(parcel: Parcel) -> dict[str, Path | bytes]:
     """The page beside a contribution on a federation's hub that shows pages: a repository of the
     site's own has one of its own, of all that lies there."""
-    if parcel.target.uri != hub.uri or not shows_cards(parcel.target):
+    if parcel.outlet.is_own or not shows_cards(parcel.target):
         return {}
     return {CARD: contribution_card(parcel.outlet.federation, parcel.manifest)}
 

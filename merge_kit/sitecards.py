@@ -14,7 +14,7 @@ from merge_kit.contributions import list_entries, live
 from merge_kit.federation import Federation
 from merge_kit.files import sha256_bytes
 from merge_kit.homes import SiteHub
-from merge_kit.hub import Described
+from merge_kit.hub import shows_cards
 from merge_kit.manifest import Manifest
 from merge_kit.outlets import Outlet
 from merge_kit.site import Site
@@ -56,7 +56,7 @@ def update(site: Site, outlet: Outlet) -> bool:
         The site's audit log was changed: nothing leaves the site.
     """
     target = outlet.target
-    if not outlet.is_own or not isinstance(target, Described):
+    if not outlet.is_own or not shows_cards(target):
         return False
     there = live(list_entries(outlet.hub, outlet.federation, site.name))
     own = [c.manifest for c in there if isinstance(c.hub, SiteHub) and c.signature]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from merge_kit.errors import HubError, MissingExtraError, UsageError
 from merge_kit.hub.base import READERS, Hub, places
@@ -11,7 +11,6 @@ from merge_kit.hub.folder import FolderHub
 
 __all__ = [
     "READERS",
-    "Described",
     "FolderHub",
     "Hub",
     "by_pull_request",
@@ -97,7 +96,7 @@ class Described(Hub, Protocol):
         """Put the page at its top."""
 
 
-def shows_cards(hub: Hub) -> bool:
+def shows_cards(hub: Hub) -> TypeGuard[Described]:
     """Whether people look at what lies there by pages."""
     return isinstance(hub, Described)
 

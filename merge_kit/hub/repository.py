@@ -284,9 +284,7 @@ class Repository:
         strays = sorted(new.keys() - old.keys() - sent)
         changed = sorted(path for path in old.keys() - sent if old[path] != new.get(path))
         paths = [operation.path_in_repo for operation in wrong]
-        if (
-            not strays and not changed and not new.keys() & set(paths)
-        ):  # the repository wants none of these
+        if not (strays or changed or new.keys() & set(paths)):  # the repository wants none of these
             return replace(done, left_out=tuple(sorted(paths)))
         if done.pull_request:
             raise HubError(
